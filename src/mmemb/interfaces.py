@@ -1,0 +1,203 @@
+"""Every contract on one page. A part is a class with a typed, documented constructor and a short name:
+
+    class Longest(Selector, name="longest"): ...
+
+Shape legend: see `mmemb.types`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmemb.registry import Component
+from mmemb.types import Candidates, Decision, Item, ModelInputs, Pair, PrefillState, Rationale, Selection
+
+
+@dataclass
+class Prefix:
+    """A prompt already encoded, ready to go on from.
+
+    Attributes:
+        cache: the model's key-value cache, T columns.
+        attention_mask: [B, T] int64.
+        next_position: [B] int64, position id of the next token.
+        hidden: [B, H], state of the last column (it predicts the decision).
+    """
+
+    cache: Any
+    attention_mask: Tensor
+    next_position: Tensor
+    hidden: Tensor
+
+
+class Backbone(nn.Module, Component, ABC, kind="backbone"):
+    """Turns items into model inputs, runs the forward pass, decodes.
+
+    Owns processor, chat template, special tokens, parameter-efficient tuning and quantisation. Inputs are left-padded, so the
+    last column is ``<emb>`` wherever a row has one.
+    """
+
+    hidden_size: int
+    """Width H of the hidden states."""
+    max_rationale_tokens: int
+    """Longest rationale in tokens; a longer text is cut by `prepare`."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        items: Sequence[Item],
+        *,
+        rationales: Sequence[str | None] | None = None,
+        embed: bool = True,
+        augment: Callable[[Any, int], Any] | None = None,
+    ) -> ModelInputs:
+        """Renders and tokenises B items on the CPU; safe in data-loader workers.
+
+        Args:
+            items: the items.
+            rationales: B texts or None: ``prompt <think> r </think> <emb>`` where a row has one, ``prompt <emb>`` where not.
+            embed: False gives the bare prompt (for `prefill`); rationales must then be None.
+            augment: called with (PIL image, row) on every picture before it is patchified.
+
+        Raises:
+            ValueError: an item has a part the model cannot take, or a picture cannot be read.
+        """
+
+    @abstractmethod
+    def prepare_response(
+        self, items: Sequence[Item], responses: Sequence[str], *, augment: Callable[[Any, int], Any] | None = None
+    ) -> ModelInputs:
+        """``prompt <think> response </think>`` with labels on all but the prompt and the decision token: plain next-token training."""
+
+    @abstractmethod
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Hidden states [B, T, H] of the last layer (after the final norm)."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [..., V] of hidden states [..., H]."""
+
+    @abstractmethod
+    def prefill(self, inputs: ModelInputs) -> Prefix:
+        """Encodes B prompts once and keeps the key-value cache."""
+
+    @abstractmethod
+    def extend(self, prefix: Prefix, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Prefix]:
+        """Encodes L more tokens [B, L] after a prefix (mask [B, L], 1 = real); states [B, L, H] and the longer prefix.
+
+        The given prefix must not be used again unless through `fork`.
+        """
+
+    @abstractmethod
+    def fork(self, prefix: Prefix, rows: Tensor | None = None) -> Prefix:
+        """An independent copy of a prefix, of the given rows [R] int64 only if asked."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int:
+        """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out, outer blanks stripped."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Length of a text in tokens, special tokens not counted."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors), config and processor; the folder loads again by its path."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Model id, revision and a digest of the architecture; a checkpoint of another identity is refused."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+
+class Pooler(nn.Module, Component, ABC, kind="pooler"):
+    """Hidden states -> one normalised embedding a row. ``build(hidden_size)`` is called once, when the backbone is known."""
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> None:
+        """Creates the parameters for hidden states of width H."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Width D of the embeddings (after `build`)."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
+        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> [B, D] float32, L2-normalised."""
+
+
+class Worker(Component, ABC, kind="worker"):
+    """Writes rationales. Sees the item only, never the target."""
+
+    @abstractmethod
+    def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
+        """At most k rationales for each of B items; the same for the same seed.
+
+        Args:
+            items: the items.
+            k: candidates an item; a worker that has fewer to say returns fewer.
+            seed: derives every random choice.
+        """
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that determines the output, JSON-ready: part of the pool's content hash."""
+
+
+class Evaluator(Component, ABC, kind="evaluator"):
+    """Matching confidence c(q, t | r) of a pair given a rationale, given none, given a placebo."""
+
+    @abstractmethod
+    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
+        """Fixes the negatives: every pair is scored against targets of its own task among these."""
+
+    @abstractmethod
+    def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
+        """One log-probability a (pair, rationale or None); pure: a row's score does not depend on the others."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that determines the scores, JSON-ready."""
+
+
+class Selector(Component, ABC, kind="selector"):
+    """Chooses a candidate, or none. A pure function of the candidates, their scores and a seed."""
+
+    @abstractmethod
+    def select(self, candidates: Candidates, *, seed: int) -> Selection:
+        """The choice for one pair.
+
+        Args:
+            candidates: K >= 0 candidates with their scores.
+            seed: differs by pair and epoch, equal on every rank.
+        """
+
+
+class Controller(Component, ABC, kind="controller"):
+    """Decides from the prefill who thinks, and for how long."""
+
+    @abstractmethod
+    def decide(self, state: PrefillState) -> Decision:
+        """B decisions."""
+
+    def calibrate(self, state: PrefillState) -> None:  # noqa: B027 - most controllers have nothing to fit
+        """Fits what the controller needs on validation queries (``utility`` is known there)."""
