@@ -1,3 +1,3 @@
-"""mmemb: multimodal embedding models that think when it pays. Importing this is light; torch loads with the parts that need it."""
+"""mmemb: multimodal embedding models that think when it pays. Light to import: torch comes with its users."""
 
 __version__ = "0.1.0"

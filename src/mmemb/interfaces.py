@@ -40,8 +40,8 @@ class Prefix:
 class Backbone(nn.Module, Component, ABC, kind="backbone"):
     """Turns items into model inputs, runs the forward pass, decodes.
 
-    Owns processor, chat template, special tokens, parameter-efficient tuning and quantisation. Inputs are left-padded, so the
-    last column is ``<emb>`` wherever a row has one.
+    Owns processor, chat template, special tokens, parameter-efficient tuning and quantisation. Inputs are left-padded, so
+    the last column is ``<emb>`` wherever a row has one.
     """
 
     hidden_size: int
@@ -62,7 +62,7 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
         Args:
             items: the items.
-            rationales: B texts or None: ``prompt <think> r </think> <emb>`` where a row has one, ``prompt <emb>`` where not.
+            rationales: B texts or None: ``prompt <think> r </think> <emb>`` where a row has one, else ``prompt <emb>``.
             embed: False gives the bare prompt (for `prefill`); rationales must then be None.
             augment: called with (PIL image, row) on every picture before it is patchified.
 
@@ -74,7 +74,7 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
     def prepare_response(
         self, items: Sequence[Item], responses: Sequence[str], *, augment: Callable[[Any, int], Any] | None = None
     ) -> ModelInputs:
-        """``prompt <think> response </think>`` with labels on all but the prompt and the decision token: plain next-token training."""
+        """``prompt <think> response </think>``, labels on response and ``</think>``: plain next-token training."""
 
     @abstractmethod
     def forward(self, inputs: ModelInputs) -> Tensor:
@@ -127,7 +127,7 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
 
 class Pooler(nn.Module, Component, ABC, kind="pooler"):
-    """Hidden states -> one normalised embedding a row. ``build(hidden_size)`` is called once, when the backbone is known."""
+    """Hidden states -> one normalised embedding a row. ``build`` is called once, when the backbone is known."""
 
     @abstractmethod
     def build(self, hidden_size: int) -> None:
@@ -199,5 +199,5 @@ class Controller(Component, ABC, kind="controller"):
     def decide(self, state: PrefillState) -> Decision:
         """B decisions."""
 
-    def calibrate(self, state: PrefillState) -> None:  # noqa: B027 - most controllers have nothing to fit
+    def calibrate(self, state: PrefillState) -> None:
         """Fits what the controller needs on validation queries (``utility`` is known there)."""

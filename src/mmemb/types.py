@@ -58,8 +58,8 @@ class Item:
     Attributes:
         instruction: the task in words; may be empty.
         parts: the content, in reading order; at least one.
-        fields: extra row fields by name, read by the ``metadata`` worker's templates. A query's fields never describe its target
-            beyond what the query itself determines.
+        fields: extra row fields by name, read by the ``metadata`` worker's templates. A query's fields never describe its
+            target beyond what the query itself determines.
     """
 
     instruction: str
@@ -81,7 +81,7 @@ class Pair:
         task: task name; batches are made of sub-batches of one task.
         query: the query item.
         positive: the target item.
-        positive_id: identity of the target: two pairs with equal ids share a target, so neither is the other's negative.
+        positive_id: identity of the target: pairs with equal ids share a target, so neither is the other's negative.
         hard_negatives: further candidates known to be wrong.
         hard_negative_ids: one identity a hard negative.
     """
@@ -148,11 +148,11 @@ class ModelInputs:
     """What a backbone's forward takes, made by `Backbone.prepare`. Rows are left-padded.
 
     Attributes:
-        tensors: keyword arguments of the model: ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64, and the family's
-            picture tensors.
+        tensors: keyword arguments of the model: ``input_ids`` [B, T] int64, ``attention_mask`` [B, T] int64, and the
+            family's picture tensors.
         emb_position: [B] int64, column of ``<emb>``; -1 for a prompt without one.
-        labels: [B, T] int64, the token id at every position the model itself should write (decision, rationale, ``</think>``,
-            ``<emb>``; or a response), -100 elsewhere. Not shifted: position t is predicted from the state at t - 1.
+        labels: [B, T] int64, the token id at every position the model itself should write (decision, rationale,
+            ``</think>``, ``<emb>``; or a response), -100 elsewhere. Not shifted: t is predicted from the state at t - 1.
     """
 
     tensors: dict[str, Tensor]
@@ -179,6 +179,7 @@ class TrainChunk:
         query: direct path of n queries.
         reasoned: reasoned path of the r <= n queries that have a rationale; None where none has.
         reasoned_rows: [r] int64, the row of ``query`` each reasoned row belongs to.
+        reasoned_weight: [r] float32, the selector's loss weight of each reasoned row.
         target: n targets followed by this chunk's hard negatives, m >= n rows.
     """
 
@@ -196,7 +197,7 @@ class TrainBatch:
     Attributes:
         chunks: the rows, in order.
         query_id: [N] int64, identity of each query's positive.
-        candidate_id: [M] int64, identity of each candidate, in chunk order (each chunk: positives, then hard negatives).
+        candidate_id: [M] int64, identity of each candidate, in chunk order (positives, then hard negatives).
         positive: [N] int64, row of each query's positive among the M candidates.
         tasks: N task names.
     """
@@ -215,7 +216,8 @@ class PrefillState:
     Attributes:
         decision_logits: [B, 2] float, logits of ``<think>`` and ``<emb>`` after the prompt.
         direct: [B, D] float, normalised direct embeddings.
-        confidence: [B] float in [0, 1], largest softmax probability of the direct embedding over the reference bank; None without a bank.
+        confidence: [B] float in [0, 1], largest softmax probability of the direct embedding over the reference bank;
+            None without a bank.
         utility: [B] float, s_r - s_d where known (evaluation only); None otherwise.
     """
 
