@@ -1,0 +1,26 @@
+"""Items as chat messages, in the form every chat template of the transformers library takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmemb.types import Item, Text, Video
+
+
+def render(item: Item) -> list[dict[str, Any]]:
+    """One user message: the instruction, then the parts in reading order.
+
+    Its content is a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. The image entries stand in the
+    order of `mmemb.types.pictures`: a page is one image, a video its frames one after the other. An empty instruction
+    or text leaves no entry.
+    """
+    content: list[dict[str, Any]] = []
+    if item.instruction:
+        content.append({"type": "text", "text": item.instruction})
+    for part in item.parts:
+        if isinstance(part, Text):
+            if part.text:
+                content.append({"type": "text", "text": part.text})
+        else:
+            content.extend({"type": "image"} for _ in range(len(part.frames) if isinstance(part, Video) else 1))
+    return [{"role": "user", "content": content}]
