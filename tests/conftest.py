@@ -1,0 +1,96 @@
+"""Shared by every test: offline, seeded, GPU tests skipped without a GPU, the command line as a fixture."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# Before any test imports the libraries that read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+
+_LOOPBACK = {"localhost", "::1", "0.0.0.0", "::"}
+
+
+class Ran(NamedTuple):
+    """What a command did: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked ``gpu`` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _is_local(address: Any) -> bool:
+    """Unix sockets and this machine itself."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0])
+    return host in _LOOPBACK or host.startswith("127.") or host in {socket.gethostname(), _own_address()}
+
+
+def _own_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses every connection that would leave this machine."""
+    for name in ("connect", "connect_ex"):
+        real = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, address: Any, _real: Callable[..., Any] = real) -> Any:
+            if not _is_local(address):
+                raise OSError(f"a test tried to reach {address[0]}; tests run offline")
+            return _real(self, address)
+
+        monkeypatch.setattr(socket.socket, name, guarded)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for a test whatever ran before it; a library imported later has a fixed start."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs ``mmemb`` in this process: ``cli("components", "--kind", "selector") -> (code, out, err)``."""
+
+    def run(*argv: str) -> Ran:
+        from mmemb.__main__ import main
+
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+        out, err = capsys.readouterr()
+        return Ran(int(code or 0), out, err)
+
+    return run
