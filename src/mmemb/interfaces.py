@@ -40,7 +40,7 @@ class Prefix:
 class Backbone(nn.Module, Component, ABC, kind="backbone"):
     """Turns items into model inputs, runs the forward pass, decodes.
 
-    Owns processor, chat template, special tokens, parameter-efficient tuning and quantisation. Inputs are left-padded, so
+    Owns processor, chat template, special tokens, parameter-efficient tuning, quantisation. Inputs are left-padded, so
     the last column is ``<emb>`` wherever a row has one.
     """
 

@@ -58,7 +58,7 @@ class Item:
     Attributes:
         instruction: the task in words; may be empty.
         parts: the content, in reading order; at least one.
-        fields: extra row fields by name, read by the ``metadata`` worker's templates. A query's fields never describe its
+        fields: extra row fields by name, for the ``metadata`` worker's templates. A query's fields never describe its
             target beyond what the query itself determines.
     """
 
@@ -152,7 +152,7 @@ class ModelInputs:
             family's picture tensors.
         emb_position: [B] int64, column of ``<emb>``; -1 for a prompt without one.
         labels: [B, T] int64, the token id at every position the model itself should write (decision, rationale,
-            ``</think>``, ``<emb>``; or a response), -100 elsewhere. Not shifted: t is predicted from the state at t - 1.
+            ``</think>``, ``<emb>``; or a response), -100 elsewhere. Not shifted: t follows from the state at t - 1.
     """
 
     tensors: dict[str, Tensor]
@@ -189,6 +189,16 @@ class TrainChunk:
     reasoned_weight: Tensor
     target: ModelInputs
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainChunk:
+        """Moves every tensor; returns a new object."""
+        return TrainChunk(
+            query=self.query.to(device, non_blocking),
+            reasoned=None if self.reasoned is None else self.reasoned.to(device, non_blocking),
+            reasoned_rows=self.reasoned_rows.to(device, non_blocking=non_blocking),
+            reasoned_weight=self.reasoned_weight.to(device, non_blocking=non_blocking),
+            target=self.target.to(device, non_blocking),
+        )
+
 
 @dataclass
 class TrainBatch:
@@ -207,6 +217,16 @@ class TrainBatch:
     candidate_id: Tensor
     positive: Tensor
     tasks: list[str]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
+        """Moves every tensor; returns a new object."""
+        return TrainBatch(
+            chunks=[chunk.to(device, non_blocking) for chunk in self.chunks],
+            query_id=self.query_id.to(device, non_blocking=non_blocking),
+            candidate_id=self.candidate_id.to(device, non_blocking=non_blocking),
+            positive=self.positive.to(device, non_blocking=non_blocking),
+            tasks=self.tasks,
+        )
 
 
 @dataclass

@@ -1,0 +1,240 @@
+"""The LightningModule: composes backbone, pooler, objective, selector and controllers, and runs the method's phases.
+
+Optimisation is manual, because the gradient cache needs two passes; everything else of the trainer (strategies, precision,
+callbacks, loggers, resume) keeps working. The module knows contracts only: the parts come built.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import get_scheduler
+
+from mmemb.data.datamodule import PairDataModule
+from mmemb.evaluation import report
+from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
+from mmemb.inference.encoder import Encoder
+from mmemb.interfaces import Backbone, Controller, Evaluator, Pooler, Selector, Worker
+from mmemb.stages.objective import Engine, Objective, Parts
+from mmemb.stages.pools import PoolSettings, rationale_choice
+from mmemb.types import EvaluationTask, Item, Pair
+
+
+class EmbeddingModule(L.LightningModule):
+    """An embedding model in training.
+
+    Args:
+        backbone: the vision-language model.
+        objective: what the phase optimises (joint, or next-token pretraining).
+        pooler: hidden states -> embedding.
+        selector: which rationale candidate a pair trains on; null trains the direct path alone.
+        controllers: compared in evaluation, each under its short name; those that need it are calibrated on validation data.
+        pool: where rationale candidates come from and are kept.
+        reference: worker whose rationales are the "true" ones of the evaluation's `true_rationale` row; null leaves it out.
+        optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
+        schedule: learning-rate schedule over the run's steps: a name known to transformers (cosine, linear, constant...).
+        warmup_steps: steps of linear warm-up.
+        gradient_clip: largest gradient norm; 0 for none.
+        encode_batch_size: rows of one forward pass in evaluation.
+        budget: most rationale tokens a row may write in evaluation.
+        validation_queries: queries a task scored at each validation during training; the final evaluation takes all.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        objective: Objective,
+        pooler: Pooler,
+        selector: Selector | None = None,
+        controllers: list[Controller] | None = None,
+        pool: PoolSettings | None = None,
+        reference: Worker | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: str = "cosine",
+        warmup_steps: int = 50,
+        gradient_clip: float = 1.0,
+        encode_batch_size: int = 64,
+        budget: int = 48,
+        validation_queries: int = 32,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        self.backbone = backbone
+        self.objective = objective
+        self.pooler = pooler
+        self.pooler.build(backbone.hidden_size)
+        self.selector = selector
+        self.controllers = {
+            controller.name or type(controller).__name__: controller for controller in controllers or []
+        }
+        self.pool = pool
+        self.reference = reference
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.gradient_clip = gradient_clip
+        self.encode_batch_size = encode_batch_size
+        self.budget = budget
+        self.validation_queries = validation_queries
+        self.trained_seconds = 0.0
+        self.before_training: dict[str, Any] | None = None
+        self._started = time.monotonic()
+        self._results: list[EvaluationResults] = []
+
+    # -- composition -------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Parts:
+        """Backbone and pooler, as objectives take them."""
+        return Parts(self.backbone, self.pooler)
+
+    @property
+    def datamodule(self) -> PairDataModule:
+        """The trainer's data module."""
+        return cast(PairDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def encoder(self, *, progress: bool = False) -> Encoder:
+        """An encoder over the model as it is now."""
+        return Encoder(
+            self.backbone, self.pooler, batch_size=self.encode_batch_size, budget=self.budget, progress=progress
+        )
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.objective.needs_rationales and self.selector is not None and self.pool is not None:
+            choose = rationale_choice(
+                self.datamodule.train_pairs,
+                settings=self.pool,
+                selector=self.selector,
+                parts=self.parts,
+                barrier=self.trainer.strategy.barrier,
+                is_builder=self.trainer.is_global_zero,
+            )
+            self.objective.prepare_choice(choose)
+
+        def collate(pairs: list[Pair], seed: int) -> Any:
+            return self.objective.collate(self.parts, pairs, seed)
+
+        self.datamodule.use_collate(collate)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(parameters)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.schedule, optimizer, num_warmup_steps=min(self.warmup_steps, steps), num_training_steps=steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        self._started = time.monotonic()
+        if self.objective.needs_rationales and self.global_step == 0 and self.before_training is None:
+            tasks = self.datamodule.evaluation_tasks("test")
+            if tasks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                never = {name: part for name, part in self.controllers.items() if name == "never"}
+                rank_zero_info("Scoring the model before training (the 'pretrained' row of the summary).")
+                results = evaluate(self.encoder(), tasks, controllers=never, true_rationale=None, progress=False)
+                self.before_training = results.modes.get("never")
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        optimizer.zero_grad()
+        engine = Engine(backward=self.manual_backward, no_sync=self.trainer.strategy.block_backward_sync)  # type: ignore[attr-defined]
+        logs = self.objective.step(self.parts, batch, engine)
+        if self.gradient_clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        scheduler.step()  # type: ignore[union-attr, call-arg]
+        logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        self.log_dict({f"train/{key}": value for key, value in logs.items()})
+        self.log("loss", logs["loss"], prog_bar=True, logger=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["backbone_identity"] = self.backbone.identity
+        checkpoint["trained_seconds"] = self.trained_seconds + time.monotonic() - self._started
+        checkpoint["before_training"] = self.before_training
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint.get("backbone_identity")
+        if found != self.backbone.identity:
+            raise ValueError(
+                f"the checkpoint holds the backbone {found!r}, but the configuration builds {self.backbone.identity!r}; "
+                "give the backbone the checkpoint was trained with, or another --ckpt_path"
+            )
+        self.trained_seconds = checkpoint["trained_seconds"]
+        self.before_training = checkpoint["before_training"]
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, task: EvaluationTask, batch_idx: int) -> None:
+        short = EvaluationTask(task.name, task.queries[: self.validation_queries], task.candidates, task.candidate_ids)
+        controllers = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
+        results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
+        self._results.append(results)
+
+    def on_validation_epoch_end(self) -> None:
+        results = EvaluationResults.merge(self._results)
+        self._results = []
+        for mode, row in results.modes.items():
+            self.log(f"validation/{mode}/hit@1", row["hit@1"], rank_zero_only=True, prog_bar=mode == "never")
+            for task, scores in row["by_task"].items():
+                self.log(f"validation/{mode}/{task}/hit@1", scores["hit@1"], rank_zero_only=True)
+
+    def on_test_start(self) -> None:
+        self.trained_seconds += time.monotonic() - self._started
+        self._started = time.monotonic()
+        tasks = self.datamodule.evaluation_tasks("validation")
+        if tasks and self.controllers:
+            rank_zero_info("Calibrating controllers on the validation split.")
+            calibrate(self.encoder(), tasks, self.controllers)
+
+    def test_step(self, task: EvaluationTask, batch_idx: int) -> None:
+        results = evaluate(
+            self.encoder(), [task], controllers=self.controllers, true_rationale=self.reference, progress=False
+        )
+        self._results.append(results)
+
+    def on_test_epoch_end(self) -> None:
+        results = EvaluationResults.merge(self._results)
+        self._results = []
+        if not results.modes or not self.trainer.is_global_zero:
+            return
+        if self.before_training:
+            results.modes["pretrained"] = self.before_training
+        settings = {"step": self.global_step, "seed": torch.initial_seed(), "split": "test", **self._settings()}
+        seconds = self.trained_seconds + time.monotonic() - self._started
+        summary = report.summary(results, settings=settings, seconds=seconds)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        report.publish(folder, summary, results, logger=self.logger, step=self.global_step)
+        for mode, row in results.modes.items():
+            self.log(f"test/{mode}/hit@1", row["hit@1"], rank_zero_only=True)
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes a result comparable: the parts by class, the data seed, budgets."""
+        return {
+            "backbone": self.backbone.identity,
+            "pooler": type(self.pooler).__name__,
+            "selector": type(self.selector).__name__ if self.selector else None,
+            "objective": type(self.objective).__name__,
+            "batch_size": self.datamodule.batch_size,
+            "world_size": self.trainer.world_size,
+            "budget": self.budget,
+        }
+
+    def predict_step(self, items: Sequence[Item], batch_idx: int) -> Tensor:
+        """Embeddings [B, D] of a batch of items, direct path."""
+        return self.encoder().encode_targets(items)

@@ -1,0 +1,90 @@
+"""What a phase optimises: how its batch is made and what one step's backward computes. Knows contracts only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmemb.data.augment import PictureAugment
+from mmemb.interfaces import Backbone, Pooler
+from mmemb.types import ModelInputs, Pair, Rationale
+
+Choose = Callable[[Pair, int], tuple[Rationale | None, float]]
+"""(pair, seed) -> the chosen rationale (None: direct path only) and its loss weight."""
+
+
+@dataclass
+class Parts:
+    """The built parts an objective works on."""
+
+    backbone: Backbone
+    pooler: Pooler
+
+
+@dataclass
+class Engine:
+    """What a step needs of its trainer.
+
+    Attributes:
+        backward: runs a backward pass (the strategy's own, so that scaling and hooks apply).
+        no_sync: a context in which gradients are not yet reduced across ranks.
+    """
+
+    backward: Callable[[Tensor], None] = Tensor.backward
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class Objective(nn.Module, ABC):
+    """A phase's loss. Its own parameters (a learnable temperature) are trained with the model."""
+
+    def prepare_choice(self, choose: Choose) -> None:
+        """Receives the selector's choice, before the first batch; objectives without rationales ignore it."""
+
+    needs_rationales: bool = False
+    """Whether the phase wants a rationale pool to be made before it starts."""
+
+    @abstractmethod
+    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> Any:
+        """Pairs -> a batch of CPU tensors; runs in data-loader workers; deterministic in the seed."""
+
+    @abstractmethod
+    def step(self, parts: Parts, batch: Any, engine: Engine) -> dict[str, Tensor]:
+        """Accumulates gradients for one batch; returns scalars to log, ``loss`` among them."""
+
+
+def augmenter(augment: PictureAugment | None, seed: int) -> Callable[[Any, int], Any] | None:
+    """The picture hook of `Backbone.prepare`: each row's pictures change by a seed of their own."""
+    if augment is None:
+        return None
+
+    def apply(image: Any, row: int) -> Any:
+        return augment(image, seed * 1_000_003 + row)
+
+    return apply
+
+
+def next_token_loss(backbone: Backbone, hidden: Tensor, inputs: ModelInputs, rows: Tensor | None = None) -> Tensor:
+    """Sum of next-token cross-entropies over the labelled positions (of the given rows only, if asked).
+
+    Args:
+        backbone: gives the logits; only labelled positions reach the vocabulary projection.
+        hidden: [B, T, H].
+        inputs: labels [B, T] as in `ModelInputs`.
+        rows: [B] bool, rows that count.
+
+    Returns:
+        a scalar float32.
+    """
+    labels = inputs.labels[:, 1:]
+    wanted = labels != -100
+    if rows is not None:
+        wanted = wanted & rows[:, None]
+    logits = backbone.logits(hidden[:, :-1][wanted])
+    return F.cross_entropy(logits.float(), labels[wanted], reduction="sum")

@@ -1,0 +1,83 @@
+"""From pool settings to the choice a phase trains on: makes or reuses the pool, then lets the selector choose per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmemb.data.pool import RationalePool
+from mmemb.interfaces import Evaluator, Selector, Worker
+from mmemb.stages.objective import Choose, Parts
+from mmemb.stages.select import build_pool, choose
+from mmemb.types import Pair, Rationale
+
+
+class PoolSettings:
+    """Where rationale candidates come from and are kept.
+
+    Args:
+        path: the pool's folder, a Parquet file, or `bundled:pool` for the one shipped with the bundled data.
+        workers: who writes candidates when the pool is made; null takes the pool as it is.
+        evaluator: who scores them; null takes the pool as it is.
+        candidates: K, candidates a worker and query.
+        seed: seed of every sampled candidate.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        workers: list[Worker] | None = None,
+        evaluator: Evaluator | None = None,
+        candidates: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.path = path
+        self.workers = workers or []
+        self.evaluator = evaluator
+        self.candidates = candidates
+        self.seed = seed
+
+    def open(self, pairs: Sequence[Pair], *, parts: Parts) -> RationalePool:
+        """The pool for these pairs: reused if it matches, made if workers are named and it is missing.
+
+        Raises:
+            FileNotFoundError: there is no pool and no worker to make one.
+            ValueError: the pool was made from other data or settings.
+        """
+        if not self.workers:
+            return RationalePool.open(self.path)
+        for worker in self.workers:
+            if hasattr(worker, "bind"):
+                worker.bind(parts.backbone)
+        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
+            self.evaluator.bind(parts.backbone, parts.pooler)
+        return build_pool(
+            pairs,
+            workers=self.workers,
+            evaluator=self.evaluator,
+            path=Path(self.path),
+            k=self.candidates,
+            seed=self.seed,
+        )
+
+
+def rationale_choice(
+    pairs: Sequence[Pair],
+    *,
+    settings: PoolSettings,
+    selector: Selector,
+    parts: Parts,
+    barrier: Callable[[], object],
+    is_builder: bool,
+) -> Choose:
+    """Makes or opens the pool (rank zero first, the others after it) and returns the per-pair choice."""
+    if is_builder:
+        settings.open(pairs, parts=parts)
+    barrier()
+    pool = settings.open(pairs, parts=parts)
+
+    def choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:
+        return choose(pool, selector, pair.id, seed)
+
+    return choice

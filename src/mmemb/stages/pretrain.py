@@ -1,0 +1,65 @@
+"""Next-token pretraining: the phase that turns random weights into a small VLM that can name, recall and caption.
+
+Each pair is a prompt (the query item) and a response (the positive's text). Memory holds one chunk's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmemb.data.augment import PictureAugment
+from mmemb.losses.distributed import all_sum, world_size
+from mmemb.stages.objective import Engine, Objective, Parts, augmenter, next_token_loss
+from mmemb.types import ModelInputs, Pair
+
+
+@dataclass
+class ResponseBatch:
+    """Prompts with responses, cut into chunks."""
+
+    chunks: list[ModelInputs]
+
+    def to(self, device: torch.device) -> ResponseBatch:
+        """Moves every chunk."""
+        return ResponseBatch([chunk.to(device) for chunk in self.chunks])
+
+
+class NextToken(Objective):
+    """Mean cross-entropy of the response tokens.
+
+    Args:
+        chunk_size: rows of one backward pass.
+        augment: picture augmentation; null for none.
+    """
+
+    def __init__(self, *, chunk_size: int = 64, augment: PictureAugment | None = None) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.augment = augment
+
+    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
+        hook = augmenter(self.augment, seed)
+        chunks = []
+        for start in range(0, len(pairs), self.chunk_size):
+            rows = pairs[start : start + self.chunk_size]
+            items, responses = [pair.query for pair in rows], [pair.positive.text for pair in rows]
+            chunks.append(parts.backbone.prepare_response(items, responses, augment=hook))
+        return ResponseBatch(chunks)
+
+    def step(self, parts: Parts, batch: ResponseBatch, engine: Engine) -> dict[str, Tensor]:
+        counts = torch.stack([(chunk.labels[:, 1:] != -100).sum() for chunk in batch.chunks])
+        # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
+        total = all_sum(counts.sum()).clamp(min=1)
+        scale = world_size() / total
+        loss = torch.zeros((), device=counts.device)
+        for number, chunk in enumerate(batch.chunks):
+            last = number == len(batch.chunks) - 1
+            with Engine().no_sync() if last else engine.no_sync():
+                part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
+                engine.backward(part * scale)
+            loss += part.detach()
+        return {"loss": all_sum(loss) / total}
