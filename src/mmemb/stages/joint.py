@@ -3,8 +3,8 @@
     L = InfoNCE(e_r, e_t) + lambda_d InfoNCE(e_d, e_t) + lambda_cot NLL(r and the decision token | q)     [S]
 
 over large in-batch negatives by gradient caching. A pair without a surviving rationale trains the direct path and the
-decision ``<emb>``; with one, both paths and the decision ``<think>`` [D]. Costs two forward passes a row (one in the last
-chunk) and one backward; memory is that of one chunk plus O((N + M) D).
+decision ``<emb>``; with one, both paths and the decision ``<think>`` [D]. Costs two forward passes a row (one in the
+last chunk) and one backward; memory is that of one chunk plus O((N + M) D).
 """
 
 from __future__ import annotations

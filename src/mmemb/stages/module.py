@@ -1,7 +1,7 @@
 """The LightningModule: composes backbone, pooler, objective, selector and controllers, and runs the method's phases.
 
-Optimisation is manual, because the gradient cache needs two passes; everything else of the trainer (strategies, precision,
-callbacks, loggers, resume) keeps working. The module knows contracts only: the parts come built.
+Optimisation is manual, because the gradient cache needs two passes; everything else of the trainer (strategies,
+precision, callbacks, loggers, resume) keeps working. The module knows contracts only: the parts come built.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmemb.data.datamodule import PairDataModule
 from mmemb.evaluation import report
 from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
-from mmemb.interfaces import Backbone, Controller, Evaluator, Pooler, Selector, Worker
+from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
 from mmemb.stages.objective import Engine, Objective, Parts
 from mmemb.stages.pools import PoolSettings, rationale_choice
 from mmemb.types import EvaluationTask, Item, Pair
@@ -36,11 +36,11 @@ class EmbeddingModule(L.LightningModule):
         objective: what the phase optimises (joint, or next-token pretraining).
         pooler: hidden states -> embedding.
         selector: which rationale candidate a pair trains on; null trains the direct path alone.
-        controllers: compared in evaluation, each under its short name; those that need it are calibrated on validation data.
+        controllers: compared in evaluation, each under its short name; calibrated on validation data where needed.
         pool: where rationale candidates come from and are kept.
-        reference: worker whose rationales are the "true" ones of the evaluation's `true_rationale` row; null leaves it out.
+        reference: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
         optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
-        schedule: learning-rate schedule over the run's steps: a name known to transformers (cosine, linear, constant...).
+        schedule: learning-rate schedule over the run's steps, a name known to transformers (cosine, linear, constant).
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
@@ -172,8 +172,8 @@ class EmbeddingModule(L.LightningModule):
         found = checkpoint.get("backbone_identity")
         if found != self.backbone.identity:
             raise ValueError(
-                f"the checkpoint holds the backbone {found!r}, but the configuration builds {self.backbone.identity!r}; "
-                "give the backbone the checkpoint was trained with, or another --ckpt_path"
+                f"the checkpoint holds the backbone {found!r}, but the configuration builds "
+                f"{self.backbone.identity!r}; give the backbone it was trained with, or another --ckpt_path"
             )
         self.trained_seconds = checkpoint["trained_seconds"]
         self.before_training = checkpoint["before_training"]

@@ -1,4 +1,4 @@
-"""From pool settings to the choice a phase trains on: makes or reuses the pool, then lets the selector choose per pair."""
+"""From pool settings to the choice a phase trains on: makes or reuses the pool; the selector chooses per pair."""
 
 from __future__ import annotations
 
