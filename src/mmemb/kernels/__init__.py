@@ -1,0 +1,5 @@
+"""Compute kernels behind the losses: `infonce` is the public op."""
+
+from mmemb.kernels.infonce import InfoNCEResult, infonce, infonce_with_grads
+
+__all__ = ["InfoNCEResult", "infonce", "infonce_with_grads"]

@@ -1,0 +1,148 @@
+"""Negatives across ranks: every rank scores its own queries against the candidates of all ranks.
+
+    n, m this rank's queries and candidates   N, M those of all ranks, in rank order   D width   W ranks
+
+Each rank computes n x M logits only. Candidates are all-gathered, candidate gradients summed and scattered back to their owners. Row
+counts may differ between ranks (the last batch of an epoch): rows are padded to the largest count for the collectives alone. Works on
+gloo and NCCL; without a process group, or with one rank, no collective runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads, prepare, solve
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor of any shape over all ranks; the input is left as it is."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def row_counts(rows: int, *, device: torch.device) -> list[int]:
+    """Every rank's row count, in rank order."""
+    if world_size() == 1:
+        return [rows]
+    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([rows], device=device))
+    return [int(count) for count in counts]
+
+
+def gather_rows(local: Tensor, *, counts: list[int] | None = None) -> Tensor:
+    """The rows of all ranks in rank order, without a graph.
+
+    Args:
+        local: [n, ...] of any dtype; n may differ between ranks, be 0 on some, the rest of the shape may not.
+        counts: `row_counts` if known, which saves a collective.
+
+    Returns:
+        [N, ...].
+    """
+    if world_size() == 1:
+        return local.detach()
+    counts = row_counts(len(local), device=local.device) if counts is None else counts
+    most = max(counts)
+    padded = local.new_zeros(most, *local.shape[1:])
+    padded[: len(local)] = local.detach()
+    gathered = local.new_empty(most * len(counts), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return torch.cat([gathered[rank * most : rank * most + count] for rank, count in enumerate(counts)])
+
+
+def scatter_row_sum(rows: Tensor, *, counts: list[int]) -> Tensor:
+    """Sums [N, ...] over ranks and returns this rank's own rows [n, ...]: the reverse of `gather_rows`."""
+    if world_size() == 1:
+        return rows
+    most = max(counts)
+    padded = rows.new_zeros(len(counts), most, *rows.shape[1:])
+    for rank, part in enumerate(rows.split(counts)):
+        padded[rank, : len(part)] = part
+    own = rows.new_empty(most, *rows.shape[1:])
+    dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
+    return own[: counts[dist.get_rank()]]
+
+
+@torch.no_grad()
+def distributed_infonce_with_grads(
+    query: Tensor,
+    candidate: Tensor,
+    *,
+    temperature: Tensor | float,
+    positive: Tensor | None = None,
+    query_id: Tensor | None = None,
+    candidate_id: Tensor | None = None,
+    weight: Tensor | None = None,
+    symmetric: bool = False,
+    averaged: bool = True,
+) -> InfoNCEResult:
+    """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
+
+    Every rank must call it, with the same optional arguments.
+
+    Args:
+        query: [n, D] this rank's queries.
+        candidate: [m, D] this rank's candidates.
+        temperature: equal on all ranks.
+        positive: [n] int64, rows of this rank's ``candidate``; default the diagonal.
+        query_id: [n] int64, comparable across ranks.
+        candidate_id: [m] int64.
+        weight: [n]; the mean is sum(weight * loss) / sum(weight) over all ranks.
+        symmetric: as in `mmemb.kernels.infonce`.
+        averaged: the parameters' gradients will be averaged over ranks (DDP, FSDP), so the returned embedding gradients carry a factor W
+            and the average is the single-process gradient of the whole batch. Otherwise no factor: the sum over ranks is.
+
+    Returns:
+        The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's gradient: if averaged, the
+        global one on every rank, otherwise this rank's share of it.
+
+    Raises:
+        ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in a collective.
+    """
+    if world_size() == 1:
+        return infonce_with_grads(
+            query,
+            candidate,
+            temperature=temperature,
+            positive=positive,
+            query_id=query_id,
+            candidate_id=candidate_id,
+            weight=weight,
+            symmetric=symmetric,
+        )
+    if symmetric:
+        raise ValueError(
+            "the symmetric loss across ranks is not available; use symmetric=False with more than one rank"
+        )
+    n = len(query)
+    positive = torch.arange(n, device=query.device) if positive is None else positive
+    counts = row_counts(len(candidate), device=query.device)
+    offset = sum(counts[: dist.get_rank()])
+    candidates = gather_rows(candidate, counts=counts)
+    candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
+    scale = torch.as_tensor(temperature, device=query.device)
+    problem, weights = prepare(
+        query, candidates, scale, positive + offset, query_id, candidate_ids, weight, symmetric, "mean"
+    )
+    weights = problem.scale.new_ones(n) if weights is None else weights
+    weights = weights / all_sum(weights.sum())
+    losses, gradients = solve(problem, coefficient=weights, symmetric=symmetric)
+    assert gradients is not None
+    factor = world_size() if averaged else 1
+    temperature_grad = all_sum(gradients.temperature) if averaged else gradients.temperature
+    return InfoNCEResult(
+        loss=all_sum((losses * weights).sum()),
+        query_grad=gradients.query * factor,
+        candidate_grad=scatter_row_sum(gradients.candidate, counts=counts) * factor,
+        temperature_grad=temperature_grad,
+    )

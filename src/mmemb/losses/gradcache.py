@@ -1,0 +1,188 @@
+"""Gradient caching: one optimiser step whose loss sees a batch far larger than one backward pass holds.
+
+The loss of a batch needs all its embeddings, the backward pass of a chunk needs only the loss's gradient in the chunk's embeddings. So:
+
+1. encode every chunk without a graph;
+2. compute the loss and its gradients in the embeddings (`mmemb.kernels.infonce_with_grads`: no graph either);
+3. encode chunk after chunk again, with the random state it had, and back-propagate sum(embedding * gradient).
+
+The last chunk keeps its graph in the first pass and is not encoded again, so C chunks cost 2 C - 1 forward passes; with one chunk the
+step is a plain step. Its backward pass comes first: at no time does more than one chunk's graph exist. Memory grows with the batch by
+its embeddings and their gradients alone.
+
+Idea: GradCache (Gao et al., 2021, arXiv 2101.06983). Nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+C = TypeVar("C")
+Logs: TypeAlias = Mapping[str, float | Tensor]
+
+
+@dataclass
+class ChunkOutput:
+    """What the model makes of one chunk.
+
+    Attributes:
+        embeddings: by name, [n, D]; a name may be absent in some chunks, its rows may differ in number.
+        loss: a further loss of this chunk alone, already scaled (to sum over chunks); ignored in the pass without a graph.
+        logs: values to report, summed over chunks; ignored in the pass without a graph.
+    """
+
+    embeddings: dict[str, Tensor]
+    loss: Tensor | None = None
+    logs: Logs = field(default_factory=dict)
+
+
+@dataclass
+class CachedLoss:
+    """The loss over all embeddings.
+
+    Attributes:
+        loss: value, 0-d.
+        gradients: by name, the shape of the embeddings given; a name that is absent gets no gradient.
+        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated with the last chunk.
+        logs: values to report.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    term: Tensor | None = None
+    logs: Logs = field(default_factory=dict)
+
+
+@dataclass
+class CachedStep:
+    """What a step did; gradients are in the parameters.
+
+    Attributes:
+        loss: the loss over all embeddings, 0-d, detached.
+        chunk_loss: sum of the chunks' own losses, 0-d, detached; None if there were none.
+        embeddings: by name [N, D], detached, rows in chunk order.
+        logs: the loss's and the chunks' logs; on equal names the loss's.
+    """
+
+    loss: Tensor
+    chunk_loss: Tensor | None
+    embeddings: dict[str, Tensor]
+    logs: dict[str, float | Tensor]
+
+
+@dataclass
+class _RandomState:
+    """The state of torch's generators: the CPU's and every CUDA device's. Python's and numpy's are not kept."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> _RandomState:
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+def cached_step(
+    chunks: Sequence[C],
+    forward: Callable[[C, bool], ChunkOutput],
+    loss: Callable[[dict[str, Tensor]], CachedLoss],
+    *,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> CachedStep:
+    """Adds to the parameters' gradients what one backward pass of ``loss`` over all chunks, plus the chunks' own losses, would add.
+
+    Equal to that plain step up to rounding, dropout included, if ``forward`` draws from torch's generators only and treats a
+    chunk's rows as the plain step would (no batch statistics). Works under autocast, and inside a gradient accumulation: it never zeroes.
+
+    Args:
+        chunks: the batch in pieces, each small enough for one backward pass; sizes may differ.
+        forward: ``forward(chunk, final)``; ``final`` is False in the pass without a graph, whose chunk losses and logs are ignored (skip
+            them), and True when the graph is kept.
+        loss: called once, with the detached embeddings of all chunks by name, concatenated in chunk order.
+        backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
+        no_sync: a context around every backward pass but the last, so that DDP reduces gradients once a step.
+
+    Raises:
+        ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its embeddings'.
+    """
+    if not chunks:
+        raise ValueError("cached_step got no chunks; give at least one")
+    states: list[_RandomState] = []
+    rows: list[dict[str, int]] = []
+    detached: dict[str, list[Tensor]] = {}
+    last = len(chunks) - 1
+    output = ChunkOutput({})
+    for index, chunk in enumerate(chunks):
+        states.append(_RandomState.now())
+        output = _encode(forward, chunk, final=index == last)
+        rows.append({name: len(embedding) for name, embedding in output.embeddings.items()})
+        for name, embedding in output.embeddings.items():
+            detached.setdefault(name, []).append(embedding.detach())
+    after = _RandomState.now()
+
+    embeddings = {name: torch.cat(parts) for name, parts in detached.items()}
+    cached = loss(embeddings)
+    gradients = _split(cached.gradients, embeddings, rows)
+
+    chunk_loss: Tensor | None = None
+    logs: dict[str, float | Tensor] = {}
+    for index in (last, *range(last)):
+        synchronised = index == max(last - 1, 0)
+        if index != last:
+            states[index].restore()
+            output = _encode(forward, chunks[index], final=True)
+        terms = [(output.embeddings[name] * gradient).sum() for name, gradient in gradients[index].items()]
+        if output.loss is not None:
+            chunk_loss = output.loss.detach() if chunk_loss is None else chunk_loss + output.loss.detach()
+            terms.append(output.loss)
+        if not terms:
+            raise ValueError(f"chunk {index} has neither an embedding with a gradient nor a loss; leave it out")
+        if synchronised and cached.term is not None:
+            terms.append(cached.term)
+        for name, value in output.logs.items():
+            logs[name] = logs.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+        with nullcontext() if synchronised else no_sync():
+            backward(functools.reduce(torch.add, terms))
+        del output, terms
+    after.restore()
+    return CachedStep(cached.loss.detach(), chunk_loss, embeddings, logs | dict(cached.logs))
+
+
+def _encode(forward: Callable[[C, bool], ChunkOutput], chunk: C, *, final: bool) -> ChunkOutput:
+    # Autocast caches a weight's low-precision copy; one made without a graph would cut the weight off from the next pass's graph.
+    torch.clear_autocast_cache()
+    with torch.set_grad_enabled(final):
+        output = forward(chunk, final)
+    torch.clear_autocast_cache()
+    return output
+
+
+def _split(
+    gradients: dict[str, Tensor], embeddings: dict[str, Tensor], rows: list[dict[str, int]]
+) -> list[dict[str, Tensor]]:
+    """The gradients by chunk and name."""
+    split: list[dict[str, Tensor]] = [{} for _ in rows]
+    for name, gradient in gradients.items():
+        if name not in embeddings or gradient.shape != embeddings[name].shape:
+            shapes = {known: tuple(embedding.shape) for known, embedding in embeddings.items()}
+            raise ValueError(
+                f"the loss gave a gradient {name!r} of shape {tuple(gradient.shape)}; the embeddings are {shapes}"
+            )
+        holders = [index for index, counts in enumerate(rows) if name in counts]
+        parts = gradient.split([rows[index][name] for index in holders])
+        for index, part in zip(holders, parts, strict=True):
+            split[index][name] = part
+    return split
