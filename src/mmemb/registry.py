@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _REGISTRY: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
 class UnknownComponentError(ValueError):
     """A name that no component of the kind has; the message lists what exists and the nearest name."""
+
+
+class PluginError(ImportError):
+    """A plug-in that cannot be imported; the message names its entry point."""
 
 
 class Component:
@@ -74,7 +79,8 @@ def _first_line(doc: str | None) -> str:
     return (doc or "").strip().split("\n", 1)[0].strip()
 
 
-def _builtin_listings() -> list[Listing]:
+@functools.cache
+def _builtin_listings() -> tuple[Listing, ...]:
     """Reads names and first doc lines from the source of `mmemb.components` without importing it (torch costs seconds)."""
     spec = find_spec("mmemb.components")
     roots = list(spec.submodule_search_locations or []) if spec else []
@@ -90,25 +96,23 @@ def _builtin_listings() -> list[Listing]:
                         summary = _first_line(ast.get_docstring(node))
                         kind = file.parent.name.removesuffix("s")
                         listings.append(Listing(kind, str(keyword.value.value), summary, f"{module}.{node.name}"))
-    return listings
-
-
-def _plugins() -> dict[str, Any]:
-    """Entry points of other distributions, ``kind.name`` or any label -> the entry point (not loaded)."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return tuple(listings)
 
 
 def load_plugins() -> None:
     """Imports every plug-in module or class so that it registers itself.
 
     Raises:
-        ImportError: a plug-in cannot be imported; the message names its distribution's entry point.
+        PluginError: a plug-in cannot be imported.
     """
-    for label, point in _plugins().items():
+    for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()
         except Exception as error:
-            raise ImportError(f"the plug-in {label!r} ({point.value}) cannot be loaded: {error}") from error
+            raise PluginError(
+                f"the plug-in {point.name!r} ({point.value}) of {point.dist.name if point.dist else 'an unknown package'} "
+                f"cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it"
+            ) from error
 
 
 def listings() -> list[Listing]:
@@ -143,12 +147,28 @@ def resolve(kind: str, name: str) -> type:
         if (item.kind, item.name) == (kind, name):
             module, _, attribute = item.path.rpartition(".")
             return getattr(importlib.import_module(module), attribute)
+    raise unknown(kind, name)
+
+
+def is_name(kind: str, name: str) -> bool:
+    """Whether a component of the kind has this short name."""
+    return name in _REGISTRY[kind] or name in available(kind)
+
+
+def unknown(kind: str, name: str) -> UnknownComponentError:
+    """The error for a name that no component of the kind has: what was probably meant, and what exists."""
     names = available(kind)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise UnknownComponentError(
-        f"there is no {kind} named {name!r}{hint} Registered: {', '.join(names) or 'none'}. "
-        f"`mmemb components` lists them; a class of your own is named by its path (my_package.MyClass)."
+    elsewhere = [other for other in KINDS if other != kind and is_name(other, name)]
+    if close:
+        hint = f"did you mean {close[0]!r}? "
+    elif elsewhere:
+        hint = f"that is a {elsewhere[0]}. "
+    else:
+        hint = ""
+    return UnknownComponentError(
+        f"there is no {kind} named {name!r}: {hint}Registered: {', '.join(names) or 'none'}. "
+        "`mmemb components` lists them; a class of your own is named by its path (my_package.MyClass)."
     )
 
 

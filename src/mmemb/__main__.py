@@ -1,0 +1,74 @@
+"""`mmemb`: picks the command before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mmemb import __version__
+from mmemb.commands.errors import EXIT_MISTAKE, guarded, tell
+
+COMMANDS = {
+    "fit": ("train, validate on the way, and evaluate on the test split at the end", "mmemb.cli"),
+    "validate": ("evaluate a checkpoint on the validation split", "mmemb.cli"),
+    "test": ("evaluate a checkpoint on the test split and write the summary", "mmemb.cli"),
+    "predict": ("embed a data set with a checkpoint, on every device the trainer has", "mmemb.cli"),
+    "components": ("list the swappable parts by kind, name and one line each", "mmemb.commands.components"),
+    "data": ("look at the data: `mmemb data show` draws a contact sheet", "mmemb.commands.data_show"),
+    "rationales": ("make, score and look at rationale candidates", "mmemb.commands.rationales"),
+    "embed": ("embed a JSONL file or a folder of pictures into a Parquet file", "mmemb.commands.embed"),
+    "search": ("find a text or a picture in an embedded folder", "mmemb.commands.search"),
+}
+"""Command -> (one line, module whose ``main(argv)`` runs it); argv starts with the command."""
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items())
+    return f"""usage: mmemb [--version] [--debug] <command> ...
+
+Multimodal embedding models that think when it pays.
+
+commands:
+{lines}
+
+`mmemb <command> --help` explains a command. --debug (or MMEMB_DEBUG=1) shows the traceback of every error.
+
+examples:
+  mmemb fit --config recipes/r1.yaml
+  mmemb fit --config recipes/r1.yaml --model.selector random --trainer.max_steps 50
+  mmemb embed --checkpoint runs/r1/version_0/checkpoints/last.ckpt --input photos/ --output photos.parquet
+  mmemb search --checkpoint runs/r1/version_0/checkpoints/last.ckpt --index photos.parquet --query "a red apple"
+
+exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake in what was given, 130 or 143 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after ``mmemb``; None takes them from the shell.
+
+    Returns:
+        the exit code: 0, 2 for a mistake in what was given, 130 / 143 for Ctrl-C / SIGTERM.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = bool(words) and words[0] == "--debug"
+    if debug:
+        words = words[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else EXIT_MISTAKE
+    if words[0] == "--version":
+        print(f"mmemb {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        tell(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)} (`mmemb --help`)")
+        return EXIT_MISTAKE
+    module = COMMANDS[words[0]][1]
+    return guarded(lambda: importlib.import_module(module).main(words), debug=debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or absent, hold no code, and fit the backbone they are loaded into.
+
+Writing streams into a file beside the target, forces it to the disk and renames it: a reader never meets half a checkpoint,
+and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers only
+(``weights_only=True``), so a checkpoint from elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from lightning.fabric.plugins.io import CheckpointIO
+
+IDENTITY_KEY = "backbone_identity"
+"""Where a checkpoint keeps `Backbone.identity` of the model that wrote it."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class _Recorder:
+    """A binary file that remembers the first error of `write`: torch's zip writer replaces it by an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint aside, syncs it and renames it into place.
+
+    Args:
+        checkpoint: tensors and plain containers.
+        path: target file; folders above it are made.
+
+    Raises:
+        OSError: it cannot be written (disk full, quota, file size limit, permission); nothing is left behind, and a
+            checkpoint that was there before is untouched.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    recorder: _Recorder | None = None
+    try:
+        with open(aside, "wb") as file:
+            recorder = _Recorder(cast(BinaryIO, file))
+            torch.save(dict(checkpoint), cast(BinaryIO, recorder))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        cause = recorder.error if recorder is not None and recorder.error is not None else error
+        if isinstance(cause, OSError):
+            raise _explained(cause, target) from error
+        raise
+    _sync_folder(target.parent)
+
+
+def _explained(error: OSError, target: Path) -> OSError:
+    remedy = "free some space or point the run at another disk" if error.errno in _NO_ROOM else "check the folder"
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"cannot write the checkpoint {target}: {reason}; nothing half-written is left, {remedy}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some network file systems refuse; the file itself is synced
+    finally:
+        os.close(handle)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], *, map_location: Any = "cpu", identity: str | None = None
+) -> dict[str, Any]:
+    """Reads a checkpoint without running any code from it.
+
+    Args:
+        path: the file.
+        map_location: as `torch.load` takes it.
+        identity: `Backbone.identity` of the model that will take the weights; None leaves it unchecked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, is damaged, holds more than tensors and plain containers, or comes from another
+            backbone.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, f"there is no checkpoint {path}; give the path of a .ckpt file")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain containers: {first} Was it cut short, or "
+            "written by another program?"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if identity is not None:
+        refuse_other_backbone(checkpoint, identity=identity, path=path)
+    return checkpoint
+
+
+def refuse_other_backbone(
+    checkpoint: Mapping[str, Any], *, identity: str, path: str | os.PathLike[str] = "the checkpoint"
+) -> None:
+    """Refuses a checkpoint that another backbone wrote; one without an identity passes.
+
+    Raises:
+        ValueError: the identities differ; the message has both.
+    """
+    written = checkpoint.get(IDENTITY_KEY)
+    if written is not None and written != identity:
+        raise ValueError(
+            f"{path} was written by the backbone {written!r}, but this run has {identity!r}; give the config that the "
+            "checkpoint was trained with (config.yaml in its run folder), or another checkpoint"
+        )
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's way of writing and reading checkpoints, made safe as the module docstring says."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Writes whole or not at all; `storage_options` is not supported."""
+        if storage_options is not None:
+            raise TypeError("SafeCheckpointIO writes to a local or mounted folder: storage_options is not supported")
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads tensors and plain containers; ``weights_only=False`` is refused."""
+        if weights_only is False:
+            raise ValueError("mmemb reads checkpoints with weights_only=True alone: another way could run code from the file")
+        return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Removes a checkpoint file, if it is there."""
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,242 @@
+"""`mmemb fit | validate | test | predict`: LightningCLI over our module and data, with short names and safe defaults."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from mmemb import shortnames
+from mmemb.checkpoint import SafeCheckpointIO
+from mmemb.commands.parser import HelpFormatter, OneLineErrors
+from mmemb.interrupt import InterruptCheckpoint, Interrupted
+
+RUNS = "runs"
+"""Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
+
+_KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
+_EPILOG = """examples:
+  mmemb {command} --config recipes/r1.yaml{checkpoint}
+  mmemb {command} --config recipes/r1.yaml --config mine.yaml{checkpoint}      the later file wins
+  mmemb {command} --config recipes/r1.yaml --model.selector random --model.selector.seed 4{checkpoint}
+  mmemb {command} --model.selector.help counterfactual                one part's arguments
+  mmemb {command} --config recipes/r1.yaml --print_config             the merged settings
+"""
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+
+class MmembCLI(LightningCLI):
+    """LightningCLI with the project's defaults.
+
+    Args:
+        model_class: what trains; by default `mmemb.stages.module.EmbeddingModule`.
+        datamodule_class: what it trains on; by default `mmemb.data.datamodule.PairDataModule`.
+        args: the words after ``mmemb``, the command first.
+    """
+
+    def __init__(
+        self,
+        model_class: type[L.LightningModule] | None = None,
+        datamodule_class: type[L.LightningDataModule] | None = None,
+        *,
+        args: Sequence[str],
+        interrupt: InterruptCheckpoint | None = None,
+    ) -> None:
+        shortnames.install()
+        if model_class is None or datamodule_class is None:
+            from mmemb.data.datamodule import PairDataModule
+            from mmemb.stages.module import EmbeddingModule
+
+            model_class, datamodule_class = model_class or EmbeddingModule, datamodule_class or PairDataModule
+        self.interrupt = interrupt or InterruptCheckpoint()
+        self.run_name = _run_name(args)
+        words = list(args)
+        super().__init__(
+            model_class,
+            datamodule_class,
+            parser_class=Parser,
+            parser_kwargs={"prog": "mmemb", "formatter_class": HelpFormatter, **_descriptions()},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=words,
+        )
+
+    # -- parsing -----------------------------------------------------------------------------------------------------
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Adds ``--evaluate`` to `fit`, which alone has a training to evaluate."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        self._subcommand_parsers["fit"].add_argument(
+            "--evaluate", type=bool, default=True, help="Whether to evaluate on the test split when training is done."
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults that a config can override: where a run goes, what is kept of it, how much is said."""
+        parser.set_defaults(
+            {
+                "trainer.logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": RUNS, "name": self.run_name},
+                },
+                "trainer.callbacks": [
+                    {
+                        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                        "init_args": {"every_n_train_steps": 200, "save_top_k": 0, "save_last": True},
+                    }
+                ],
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the words given (Lightning's own way warns whenever ``sys.argv`` has words of another program)."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the settings as given: Lightning would replace the model section by the checkpoint's, unasked.
+
+        A checkpoint that does not fit the settings is refused when it is loaded.
+        """
+        subcommand = self.config.subcommand
+        path = self.config[subcommand].get("ckpt_path")
+        if path is not None and path not in _KNOWN_CHECKPOINTS and "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError(2, "--ckpt_path names no file; give a .ckpt file of an earlier run", path)
+
+    # -- building and running ----------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds the safe checkpoint writer and the stop on Ctrl-C, and drops what a disabled feature rules out."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = list(config.get("callbacks") or [])
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(SafeCheckpointIO())
+        return super().instantiate_trainer(callbacks=[*callbacks, self.interrupt], plugins=plugins, **kwargs)
+
+    def after_fit(self) -> None:
+        """Evaluates on the test split."""
+        if self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+class _Check(MmembCLI):
+    """Parses only."""
+
+    def _set_seed(self) -> None:
+        """Leaves the process's random state alone."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def check_config(args: Sequence[str]) -> Namespace:
+    """Parses a command with its configs and builds nothing: how recipes are tested.
+
+    Args:
+        args: the words after ``mmemb``, e.g. ``["fit", "--config", "recipes/r1.yaml"]``.
+
+    Returns:
+        the merged settings of the command.
+
+    Raises:
+        mmemb.commands.errors.UsageError: a key is unknown or missing, or a value does not fit.
+    """
+    cli = _Check(args=args)
+    return cli.config[cli.config.subcommand]
+
+
+def main(
+    argv: Sequence[str],
+    *,
+    model_class: type[L.LightningModule] | None = None,
+    datamodule_class: type[L.LightningDataModule] | None = None,
+) -> int:
+    """Runs one of Lightning's commands.
+
+    Returns:
+        0, or 128 plus the signal that stopped it.
+    """
+    _quiet()
+    interrupt = InterruptCheckpoint()
+    try:
+        with interrupt.listening():
+            MmembCLI(model_class, datamodule_class, args=argv, interrupt=interrupt)
+    except (Interrupted, KeyboardInterrupt, SIGTERMException) as stop:
+        code = 128 + stop.signum if isinstance(stop, Interrupted) else 143 if isinstance(stop, SIGTERMException) else 130
+        print(f"mmemb: interrupted; {_how_to_resume(argv, interrupt.path)}", file=sys.stderr, flush=True)
+        return code
+    return 0
+
+
+def _how_to_resume(argv: Sequence[str], path: Path | None) -> str:
+    if path is None:
+        return "no training step was lost, so there is nothing to resume"
+    words = list(argv)
+    while "--ckpt_path" in words:
+        position = words.index("--ckpt_path")
+        del words[position : position + 2]
+    words = [word for word in words if not word.startswith("--ckpt_path=")]
+    return f"resume with: {shlex.join(['mmemb', *words, '--ckpt_path', str(path)])}"
+
+
+def _run_name(args: Sequence[str]) -> str:
+    """The stems of the configs in order, joined by ``+``: ``--config r1.yaml --config scale/a.yaml`` -> ``r1+a``."""
+    stems = []
+    for position, word in enumerate(args):
+        if word in ("-c", "--config") and position + 1 < len(args):
+            stems.append(Path(args[position + 1]).stem)
+        elif word.startswith("--config="):
+            stems.append(Path(word.removeprefix("--config=")).stem)
+    return "+".join(stems) or "default"
+
+
+def _descriptions() -> dict[str, dict[str, str]]:
+    """Help of each command."""
+    about = {
+        "fit": f"Trains, validates on the way, and evaluates on the test split. Results go to {RUNS}/<config>/version_<n>.",
+        "validate": "Evaluates a checkpoint on the validation split.",
+        "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
+        "predict": "Embeds a data set with a checkpoint.",
+    }
+    return {
+        command: {
+            "description": text,
+            "epilog": _EPILOG.format(command=command, checkpoint="" if command == "fit" else " --ckpt_path last.ckpt"),
+        }
+        for command, text in about.items()
+    }
+
+
+def _quiet() -> None:
+    """Leaves out messages that our users can do nothing about, each named."""
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # small data; set by data.num_workers
+    warnings.filterwarnings("ignore", message=r".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # torch inside Lightning
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

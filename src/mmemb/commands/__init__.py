@@ -1,0 +1,1 @@
+"""The commands of `mmemb` beside training, one file each; every module has ``main(argv) -> int``."""

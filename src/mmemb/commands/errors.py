@@ -1,0 +1,111 @@
+"""How a mistake is told: one line on stderr that names the place and the remedy, exit code 2, no traceback.
+
+A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a parser refused.
+Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows every traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mmemb.registry import PluginError
+
+EXIT_MISTAKE = 2
+DEBUG = "MMEMB_DEBUG"
+
+_WORKER = re.compile(r"^Caught (\w+) in DataLoader worker process \d+\.", re.MULTILINE)
+
+
+class UsageError(ValueError):
+    """What was typed, or what a config says, cannot be understood; the message is one line."""
+
+
+def _own_folders() -> tuple[str, ...]:
+    import mmemb
+
+    folders = [*mmemb.__path__]
+    components = sys.modules.get("mmemb.components")
+    if components is not None:
+        folders += [*components.__path__]
+    return tuple(str(Path(folder).resolve()) + os.sep for folder in folders)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_own_folders())
+
+
+def _from_worker(message: str) -> str | None:
+    """The one line of a `ValueError` or `OSError` that our code raised in a data-loader worker; None for anything else."""
+    if not _WORKER.match(message):
+        return None
+    files = re.findall(r'^\s*File "([^"]+)", line \d+', message, re.MULTILINE)
+    if not files or not str(Path(files[-1]).resolve()).startswith(_own_folders()):
+        return None
+    last = message.strip().rsplit("\n", 1)[-1]
+    return last.split(": ", 1)[-1]
+
+
+def one_line(text: str) -> str:
+    """Blank runs and line breaks become single spaces."""
+    return " ".join(text.split())
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a mistake of the user's; None where the traceback is wanted."""
+    message: str | None = None
+    if isinstance(error, UsageError | PluginError):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = _explain_os(error)
+    elif isinstance(error, ValueError):
+        message = str(error) if _raised_by_us(error) else _from_worker(str(error))
+    elif type(error).__name__ == "MisconfigurationException":
+        # Lightning's word for settings that this machine or this version cannot do; imported by name, for Lightning is slow
+        message = str(error)
+    return one_line(message) if message is not None else None
+
+
+def _explain_os(error: OSError) -> str | None:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return str(error) if _raised_by_us(error) else None
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if _raised_by_us(error):
+        return error.strerror or str(error)
+    return _from_worker(str(error))
+
+
+def tell(message: str) -> None:
+    """Prints one error line; every rank of a multi-process run may say its own."""
+    print(f"mmemb: error: {message}", file=sys.stderr, flush=True)
+
+
+def guarded(run: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command and turns mistakes into one line and exit code 2.
+
+    Args:
+        run: the command; returns its exit code.
+        debug: lets every error through with its traceback, as ``MMEMB_DEBUG=1`` does.
+
+    Returns:
+        the exit code.
+    """
+    try:
+        return run()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            tell(one_line(stop.code))
+            return EXIT_MISTAKE
+        return int(stop.code or 0)
+    except Exception as error:
+        message = explain(error)
+        if message is None or debug or os.environ.get(DEBUG, "") not in ("", "0"):
+            raise
+        tell(message)
+        return EXIT_MISTAKE
