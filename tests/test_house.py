@@ -72,13 +72,27 @@ def test_text_names_no_private_path() -> None:
     assert offenders(r"(?<![\w.])/(work|tmp|home|root|opt|Users)/\w") == []
 
 
-def test_nothing_is_loaded_that_could_run_code() -> None:
-    assert (
-        offenders(
-            r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|\bpickle\.loads?\(|\byaml\.(unsafe_)?load\(", ".py"
+def unsafe_calls(text: str) -> list[int]:
+    """Lines of calls that can run code from what they load."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+        called = ast.unparse(node.func)
+        unpickles = re.fullmatch(
+            r"(c?pickle|dill|joblib)\.(loads?|Unpickler)|yaml\.(unsafe_|full_)?load(_all)?", called
         )
-        == []
-    )
+        if given.get("trust_remote_code") is True or given.get("weights_only") is False or unpickles:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_nothing_is_loaded_that_could_run_code() -> None:
+    sample = "import torch\ntorch.load(f, weights_only=False)\nload(m, trust_remote_code=True)\npickle.load(f)\n"
+    assert unsafe_calls(sample) == [2, 3, 4]
+    assert [f"{path}:{line}" for path, text in texts(".py") for line in unsafe_calls(text)] == []
+    assert offenders(r"trust_remote_code:\s*true", ".yaml", ".yml") == []
 
 
 def test_no_file_is_too_long() -> None:

@@ -1,0 +1,127 @@
+"""Writes the results table of README.md from the runs kept in `benchmarks/results/r1_seeds.json`.
+
+    python tools/update_readme.py            rewrite the part between the markers
+    python tools/update_readme.py --check    only say whether it is up to date (exit code 1 if not)
+
+The file is a JSON list with the `summary.json` of each run, one run a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+MODES = {
+    "pretrained": "before training",
+    "never": "direct",
+    "always_reason": "reasoned",
+    "threshold": "threshold",
+    "true_rationale": "true rationale",
+}
+"""Modes of `summary.json` in the order of the columns, with their headings; a mode that no run has gives no column."""
+
+Summary = dict[str, Any]
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean over the seeds, with the sample standard deviation where there is more than one."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def columns(summaries: Sequence[Summary]) -> list[str]:
+    """The modes that every run has.
+
+    Raises:
+        ValueError: a mode is in some runs only; its column would compare unlike things.
+    """
+    found = []
+    for mode in MODES:
+        having = [mode in summary["modes"] for summary in summaries]
+        if any(having) and not all(having):
+            raise ValueError(
+                f"the mode {mode!r} is in {sum(having)} of {len(having)} runs; keep runs of one recipe only"
+            )
+        if all(having):
+            found.append(mode)
+    return found
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """A Markdown table: hit@1 a task and mode, then think rate and tokens a query.
+
+    Args:
+        summaries: the content of one `summary.json` a seed, at least one, all with the same tasks.
+    """
+    modes = columns(summaries)
+    first = summaries[0]["modes"][modes[0]]["by_task"]
+    lines = [
+        "| task | candidates | chance | " + " | ".join(MODES[mode] for mode in modes) + " |",
+        "| --- " * (3 + len(modes)) + "|",
+    ]
+    for task, scores in first.items():
+        cells = [cell([summary["modes"][mode]["by_task"][task]["hit@1"] for summary in summaries]) for mode in modes]
+        candidates = scores["candidates"]
+        lines.append(f"| {task} | {candidates} | {1 / candidates:.3f} | " + " | ".join(cells) + " |")
+    for key, title in (("hit@1", "mean"), ("think_rate", "think rate"), ("tokens_per_query", "tokens a query")):
+        cells = [cell([summary["modes"][mode][key] for summary in summaries]) for mode in modes]
+        lines.append(f"| **{title}** | | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def section(results: Path) -> str:
+    """What stands between the markers."""
+    name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
+    if not results.exists():
+        return f"No results are kept yet (`{name}`)."
+    summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
+    seeds = ", ".join(str(summary["settings"]["seed"]) for summary in summaries)
+    minutes = [summary["seconds"] / 60 for summary in summaries]
+    return (
+        f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
+        f"{max(minutes):.0f} minutes a run. This table is generated from `{name}` by `tools/update_readme.py`.\n\n{table(summaries)}"
+    )
+
+
+def replaced(text: str, content: str) -> str:
+    """The page with the part between the markers replaced.
+
+    Raises:
+        ValueError: the page does not have each marker once, in order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"README.md needs {START} and {END}, each once and in this order")
+    before, rest = text.split(START)
+    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrites or checks the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "r1_seeds.json")
+    options = parser.parse_args(argv)
+    old = options.readme.read_text(encoding="utf-8")
+    new = replaced(old, section(options.results))
+    if old == new:
+        return 0
+    if options.check:
+        print("README.md does not show the kept results: run python tools/update_readme.py")
+        return 1
+    aside = options.readme.with_suffix(".md.part")
+    aside.write_text(new, encoding="utf-8")
+    os.replace(aside, options.readme)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
