@@ -1,0 +1,375 @@
+"""Adaptive decoding: one prefill of the prompt serves both paths, and nothing is encoded twice.
+
+The state after the prompt gives the decision's logits (``<think>`` against ``<emb>``); one more position (``<emb>``, on
+a fork of the cache) gives the direct embedding. Rows that think go on from the same cache, one token a step, until
+``</think>`` or their budget; then ``</think> <emb>`` is fed and the embedding is the state at ``<emb>``. So a missing
+``<emb>`` cannot happen.
+
+Cost for B prompts of T tokens of which R think for L tokens: one forward over B x T, one over B x 1, one copy of the
+cache, and L + 3 forwards over at most R x 1 (the batch is compacted as rows finish). Poolers that look at every state
+(``needs_all_states``) are the exception: a cache keeps no hidden states, so their rows are encoded again as plain text.
+
+Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidden width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmemb.interfaces import Backbone, Controller, Pooler, Prefix
+from mmemb.types import EMB, END_THINK, THINK, Decision, Encoded, Item, PrefillState, pictures
+
+_COMPACT_SHARE = 0.25
+"""Share of finished rows that is worth a copy of the cache: the copy costs about what one step's attention reads."""
+
+Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [R, V], row [R], tokens the row has written [R]) -> token ids [R]."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A rationale the backbone wrote.
+
+    Attributes:
+        text: the rationale.
+        tokens: its length; ``<think>`` and ``</think>`` do not count.
+        finish_reason: ``stop`` (the model wrote ``</think>``) or ``length`` (the budget ended it).
+        token_ids: the tokens written.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Paths:
+    """What one adaptive pass over B items found, both paths apart.
+
+    Attributes:
+        state: what the prefill knew; ``state.direct`` holds the direct embeddings [B, D], on the CPU.
+        decision: who thought, on the CPU.
+        embedding: [B, D] float32 on the CPU, from ``<emb>`` after the rationale where the row thought, else direct.
+        rationale: B texts, empty where the row did not think.
+        token_ids: B rationales as token ids.
+        tokens: [B] int64, tokens written, ``<think>`` and ``</think>`` included; 0 where the row did not think.
+        truncated: [B] bool, the budget ended the rationale.
+        direct_seconds: time of prompts and direct embeddings.
+        think_seconds: time of rationales and their embeddings.
+    """
+
+    state: PrefillState
+    decision: Decision
+    embedding: Tensor
+    rationale: list[str]
+    token_ids: list[tuple[int, ...]]
+    tokens: Tensor
+    truncated: Tensor
+    direct_seconds: float = 0.0
+    think_seconds: float = 0.0
+
+    def encoded(self) -> Encoded:
+        """The public view: one embedding a row."""
+        return Encoded(
+            embedding=self.embedding,
+            thought=self.decision.think,
+            probability=self.decision.probability,
+            rationale=self.rationale,
+            tokens=self.tokens,
+            truncated=self.truncated,
+        )
+
+
+@dataclass
+class _Written:
+    """R rationales: ids, whether the budget ended each, and the state at ``<emb>`` [R, H] (None if not asked for)."""
+
+    token_ids: list[tuple[int, ...]]
+    truncated: Tensor
+    hidden: Tensor | None
+
+
+def length_order(items: Sequence[Item]) -> list[int]:
+    """Row indices by rough prompt length (pictures, then characters), longest first: little padding in a batch.
+
+    Longest first, too, so that a batch that does not fit the memory fails at once.
+    """
+    sizes = [(sum(1 for _ in pictures(item)), len(item.instruction) + len(item.text)) for item in items]
+    return sorted(range(len(items)), key=lambda row: (-sizes[row][0], -sizes[row][1], row))
+
+
+def confidence_over(direct: Tensor, bank: Tensor, *, temperature: float) -> Tensor:
+    """Largest softmax probability of each embedding over a bank, [B] in [0, 1].
+
+    Args:
+        direct: [B, D] normalised.
+        bank: [M, D] normalised.
+        temperature: divides the cosines.
+    """
+    return (direct @ bank.to(direct).T / temperature).softmax(dim=-1).amax(dim=-1)
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    items: Sequence[Item],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | Sequence[int],
+    batch_size: int,
+) -> list[Sampled]:
+    """Lets the backbone think about every item: ``<think>`` is forced, then it writes until ``</think>`` or the budget.
+
+    Another special token (of ``backbone.special_ids``, where it has them) ends the rationale as ``</think>`` does.
+
+    A row's text depends on its item and its own seed, not on its neighbours or the batch size. An item given several
+    times (the same object, for several samples) is prefilled once a batch.
+
+    Args:
+        backbone: the model; its training mode is left as it is.
+        items: the items.
+        max_new_tokens: most tokens of a rationale, its brackets not counted.
+        temperature: of sampling; 0 is greedy.
+        seed: one seed, from which row i draws its own; or one seed a row.
+        batch_size: rows decoded together.
+
+    Raises:
+        ValueError: temperature, budget or the number of seeds makes no sense.
+    """
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"sample: temperature {temperature} and max_new_tokens {max_new_tokens} given; "
+            "use temperature >= 0 and max_new_tokens >= 1"
+        )
+    seeds = [_row_seed(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(items):
+        raise ValueError(f"sample: {len(seeds)} seeds for {len(items)} items; give one seed, or one an item")
+    sampled: list[Sampled | None] = [None] * len(items)
+    order = length_order(items)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        unique = {id(items[row]): items[row] for row in rows}
+        prefix = _prefill(backbone, list(unique.values()))
+        if len(unique) < len(rows):
+            place = {key: index for index, key in enumerate(unique)}
+            source = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
+            prefix = backbone.fork(prefix, source)
+        pick = _picker([seeds[row] for row in rows], max_new_tokens, temperature, backbone.device)
+        budgets = torch.full((len(rows),), max_new_tokens, device=backbone.device)
+        written = _write(backbone, prefix, budgets, pick, embed=False)
+        for row, ids, cut in zip(rows, written.token_ids, written.truncated.tolist(), strict=True):
+            sampled[row] = Sampled(backbone.decode(ids), len(ids), "length" if cut else "stop", ids)
+    return [each for each in sampled if each is not None]
+
+
+@torch.no_grad()
+def adaptive_encode(
+    backbone: Backbone,
+    pooler: Pooler,
+    items: Sequence[Item],
+    controller: Controller,
+    *,
+    budget: int,
+    bank: Tensor | None = None,
+    confidence_temperature: float = 0.05,
+    temperature: float = 0.0,
+    seed: int | Sequence[int] = 0,
+) -> Encoded:
+    """Encodes one batch of B items, thinking where the controller says so; see `adaptive_paths` for the arguments."""
+    paths = adaptive_paths(
+        backbone,
+        pooler,
+        items,
+        controller,
+        budget=budget,
+        bank=bank,
+        confidence_temperature=confidence_temperature,
+        temperature=temperature,
+        seed=seed,
+    )
+    return paths.encoded()
+
+
+@torch.no_grad()
+def adaptive_paths(
+    backbone: Backbone,
+    pooler: Pooler,
+    items: Sequence[Item],
+    controller: Controller,
+    *,
+    budget: int,
+    bank: Tensor | None = None,
+    confidence_temperature: float = 0.05,
+    temperature: float = 0.0,
+    seed: int | Sequence[int] = 0,
+) -> Paths:
+    """Encodes one batch of B items, thinking where the controller says so, and keeps both paths.
+
+    Args:
+        backbone: the model, best in eval mode (`mmemb.inference.encoder.Encoder` sees to it).
+        pooler: reads the embedding.
+        items: the batch.
+        controller: decides from the prefill.
+        budget: most rationale tokens of a row, brackets not counted; a controller's smaller budget holds, and so does
+            the backbone's own limit.
+        bank: [M, D] reference embeddings for the confidence; None leaves it out.
+        confidence_temperature: of the softmax over the bank.
+        temperature: of the rationale's sampling; 0 is greedy.
+        seed: of the sampling, one or one a row.
+    """
+    started = time.perf_counter()
+    device = backbone.device
+    all_states = getattr(pooler, "needs_all_states", False)
+    prefix = _prefill(backbone, items)
+    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
+    decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
+    if all_states:
+        direct = pool_prepared(backbone, pooler, items)
+    else:
+        hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
+        direct = _pool_last(pooler, hidden[:, -1])
+    confidence = None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature)
+    state = PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
+    decision = controller.decide(state)
+    thinking = decision.think.to(device).nonzero().flatten()
+    embedding = direct.clone()
+    rationale = [""] * len(items)
+    token_ids: list[tuple[int, ...]] = [()] * len(items)
+    tokens = torch.zeros(len(items), dtype=torch.int64)
+    truncated = torch.zeros(len(items), dtype=torch.bool)
+    state = PrefillState(decision_logits.cpu(), direct.cpu(), None if confidence is None else confidence.cpu())
+    decided = time.perf_counter()
+    if len(thinking):
+        rows = thinking.tolist()
+        budgets = decision.budget.to(device)[thinking].clamp(max=min(budget, backbone.max_rationale_tokens))
+        seeds = [_row_seed(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
+        pick = _picker(seeds, int(budgets.max()), temperature, device)
+        if len(rows) < len(items):
+            prefix = backbone.fork(prefix, thinking)
+        written = _write(backbone, prefix, budgets, pick, embed=not all_states)
+        for row, row_ids in zip(rows, written.token_ids, strict=True):
+            rationale[row], token_ids[row], tokens[row] = backbone.decode(row_ids), row_ids, len(row_ids) + 2
+        truncated[rows] = written.truncated
+        if written.hidden is not None:
+            embedding[thinking] = _pool_last(pooler, written.hidden)
+        else:
+            thoughts = [rationale[row] for row in rows]
+            embedding[thinking] = pool_prepared(backbone, pooler, [items[row] for row in rows], thoughts)
+    return Paths(
+        state=state,
+        decision=Decision(decision.think.cpu(), decision.probability.float().cpu(), decision.budget.cpu()),
+        embedding=embedding.cpu(),
+        rationale=rationale,
+        token_ids=token_ids,
+        tokens=tokens,
+        truncated=truncated,
+        direct_seconds=decided - started,
+        think_seconds=time.perf_counter() - decided,
+    )
+
+
+def pool_prepared(
+    backbone: Backbone, pooler: Pooler, items: Sequence[Item], rationales: Sequence[str | None] | None = None
+) -> Tensor:
+    """Embeddings [B, D] by one plain forward pass, teacher-forced where a row has a rationale; left on the device."""
+    inputs = backbone.prepare(items, rationales=rationales).to(backbone.device)
+    return pooler(backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
+
+
+def _prefill(backbone: Backbone, items: Sequence[Item]) -> Prefix:
+    return backbone.prefill(backbone.prepare(items, embed=False).to(backbone.device))
+
+
+def _pool_last(pooler: Pooler, hidden: Tensor) -> Tensor:
+    """Pools rows of which only the state at ``<emb>`` [R, H] is at hand."""
+    rows = len(hidden)
+    mask = torch.ones(rows, 1, dtype=torch.int64, device=hidden.device)
+    return pooler(hidden[:, None], mask, torch.zeros(rows, dtype=torch.int64, device=hidden.device))
+
+
+def _row_seed(seed: int, row: int) -> int:
+    """A seed for one row: neighbouring rows and neighbouring seeds must not share their streams, so it is a hash."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=7).digest(), "little")
+
+
+def _picker(seeds: Sequence[int], budget: int, temperature: float, device: torch.device) -> Pick:
+    """Greedy, or inverse-CDF sampling with one uniform number a row and step, drawn from the row's own generator."""
+    if temperature == 0:
+        return lambda logits, _rows, _steps: logits.argmax(dim=-1)
+    # One step more than the budget: the last draw says whether the model itself would have stopped.
+    uniforms = torch.stack([torch.rand(budget + 1, generator=torch.Generator().manual_seed(each)) for each in seeds])
+    uniforms = uniforms.to(device, torch.float64)
+
+    def pick(logits: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+        cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        # Scaling by the total keeps the draw below it whatever the rounding; right=True skips tokens without mass.
+        drawn = uniforms[rows, steps][:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, drawn, right=True).flatten()
+
+    return pick
+
+
+def _write(backbone: Backbone, prefix: Prefix, budgets: Tensor, pick: Pick, *, embed: bool) -> _Written:
+    """Feeds ``<think>`` to R prompts and goes on a token a step: a row passes writing, closing, embedding, done.
+
+    Args:
+        backbone: the model.
+        prefix: R prompts; used up.
+        budgets: [R] int64, most tokens of each rationale.
+        pick: chooses the next token.
+        embed: feed ``</think> <emb>`` as well and return the state there; else a row is done with its last token.
+    """
+    writing, closing, embedding, done = 0, 1, 2, 3
+    device = budgets.device
+    think, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+    # An instruct model may end its turn with its own special token before it has learned ``</think>``.
+    ends = torch.tensor(sorted({end_think, *getattr(backbone, "special_ids", ())} - {think, emb}), device=device)
+    total = len(budgets)
+    ids = torch.zeros(total, int(budgets.max()), dtype=torch.int64, device=device)
+    count = torch.zeros(total, dtype=torch.int64, device=device)
+    truncated = torch.zeros(total, dtype=torch.bool, device=device)
+    status = torch.full((total,), writing, device=device)
+    states: Tensor | None = None
+    rows = torch.arange(total, device=device)  # rows still in the cache
+    feed = torch.full((total,), think, device=device)
+    while True:
+        hidden, prefix = backbone.extend(prefix, feed[:, None])
+        hidden = hidden[:, -1]
+        now = status[rows]
+        ended = now == embedding
+        if embed:
+            states = hidden.new_zeros(total, hidden.shape[-1]) if states is None else states
+            states[rows[ended]] = hidden[ended]
+        feed = torch.where(now == closing, emb, end_think)
+        status[rows[ended]] = done
+        status[rows[now == closing]] = embedding
+        active = (now == writing).nonzero().flatten()
+        if len(active):
+            writers = rows[active]
+            logits = backbone.logits(hidden[active]).float()
+            logits[:, [think, emb]] = -torch.inf  # a rationale holds no second decision
+            token = pick(logits, writers, count[writers])
+            stopped = torch.isin(token, ends)
+            spent = (count[writers] >= budgets[writers]) & ~stopped
+            truncated[writers] = spent
+            going = ~stopped & ~spent
+            ids[writers[going], count[writers[going]]] = token[going]
+            count[writers[going]] += 1
+            feed[active] = torch.where(going, token, end_think)
+            status[writers[~going]] = closing if embed else done
+        alive = (status[rows] != done).nonzero().flatten()
+        if not len(alive):
+            break
+        if len(rows) - len(alive) >= _COMPACT_SHARE * len(rows):
+            prefix, rows, feed = backbone.fork(prefix, alive), rows[alive], feed[alive]
+    lengths = count.tolist()
+    token_ids = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
+    return _Written(token_ids, truncated.cpu(), states)

@@ -1,0 +1,221 @@
+"""Batches items through a backbone and a pooler: direct, teacher-forced or adaptive.
+
+Batches are sorted by length and results come back in the order given; nothing is sampled, so results are deterministic,
+and the training mode of every submodule is restored afterwards. Embeddings return on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from rich.errors import LiveError
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from mmemb.inference.decode import Paths, adaptive_paths, length_order, pool_prepared
+from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.types import Decision, Encoded, Item, PrefillState
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards every submodule has its own mode back (frozen parts differ)."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+class Everyone(Controller):
+    """Every row thinks with one budget: how `Encoder.encode_paths` sees both paths of a row. It has no short name."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def decide(self, state: PrefillState) -> Decision:
+        """B times yes."""
+        rows = len(state.direct)
+        return Decision(torch.ones(rows, dtype=torch.bool), torch.ones(rows), torch.full((rows,), self.budget))
+
+
+class Encoder:
+    """Items -> embeddings.
+
+    Args:
+        backbone: the model; used where it lives.
+        pooler: reads the embedding.
+        batch_size: rows of one forward pass.
+        budget: most rationale tokens of a row, ``<think>`` and ``</think>`` not counted.
+        confidence_temperature: temperature of the softmax over a reference bank that gives a row's confidence.
+        progress: show a bar over batches.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooler: Pooler,
+        *,
+        batch_size: int = 64,
+        budget: int = 48,
+        confidence_temperature: float = 0.05,
+        progress: bool = False,
+    ) -> None:
+        if batch_size < 1 or budget < 1:
+            raise ValueError(f"Encoder: batch_size {batch_size} and budget {budget} given; both count from 1")
+        self.backbone = backbone
+        self.pooler = pooler
+        self.batch_size = batch_size
+        self.budget = budget
+        self.confidence_temperature = confidence_temperature
+        self.progress = progress
+
+    def encode_queries(self, items: Sequence[Item], rationales: Sequence[str | None] | None = None) -> Tensor:
+        """Embeddings [B, D] float32 of the direct path, or teacher-forced where a row has a rationale.
+
+        Raises:
+            ValueError: not one rationale (or None) an item.
+        """
+        if rationales is not None and len(rationales) != len(items):
+            raise ValueError(
+                f"encode_queries: {len(rationales)} rationales for {len(items)} items; give one (or None) an item"
+            )
+
+        def run(rows: list[int]) -> Tensor:
+            thoughts = None if rationales is None else [rationales[row] for row in rows]
+            return pool_prepared(self.backbone, self.pooler, [items[row] for row in rows], thoughts).float().cpu()
+
+        order, parts = self._batches(items, run, "encode")
+        if not parts:
+            return torch.zeros(0, self.pooler.size)
+        return torch.cat(parts)[_inverse(order)]
+
+    def encode_targets(self, items: Sequence[Item]) -> Tensor:
+        """Embeddings [B, D] float32 of targets: they never think."""
+        return self.encode_queries(items)
+
+    def encode(self, items: Sequence[Item], controller: Controller, *, bank: Tensor | None = None) -> Encoded:
+        """Thinks where the controller says so; no row is encoded twice.
+
+        Args:
+            items: B items.
+            controller: decides from the prefill.
+            bank: [M, D] reference embeddings that give the confidence some controllers ask for.
+        """
+        return self._adaptive(items, controller, bank).encoded()
+
+    def encode_paths(self, items: Sequence[Item], *, budget: int | None = None) -> Paths:
+        """Both paths of all B items in one pass: ``state.direct`` and, after a self-written rationale, ``embedding``.
+
+        Args:
+            items: B items.
+            budget: most rationale tokens; None means the encoder's own.
+        """
+        return self._adaptive(items, Everyone(self.budget if budget is None else budget), None)
+
+    def count_tokens(self, text: str) -> int:
+        """Length of a text in the backbone's tokens."""
+        return self.backbone.count_tokens(text)
+
+    def _adaptive(self, items: Sequence[Item], controller: Controller, bank: Tensor | None) -> Paths:
+        bank = None if bank is None else bank.to(self.backbone.device)
+
+        def run(rows: list[int]) -> Paths:
+            return adaptive_paths(
+                self.backbone,
+                self.pooler,
+                [items[row] for row in rows],
+                controller,
+                budget=self.budget,
+                bank=bank,
+                confidence_temperature=self.confidence_temperature,
+            )
+
+        return merge_paths(*self._batches(items, run, "think and encode"), width=self.pooler.size)
+
+    def _batches(
+        self, items: Sequence[Item], run: Callable[[list[int]], Result], title: str
+    ) -> tuple[list[int], list[Result]]:
+        """Runs length-sorted batches; the row order used, and one result a batch."""
+        order = length_order(items)
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(batches)) as advance:
+            results = []
+            for rows in batches:
+                results.append(run(rows))
+                advance()
+        return order, results
+
+
+def merge_paths(order: Sequence[int], parts: Sequence[Paths], *, width: int) -> Paths:
+    """Joins batches whose rows, in turn, are rows ``order`` of the whole; the result is in the original order.
+
+    Args:
+        order: a permutation of the N rows.
+        parts: the batches; none for N = 0.
+        width: D, for the case without batches.
+    """
+    if not parts:
+        no_rows = torch.zeros(0)
+        state = PrefillState(torch.zeros(0, 2), torch.zeros(0, width))
+        nobody = Decision(no_rows.bool(), no_rows, no_rows.long())
+        return Paths(state, nobody, torch.zeros(0, width), [], [], no_rows.long(), no_rows.bool())
+    back = _inverse(order)
+    places = back.tolist()
+    confidences = [part.state.confidence for part in parts]
+    known = [each for each in confidences if each is not None]
+    rationale = [text for part in parts for text in part.rationale]
+    token_ids = [ids for part in parts for ids in part.token_ids]
+    return Paths(
+        state=PrefillState(
+            decision_logits=torch.cat([part.state.decision_logits for part in parts])[back],
+            direct=torch.cat([part.state.direct for part in parts])[back],
+            confidence=torch.cat(known)[back] if len(known) == len(parts) else None,
+        ),
+        decision=Decision(
+            think=torch.cat([part.decision.think for part in parts])[back],
+            probability=torch.cat([part.decision.probability for part in parts])[back],
+            budget=torch.cat([part.decision.budget for part in parts])[back],
+        ),
+        embedding=torch.cat([part.embedding for part in parts])[back],
+        rationale=[rationale[place] for place in places],
+        token_ids=[token_ids[place] for place in places],
+        tokens=torch.cat([part.tokens for part in parts])[back],
+        truncated=torch.cat([part.truncated for part in parts])[back],
+        direct_seconds=sum(part.direct_seconds for part in parts),
+        think_seconds=sum(part.think_seconds for part in parts),
+    )
+
+
+def _inverse(order: Sequence[int]) -> Tensor:
+    inverse = torch.empty(len(order), dtype=torch.int64)
+    inverse[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+    return inverse
+
+
+@contextmanager
+def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar over batches; silent where another live display (a trainer's bar) already owns the terminal."""
+    if not show:
+        yield lambda: None
+        return
+    progress = Progress(transient=True)
+    try:
+        progress.start()
+    except LiveError:
+        yield lambda: None
+        return
+    try:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+    finally:
+        progress.stop()
