@@ -1,0 +1,237 @@
+"""From a hub id or a folder to config, tokenizer, picture processor and model, by the auto classes. Remote code never runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from mmemb.types import EMB, END_THINK, THINK
+
+from .families import FAMILIES, Family
+from .pictures import IdeficsPictures, Pictures, QwenPictures
+
+MARKER = "backbone.json"
+"""File in a saved folder that keeps the identity of what was saved."""
+_NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+    "use_cache",
+    "_attn_implementation",
+    "attn_implementation",
+}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any]) -> tuple[PreTrainedConfig, Family]:
+    """The config of a model, with overrides merged in, and its family.
+
+    Raises:
+        FileNotFoundError: the model is written as a path and there is no such folder, or it has no config.
+        ValueError: it cannot be read, is no image-text-to-text model, or is of a family that the adapter does not know.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~"))):
+        raise FileNotFoundError(
+            f"backbone model {model!r}: there is no such folder; give a folder with config.json or a hub id (owner/name)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"backbone model {model!r}: the folder has no config.json; give a folder written by save_pretrained"
+        )
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the hub, the file system and the config classes raise nearly anything
+        raise ValueError(
+            f"backbone model {model!r}: its config cannot be read ({_one_line(error)}); check the name, the network or the file"
+        ) from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"backbone model {model!r} is a {config.model_type!r}, not an image-text-to-text model; take one of {', '.join(FAMILIES)}"
+        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"backbone model {model!r}: the family {config.model_type!r} is not supported yet; take one of {', '.join(FAMILIES)}"
+        )
+    if overrides:
+        config = type(config).from_dict(_merged(config.to_dict(), overrides))
+    return config, FAMILIES[config.model_type]
+
+
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in overrides.items():
+        old = out.get(key)
+        out[key] = _merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return out
+
+
+@dataclass(frozen=True)
+class LoadedProcessor:
+    """Tokenizer (with the three special tokens), image processor, chat template, and the ids of special tokens just added."""
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+    added: tuple[int, ...]
+
+
+def load_processor(model: str, *, revision: str | None) -> LoadedProcessor:
+    """The pieces of a model's processor.
+
+    The library's processor is taken apart where it can be built; without torchvision it often cannot (its video half is
+    missing), and then tokenizer and image processor load one by one, the latter in its Pillow version.
+
+    Raises:
+        ValueError: a piece is missing or cannot be read.
+    """
+    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    processor: Any = None
+    try:
+        processor = AutoProcessor.from_pretrained(model, **kwargs)
+    except (ImportError, ValueError, TypeError, OSError):
+        processor = None  # what is really missing shows below
+    try:
+        if isinstance(processor, ProcessorMixin):
+            tokenizer, image_processor = processor.tokenizer, processor.image_processor
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
+            image_processor = AutoImageProcessor.from_pretrained(model, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"backbone model {model!r}: its tokenizer or image processor cannot be read ({_one_line(error)}); "
+            f"the folder needs tokenizer.json and preprocessor_config.json"
+        ) from error
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template or _template_file(model, revision)
+    if not template:
+        raise ValueError(
+            f"backbone model {model!r} has no chat template; take its instruct version or add chat_template.jinja"
+        )
+    known = tokenizer.get_vocab()
+    missing = [token for token in (THINK, END_THINK, EMB) if token not in known]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    added = tuple(int(index) for index in tokenizer.convert_tokens_to_ids(missing))
+    return LoadedProcessor(tokenizer, image_processor, template, added)
+
+
+def _template_file(model: str, revision: str | None) -> str | None:
+    for name in ("chat_template.jinja", "chat_template.json"):
+        file = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            text = Path(file).read_text(encoding="utf-8")
+            return text if name.endswith("jinja") else json.loads(text)["chat_template"]
+    return None
+
+
+def make_pictures(family: Family, config: PreTrainedConfig, image_processor: Any, image_token: str) -> Pictures:
+    """The family's way with pictures."""
+    if family.pictures == "qwen":
+        return QwenPictures(image_processor, image_token)
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+    return IdeficsPictures(image_processor, image_token, tokens)
+
+
+def load_model(
+    model: str,
+    config: PreTrainedConfig,
+    *,
+    revision: str | None,
+    random_weights: bool,
+    seed: int,
+    dtype: str,
+    attention: str,
+    quantization: Any,
+) -> nn.Module:
+    """The model with its own weights, or with random ones drawn from a seed (the caller's random state is left alone).
+
+    Raises:
+        ValueError: the weights cannot be read.
+    """
+    kind = getattr(torch, dtype)
+    if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForImageTextToText.from_config(config, dtype=kind, attn_implementation=attention)
+    extra = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            model,
+            config=config,
+            revision=revision,
+            dtype=kind,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"backbone model {model!r}: its weights cannot be read ({_one_line(error)}); "
+            f"it needs model.safetensors, or say weights: random"
+        ) from error
+
+
+def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:
+    """Grows the embedding to the tokenizer's length and starts the rows of added tokens near the mean of the others.
+
+    Equal rows would be told apart by nothing, hence a little noise (from a fixed seed).
+    """
+    rows = list(added)
+    if not rows:
+        return
+    if length > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(length, mean_resizing=False)
+    generator = torch.Generator().manual_seed(0)
+    tables = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in tables.values():
+            known = weight[: min(rows)].float()
+            noise = torch.randn(len(rows), weight.shape[1], generator=generator).to(weight.device)
+            weight[rows] = (known.mean(0) + 0.1 * known.std(0) * noise).to(weight.dtype)
+
+
+def origin_of(model: str, revision: str | None) -> str:
+    """``name@revision``: the same for the hub's model and a folder saved from it, wherever that folder lies."""
+    path = Path(model).expanduser()
+    marker = path / MARKER
+    if marker.is_file():
+        return str(json.loads(marker.read_text(encoding="utf-8"))["origin"])
+    return f"{path.resolve().name if path.is_dir() else model}@{revision or 'main'}"
+
+
+def digest(config: PreTrainedConfig) -> str:
+    """Twelve hex digits of the config's fields that shape the network."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: strip(inner) for key, inner in value.items() if key not in _NOT_ARCHITECTURE}
+        return value
+
+    text = json.dumps(strip(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,267 @@
+"""Any image-text-to-text model of the transformers library as a backbone.
+
+Legend: B rows, T columns, L new columns, R chosen rows, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mmemb.interfaces import Backbone, Prefix
+from mmemb.types import Item, ModelInputs
+
+from . import loading, tuning
+from .processing import PromptProcessor
+from .tuning import LoraSettings, Quantization
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TransformersBackbone(Backbone, name="transformers"):
+    """Any image-text-to-text model of the transformers library, by hub id or folder.
+
+    Videos are taken as their frames, one picture after the other.
+
+    Args:
+        model: hub id, local folder, or a folder with a config and a processor alone (with ``weights: random``).
+        revision: branch, tag or commit of the hub's model.
+        config_overrides: config fields to change, nested as in config.json (``{text_config: {num_hidden_layers: 2}}``).
+        weights: ``pretrained`` reads the model's safetensors, ``random`` draws them.
+        seed: draws the random weights.
+        dtype: precision of the parameters.
+        attention: attention implementation of the transformers library.
+        frozen: parts that do not learn, by the beginning of their parameters' names; ``vision`` is the picture encoder.
+        lora: low-rank adapters; everything else is then frozen.
+        quantization: ``nf4`` (4 bits) or ``int8`` holds the decoder's linear layers in fewer bits, by bitsandbytes.
+        max_prompt_tokens: longest prompt, pictures included.
+        max_rationale_tokens: longest rationale; a longer one is cut.
+        min_pixels: smallest picture area; a smaller one is enlarged. None: the model's own.
+        max_pixels: largest picture area; a larger one is shrunk. None: the model's own.
+        gradient_checkpointing: recompute the layers in the backward pass to save memory.
+
+    Raises:
+        FileNotFoundError: the model's folder or its config is missing.
+        ValueError: the model cannot be read or is of no supported family; a setting does not fit it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        config_overrides: dict[str, Any] | None = None,
+        weights: Literal["pretrained", "random"] = "pretrained",
+        seed: int = 0,
+        dtype: Dtype = "float32",
+        attention: str = "sdpa",
+        frozen: Sequence[str] = (),
+        lora: LoraSettings | None = None,
+        quantization: Quantization = "none",
+        max_prompt_tokens: int = 2048,
+        max_rationale_tokens: int = 64,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if quantization != "none" and weights == "random":
+            raise ValueError(
+                f"quantization={quantization!r} needs weights: pretrained; random weights have nothing to keep"
+            )
+        config, family = loading.load_config(model, revision=revision, overrides=config_overrides or {})
+        loaded = loading.load_processor(model, revision=revision)
+        tokenizer, image_processor = loaded.tokenizer, loaded.image_processor
+        _set_pixels(image_processor, min_pixels=min_pixels, max_pixels=max_pixels, model=model)
+        self.family = family
+        self.identity_origin = loading.origin_of(model, revision)
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self.image_processor = image_processor
+        self.processor = PromptProcessor(
+            tokenizer,
+            chat_template=loaded.chat_template,
+            pictures=loading.make_pictures(family, config, image_processor, image_token),
+            image_token=image_token,
+            positions=family.positions,
+            max_prompt_tokens=max_prompt_tokens,
+            max_rationale_tokens=max_rationale_tokens,
+        )
+        self.max_rationale_tokens = max_rationale_tokens
+        self.model: Any = loading.load_model(
+            model,
+            config,
+            revision=revision,
+            random_weights=weights == "random",
+            seed=seed,
+            dtype=dtype,
+            attention=attention,
+            quantization=tuning.quantization_config(
+                quantization, compute_dtype=getattr(torch, dtype), skip=family.vision
+            ),
+        )
+        loading.fit_embeddings(self.model, length=len(tokenizer), added=loaded.added)
+        self.hidden_size = int(self.model.config.get_text_config().hidden_size)
+        self._identity = f"{self.identity_origin}#{loading.digest(self.model.config)}"
+        tuning.freeze(self.model, frozen, vision=family.vision)
+        self.lora = lora
+        if lora is not None:
+            tuning.add_lora(self.model, lora, exclude=family.vision, new_tokens=loaded.added)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+
+    def prepare(
+        self,
+        items: Sequence[Item],
+        *,
+        rationales: Sequence[str | None] | None = None,
+        embed: bool = True,
+        augment: Callable[[Any, int], Any] | None = None,
+    ) -> ModelInputs:
+        """See `Backbone.prepare`."""
+        return self.processor.prepare(items, rationales=rationales, embed=embed, augment=augment)
+
+    def prepare_response(
+        self, items: Sequence[Item], responses: Sequence[str], *, augment: Callable[[Any, int], Any] | None = None
+    ) -> ModelInputs:
+        """See `Backbone.prepare_response`; a response longer than ``max_rationale_tokens`` is cut."""
+        return self.processor.prepare_response(items, responses, augment=augment)
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Hidden states [B, T, H] of the last layer (after the final norm)."""
+        return self._base(**inputs.tensors, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [..., V] of hidden states [..., H]."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def prefill(self, inputs: ModelInputs) -> Prefix:
+        """Encodes B prompts once and keeps the key-value cache."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        hidden = self._base(**inputs.tensors, use_cache=True, past_key_values=cache).last_hidden_state
+        last = inputs.tensors["position_ids"][..., -1]  # [B] or [3, B]; left-padded, so the last column is real
+        return Prefix(
+            cache=cache,
+            attention_mask=inputs.tensors["attention_mask"],
+            next_position=(last.amax(0) if last.ndim == 2 else last) + 1,
+            hidden=hidden[:, -1],
+        )
+
+    def extend(self, prefix: Prefix, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Prefix]:
+        """Encodes L more tokens [B, L] after a prefix (mask [B, L], 1 = real); states [B, L, H] and the longer prefix.
+
+        The longer prefix's ``hidden`` is the state of each row's last real token (the old one where it has none).
+        """
+        mask = torch.ones_like(tokens) if mask is None else mask.to(tokens)
+        steps = mask.cumsum(1)
+        positions = (prefix.next_position[:, None] + steps - 1).clamp(min=0)  # [B, L]
+        attention_mask = torch.cat([prefix.attention_mask, mask], dim=1)
+        hidden = self._base(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            position_ids=positions.expand(3, -1, -1) if self.family.positions == "mrope" else positions,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        ).last_hidden_state
+        column = (mask * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)).amax(1)  # 0: no real token
+        newest = hidden[torch.arange(len(tokens), device=tokens.device), (column - 1).clamp(min=0)]
+        return hidden, Prefix(
+            cache=prefix.cache,
+            attention_mask=attention_mask,
+            next_position=prefix.next_position + steps[:, -1],
+            hidden=torch.where((column > 0)[:, None], newest, prefix.hidden),
+        )
+
+    def fork(self, prefix: Prefix, rows: Tensor | None = None) -> Prefix:
+        """An independent copy of a prefix, of the given rows [R] int64 only if asked (a row may repeat).
+
+        Costs no tensor copy without rows: the cache's layers grow by making new tensors, never in place.
+        """
+        cache = copy.copy(prefix.cache)
+        cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
+        if rows is None:
+            return Prefix(cache, prefix.attention_mask, prefix.next_position, prefix.hidden)
+        cache.batch_select_indices(rows)
+        return Prefix(cache, prefix.attention_mask[rows], prefix.next_position[rows], prefix.hidden[rows])
+
+    def token_id(self, token: str) -> int:
+        """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
+        return self.processor.ids[token]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out, outer blanks stripped."""
+        return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def count_tokens(self, text: str) -> int:
+        """Length of a text in tokens, special tokens not counted."""
+        return self.processor.count_tokens(text)
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, the model answers as its base does: the adapters are off. Without LoRA nothing changes."""
+        if self.lora is None:
+            yield
+            return
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors), config and processor; the folder loads again by its path.
+
+        Adapters are merged into the weights. Everything is written aside and moved into place at the end.
+
+        Raises:
+            ValueError: the weights are quantised: merging would lose what the adapters learned.
+        """
+        if getattr(self.model, "is_quantized", False):
+            raise ValueError("a quantised backbone cannot be saved as a model; keep its training checkpoint instead")
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            self.model.save_pretrained(aside, state_dict=tuning.merged_state(self.model))
+            self.processor.tokenizer.chat_template = self.processor.chat_template
+            self.processor.tokenizer.save_pretrained(aside)
+            self.image_processor.save_pretrained(aside)
+            (aside / loading.MARKER).write_text(json.dumps({"origin": self.identity_origin}), encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            for file in sorted(aside.iterdir()):
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @property
+    def identity(self) -> str:
+        """Model id, revision and a digest of the architecture: ``name@revision#digest``."""
+        return self._identity
+
+    @property
+    def _base(self) -> Any:
+        """The model without its vocabulary head: returns states after the final norm."""
+        return self.model.model
+
+
+def _set_pixels(image_processor: Any, *, min_pixels: int | None, max_pixels: int | None, model: str) -> None:
+    changes: Mapping[str, int | None] = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    if not wanted:
+        return
+    size = image_processor.size
+    if not (hasattr(image_processor, "patch_size") and hasattr(image_processor, "merge_size")):
+        raise ValueError(f"backbone model {model!r} sizes its pictures itself; leave min_pixels and max_pixels out")
+    for key, value in wanted.items():
+        size[key] = value
