@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
 from mmemb.data.collate import candidate_layout
-from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, world_size
+from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
 from mmemb.stages.objective import Choose, Engine, Objective, Parts, augmenter, next_token_loss
@@ -96,7 +96,6 @@ class Joint(Objective):
         # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
         token_scale = self.next_token_weight * world_size() / total
         written = torch.zeros((), device=total.device)
-        last = batch.chunks[-1]
 
         def forward(chunk: TrainChunk, final: bool) -> ChunkOutput:
             hidden = parts.backbone(chunk.query)
@@ -113,9 +112,6 @@ class Joint(Objective):
                 embeddings["reasoned"] = _pool(parts, reasoned_hidden, chunk.reasoned)
                 if final and self.next_token_weight:
                     losses.append(next_token_loss(parts.backbone, reasoned_hidden, chunk.reasoned))
-            if chunk is last:
-                # The temperature rides along as one more tensor with a gradient, so that every strategy reduces it.
-                embeddings["temperature"] = self.infonce.temperature.reshape(1)
             if not losses:
                 return ChunkOutput(embeddings)
             nll = torch.stack(losses).sum()
@@ -126,7 +122,7 @@ class Joint(Objective):
             return self._contrast(embeddings, batch)
 
         result = cached_step(batch.chunks, forward, loss, backward=engine.backward, no_sync=engine.no_sync)
-        logs = {key: value.detach() for key, value in result.logs.items()}
+        logs = {key: torch.as_tensor(value).detach() for key, value in result.logs.items()}
         logs["next_token"] = all_sum(written) / total
         logs["loss"] = result.loss.detach() + self.next_token_weight * logs["next_token"]
         logs["temperature"] = self.infonce.temperature.detach()
@@ -134,8 +130,7 @@ class Joint(Objective):
 
     def _contrast(self, embeddings: dict[str, Tensor], batch: TrainBatch) -> CachedLoss:
         """Both InfoNCE terms over the global batch, with the gradient of every embedding and of the temperature."""
-        query, target, temperature = embeddings["query"], embeddings["target"], embeddings["temperature"]
-        device = query.device
+        query, target, device = embeddings["query"], embeddings["target"], embeddings["query"].device
         paths = [("direct", "query", self.direct_weight, torch.arange(len(query), device=device), None)]
         offsets = torch.tensor([0, *[len(chunk.query) for chunk in batch.chunks]]).cumsum(0)
         rows = torch.cat(
@@ -145,26 +140,28 @@ class Joint(Objective):
         # Every rank must take part in the collectives of the reasoned path, also one whose rows all lack a rationale.
         if int(all_sum(torch.tensor(len(rows), device=device))) > 0:
             paths.append(("reasoned", "reasoned", self.reasoned_weight, rows, weight))
-        grads = {name: torch.zeros_like(value) for name, value in embeddings.items()}
-        total, logs = torch.zeros((), device=device), {}
+        gradients = {name: torch.zeros_like(value) for name, value in embeddings.items()}
+        total = torch.zeros((), device=device)
+        terms: list[Tensor] = []
+        logs: dict[str, float | Tensor] = {}
         for label, name, scale, selected, weights in paths:
-            source = embeddings.get(name, query.new_zeros(0, query.shape[1]))
-            result = distributed_infonce_with_grads(
-                source,
+            result = self.infonce.with_grads(
+                embeddings.get(name, query.new_zeros(0, query.shape[1])),
                 target,
-                temperature=temperature[0],
                 positive=batch.positive[selected],
                 query_id=batch.query_id[selected],
                 candidate_id=batch.candidate_id,
                 weight=weights,
             )
-            if name in grads:
-                grads[name] += scale * result.query_grad
-            grads["target"] += scale * result.candidate_grad
-            grads["temperature"] += scale * result.temperature_grad
+            if name in gradients:
+                gradients[name] += scale * result.query_grad
+            gradients["target"] += scale * result.candidate_grad
+            term = self.infonce.temperature_term(result)
+            if term is not None:
+                terms.append(scale * term)
             total = total + scale * result.loss
             logs[f"infonce_{label}"] = result.loss
-        return CachedLoss(loss=total, grads=grads, logs=logs)
+        return CachedLoss(loss=total, gradients=gradients, term=torch.stack(terms).sum() if terms else None, logs=logs)
 
 
 def _pool(parts: Parts, hidden: Tensor, inputs: ModelInputs) -> Tensor:
