@@ -3,26 +3,31 @@
     N queries   M candidates   D width   R rows of a stripe
     Q [N, D]    K [M, D]       S = Q K^T / temperature [N, M], of which only R rows exist at once
 
-A stripe holds complete rows, so one direction needs S once: its exponentials E give the log-sum-exp, dQ = E K and dK += E^T Q, with
-the softmax's 1/Z folded into the narrow side ([R, D]) instead of the wide one ([R, M]). That is three matrix products, the floor.
-The symmetric loss needs the log-sum-exp of every column before the first gradient and makes S twice: four products.
-The temperature's gradient costs nothing: sum(G * S) = sum(Q * dQ) for G = dL/dS.
+A stripe holds complete rows, so one direction needs S once: its exponentials E give the log-sum-exp, dQ = E K and dK +=
+E^T Q, with the softmax's 1/Z folded into the narrow side ([R, D]) instead of the wide one ([R, M]). That is three
+matrix products, the floor. The symmetric loss needs the log-sum-exp of every column before the first gradient and makes
+S twice: four products. The temperature's gradient costs nothing: sum(G * S) = sum(Q * dQ) for G = dL/dS.
 
-Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is R x M (twice that if symmetric).
+Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is R x M (twice that if
+symmetric).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Merge: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 ROWS = 1024
 """Rows of a stripe: 1024 measured best on CPU (1.03-1.11 of the floor; 256 rows: 1.15-1.35)."""
 
 SAFE_LOGIT = 40.0
-"""Below this bound on |S| exponentials need no maximum subtracted: exp(+-40) and sums of 2^40 of them are normal float32 numbers."""
+"""Up to this bound of |S| no maximum is subtracted: exp(+-40) and sums of 2^40 of them are normal float32 numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Gradients of sum(coefficient * loss): query [N, D] and candidate [M, D] in the input's dtype, temperature 0-d in the work dtype."""
+    """Of sum(coefficient * loss): query [N, D] and candidate [M, D] as the input, temperature 0-d in the work dtype."""
 
     query: Tensor
     candidate: Tensor
@@ -84,7 +89,7 @@ class _Stripes:
         return [slice(start, min(start + self.rows, n)) for start in range(0, n, self.rows)]
 
     def __call__(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The stripe's queries times the scale [R, D], S [R, M] (masked: -inf) in the shared buffer, S at the positives [R]."""
+        """The stripe's scaled queries [R, D], S [R, M] (masked: -inf) in the shared buffer, S at the positives [R]."""
         problem = self.problem
         query = problem.query[rows].to(problem.work_dtype) * problem.scale
         positive = problem.positive[rows, None]
@@ -106,7 +111,7 @@ def exponentials_(logits: Tensor, *, bound: float) -> tuple[Tensor, Tensor]:
 
 
 def one_direction(problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] of every query against all candidates and, if coefficients [N] are given, the gradients of sum(coefficient * loss)."""
+    """Losses [N] of the queries and, given coefficients [N], the gradients of sum(coefficient * loss)."""
     stripes = _Stripes(problem, rows)
     losses = stripes.logits.new_empty(len(problem.query))
     query_grad = torch.empty_like(problem.query) if coefficient is not None else None
@@ -140,9 +145,20 @@ def column_log_sum(problem: Problem, *, rows: int = ROWS) -> tuple[Tensor, Tenso
     return losses, columns
 
 
-def symmetric(problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS) -> tuple[Tensor, Gradients | None]:
-    """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries; positives are distinct."""
+def symmetric(
+    problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS, merge: Merge | None = None
+) -> tuple[Tensor, Gradients | None]:
+    """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries.
+
+    Positives are distinct. ``merge`` joins the columns' log-sum-exps [M] and coefficients [M] with those of further
+    queries elsewhere.
+    """
     row_losses, columns = column_log_sum(problem, rows=rows)
+    column_share = torch.zeros_like(columns)
+    if coefficient is not None:
+        column_share[problem.positive] = coefficient / 2
+    if merge is not None:
+        columns, column_share = merge(columns, column_share)
     stripes = _Stripes(problem, rows)
     second = torch.empty_like(stripes.logits)
     losses = torch.empty_like(row_losses)
@@ -150,11 +166,7 @@ def symmetric(problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS)
     candidate_grad = torch.zeros_like(stripes.candidate) if coefficient is not None else None
     temperature_grad = losses.new_zeros(())
     # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is masked.
-    owned = torch.full_like(columns, torch.inf)
-    owned[problem.positive] = columns[problem.positive]
-    column_share = torch.zeros_like(columns)
-    if coefficient is not None:
-        column_share[problem.positive] = coefficient / 2
+    owned = columns.where(column_share > 0, torch.inf)
     for part in stripes.slices():
         query, logits, positive_logit = stripes(part)
         losses[part] = (row_losses[part] + columns[problem.positive[part]] - positive_logit) / 2

@@ -3,9 +3,10 @@
     N queries   M candidates   D width
     S = Q K^T / temperature [N, M];  loss_i = logsumexp_j S_ij - S_i,positive(i)
 
-`infonce` is differentiable in query, candidate and temperature; `infonce_with_grads` returns the gradients at once, which is what a
-gradient cache needs. Both take ids to leave false negatives out, weights a query, and hard negatives as further candidate rows.
-Cost and memory: `mmemb.kernels._infonce_tiled`; the plain definition: `mmemb.kernels.reference`.
+`infonce` is differentiable in query, candidate and temperature; `infonce_with_grads` returns the gradients at once,
+which is what a gradient cache needs. Both take ids to leave false negatives out, weights a query, and hard negatives as
+further candidate rows. Cost and memory: `mmemb.kernels._infonce_tiled`; the plain definition:
+`mmemb.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmemb.kernels import _infonce_tiled as tiled
-from mmemb.kernels._infonce_tiled import Gradients, Problem
+from mmemb.kernels._infonce_tiled import Gradients, Merge, Problem
 
 Reduction: TypeAlias = Literal["mean", "none"]
 
@@ -54,16 +55,17 @@ def infonce(
 ) -> Tensor:
     """The loss, differentiable once in query, candidate and temperature.
 
-    With ``mean`` the gradients are made in the forward pass (when one is wanted) and kept; with ``none`` they are made in the backward
-    pass, as each query's incoming gradient is needed.
+    With ``mean`` the gradients are made in the forward pass (when one is wanted) and kept; with ``none`` they are made
+    in the backward pass, as each query's incoming gradient is needed.
 
     Args:
         query: [N, D] float32, bfloat16, float16 or float64.
-        candidate: [M, D] of the same dtype and device. Rows that are no query's positive are hard negatives of all queries.
+        candidate: [M, D] of the same dtype and device. Rows that are no query's positive are hard negatives of all
+            queries.
         temperature: positive number or one-element tensor; logits are divided by it.
         positive: [N] int64, each query's positive row of ``candidate``; default the diagonal (then M >= N).
-        query_id: [N] int64 identities of the positives; with ``candidate_id``, candidates whose id equals a query's but which are not
-            its positive are left out of its denominator.
+        query_id: [N] int64 identities of the positives; with ``candidate_id``, candidates whose id equals a query's but
+            which are not its positive are left out of its denominator.
         candidate_id: [M] int64.
         weight: [N], at least 0 with a positive sum; a constant: it gets no gradient.
         symmetric: mean of this direction and of each positive against all queries; positives must then be distinct.
@@ -73,7 +75,8 @@ def infonce(
         0-d or [N] loss in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: what is said above does not hold, or a value is not finite; the message names what was given and what is allowed.
+        ValueError: what is said above does not hold, or a value is not finite; the message names what was given and
+        what is allowed.
     """
     temperature = _as_tensor(temperature, query)
     problem, weight = prepare(
@@ -169,12 +172,18 @@ class _Rows(torch.autograd.Function):
         return gradients.query, gradients.candidate, temperature_grad, None, None, None
 
 
-def solve(problem: Problem, *, coefficient: Tensor | None, symmetric: bool) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] and, if coefficients [N] are given, the gradients of sum(coefficient * loss), by the engine of the device."""
+def solve(
+    problem: Problem, *, coefficient: Tensor | None, symmetric: bool, merge: Merge | None = None
+) -> tuple[Tensor, Gradients | None]:
+    """Losses [N] and, if coefficients [N] are given, the gradients of sum(coefficient * loss).
+
+    ``merge`` is for the symmetric loss over several ranks, see `mmemb.kernels._infonce_tiled.symmetric`.
+    """
     # Autocast would turn the products back into bfloat16.
     with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
-        engine = tiled.symmetric if symmetric else tiled.one_direction
-        return engine(problem, coefficient=coefficient)
+        if symmetric:
+            return tiled.symmetric(problem, coefficient=coefficient, merge=merge)
+        return tiled.one_direction(problem, coefficient=coefficient)
 
 
 def coefficients(problem: Problem, weight: Tensor | None, reduction: Reduction) -> Tensor:

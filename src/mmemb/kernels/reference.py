@@ -1,4 +1,4 @@
-"""InfoNCE as it is defined, over the full N x M matrix with autograd: the tests' oracle and the benchmarks' baseline."""
+"""InfoNCE as defined, over the full N x M matrix with autograd: the tests' oracle and the benchmarks' baseline."""
 
 from __future__ import annotations
 

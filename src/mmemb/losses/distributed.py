@@ -2,9 +2,9 @@
 
     n, m this rank's queries and candidates   N, M those of all ranks, in rank order   D width   W ranks
 
-Each rank computes n x M logits only. Candidates are all-gathered, candidate gradients summed and scattered back to their owners. Row
-counts may differ between ranks (the last batch of an epoch): rows are padded to the largest count for the collectives alone. Works on
-gloo and NCCL; without a process group, or with one rank, no collective runs.
+Each rank computes n x M logits only. Candidates are all-gathered, candidate gradients summed and scattered back to
+their owners. Row counts may differ between ranks (the last batch of an epoch): rows are padded to the largest count for
+the collectives alone. Works on gloo and NCCL; without a process group, or with one rank, no collective runs.
 """
 
 from __future__ import annotations
@@ -99,15 +99,17 @@ def distributed_infonce_with_grads(
         candidate_id: [m] int64.
         weight: [n]; the mean is sum(weight * loss) / sum(weight) over all ranks.
         symmetric: as in `mmemb.kernels.infonce`.
-        averaged: the parameters' gradients will be averaged over ranks (DDP, FSDP), so the returned embedding gradients carry a factor W
-            and the average is the single-process gradient of the whole batch. Otherwise no factor: the sum over ranks is.
+        averaged: the parameters' gradients will be averaged over ranks (DDP, FSDP), so the returned embedding gradients
+            carry a factor W and the average is the single-process gradient of the whole batch. Otherwise no factor: the
+            sum over ranks is.
 
     Returns:
-        The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's gradient: if averaged, the
-        global one on every rank, otherwise this rank's share of it.
+        The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's
+        gradient: if averaged, the global one on every rank, otherwise this rank's share of it.
 
     Raises:
-        ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in a collective.
+        ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in
+        a collective.
     """
     if world_size() == 1:
         return infonce_with_grads(
@@ -119,10 +121,6 @@ def distributed_infonce_with_grads(
             candidate_id=candidate_id,
             weight=weight,
             symmetric=symmetric,
-        )
-    if symmetric:
-        raise ValueError(
-            "the symmetric loss across ranks is not available; use symmetric=False with more than one rank"
         )
     n = len(query)
     positive = torch.arange(n, device=query.device) if positive is None else positive
@@ -136,7 +134,7 @@ def distributed_infonce_with_grads(
     )
     weights = problem.scale.new_ones(n) if weights is None else weights
     weights = weights / all_sum(weights.sum())
-    losses, gradients = solve(problem, coefficient=weights, symmetric=symmetric)
+    losses, gradients = solve(problem, coefficient=weights, symmetric=symmetric, merge=_merge_columns)
     assert gradients is not None
     factor = world_size() if averaged else 1
     temperature_grad = all_sum(gradients.temperature) if averaged else gradients.temperature
@@ -146,3 +144,10 @@ def distributed_infonce_with_grads(
         candidate_grad=scatter_row_sum(gradients.candidate, counts=counts) * factor,
         temperature_grad=temperature_grad,
     )
+
+
+def _merge_columns(columns: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps [M] and coefficients [M] of the columns over the queries of all ranks."""
+    every = columns.new_empty(world_size() * len(columns))
+    dist.all_gather_into_tensor(every, columns)
+    return every.view(world_size(), -1).logsumexp(0), all_sum(share)

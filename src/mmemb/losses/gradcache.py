@@ -1,14 +1,15 @@
 """Gradient caching: one optimiser step whose loss sees a batch far larger than one backward pass holds.
 
-The loss of a batch needs all its embeddings, the backward pass of a chunk needs only the loss's gradient in the chunk's embeddings. So:
+The loss of a batch needs all its embeddings, the backward pass of a chunk needs only the loss's gradient in the chunk's
+embeddings. So:
 
 1. encode every chunk without a graph;
 2. compute the loss and its gradients in the embeddings (`mmemb.kernels.infonce_with_grads`: no graph either);
 3. encode chunk after chunk again, with the random state it had, and back-propagate sum(embedding * gradient).
 
-The last chunk keeps its graph in the first pass and is not encoded again, so C chunks cost 2 C - 1 forward passes; with one chunk the
-step is a plain step. Its backward pass comes first: at no time does more than one chunk's graph exist. Memory grows with the batch by
-its embeddings and their gradients alone.
+The last chunk keeps its graph in the first pass and is not encoded again, so C chunks cost 2 C - 1 forward passes; with
+one chunk the step is a plain step. Its backward pass comes first: at no time does more than one chunk's graph exist.
+Memory grows with the batch by its embeddings and their gradients alone.
 
 Idea: GradCache (Gao et al., 2021, arXiv 2101.06983). Nothing is kept between calls.
 """
@@ -34,7 +35,8 @@ class ChunkOutput:
 
     Attributes:
         embeddings: by name, [n, D]; a name may be absent in some chunks, its rows may differ in number.
-        loss: a further loss of this chunk alone, already scaled (to sum over chunks); ignored in the pass without a graph.
+        loss: a further loss of this chunk alone, already scaled (to sum over chunks); ignored in the pass without a
+            graph.
         logs: values to report, summed over chunks; ignored in the pass without a graph.
     """
 
@@ -50,7 +52,8 @@ class CachedLoss:
     Attributes:
         loss: value, 0-d.
         gradients: by name, the shape of the embeddings given; a name that is absent gets no gradient.
-        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated with the last chunk.
+        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated with the
+            last chunk.
         logs: values to report.
     """
 
@@ -102,21 +105,23 @@ def cached_step(
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> CachedStep:
-    """Adds to the parameters' gradients what one backward pass of ``loss`` over all chunks, plus the chunks' own losses, would add.
+    """Adds to the parameters' gradients what one backward pass over all chunks at once would add.
 
-    Equal to that plain step up to rounding, dropout included, if ``forward`` draws from torch's generators only and treats a
-    chunk's rows as the plain step would (no batch statistics). Works under autocast, and inside a gradient accumulation: it never zeroes.
+    What is differentiated is ``loss`` of all embeddings plus the chunks' own losses. Equal to the plain step up to
+    rounding, dropout included, if ``forward`` draws from torch's generators only and treats a chunk's rows as the plain
+    step would (no batch statistics). Works under autocast and inside a gradient accumulation: it never zeroes.
 
     Args:
         chunks: the batch in pieces, each small enough for one backward pass; sizes may differ.
-        forward: ``forward(chunk, final)``; ``final`` is False in the pass without a graph, whose chunk losses and logs are ignored (skip
-            them), and True when the graph is kept.
+        forward: ``forward(chunk, final)``; ``final`` is False in the pass without a graph, whose chunk losses and logs
+            are ignored (skip them), and True when the graph is kept.
         loss: called once, with the detached embeddings of all chunks by name, concatenated in chunk order.
         backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
         no_sync: a context around every backward pass but the last, so that DDP reduces gradients once a step.
 
     Raises:
-        ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its embeddings'.
+        ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its
+        embeddings'.
     """
     if not chunks:
         raise ValueError("cached_step got no chunks; give at least one")
@@ -162,7 +167,8 @@ def cached_step(
 
 
 def _encode(forward: Callable[[C, bool], ChunkOutput], chunk: C, *, final: bool) -> ChunkOutput:
-    # Autocast caches a weight's low-precision copy; one made without a graph would cut the weight off from the next pass's graph.
+    # Autocast caches a weight's low-precision copy; one made without a graph would cut the weight off from the next
+    # pass's graph.
     torch.clear_autocast_cache()
     with torch.set_grad_enabled(final):
         output = forward(chunk, final)

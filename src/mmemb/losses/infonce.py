@@ -55,7 +55,8 @@ class InfoNCE(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """The temperature, 0-d, with a graph to the parameter."""
-        # The parameter itself is clamped: a clamp in the graph would cut its gradient outside the range and leave it there.
+        # The parameter itself is clamped: a clamp in the graph would cut its gradient outside the range and leave it
+        # there.
         with torch.no_grad():
             self.log_temperature.clamp_(math.log(self.minimum), math.log(self.maximum))
         return self.log_temperature.exp()
@@ -94,8 +95,8 @@ class InfoNCE(nn.Module):
     ) -> InfoNCEResult:
         """The mean loss over every rank's rows and its gradients, for `mmemb.losses.gradcache.cached_step`.
 
-        The gradients are made for averaging over ranks, as DDP does. The temperature's must reach the parameter too: pass
-        `temperature_term` of the result as the cached loss's ``term``.
+        The gradients are made for averaging over ranks, as DDP does. The temperature's must reach the parameter too:
+        pass `temperature_term` of the result as the cached loss's ``term``.
         """
         return distributed_infonce_with_grads(
             query,
@@ -109,7 +110,7 @@ class InfoNCE(nn.Module):
         )
 
     def temperature_term(self, result: InfoNCEResult) -> Tensor | None:
-        """A scalar whose gradient in the parameter is the result's temperature gradient; None if the temperature is fixed."""
+        """A scalar that carries the temperature's gradient to the parameter; None if the temperature is fixed."""
         if not isinstance(self.log_temperature, nn.Parameter):
             return None
         return self.temperature * result.temperature_grad.to(self.log_temperature)
