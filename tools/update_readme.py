@@ -87,7 +87,8 @@ def section(results: Path) -> str:
     minutes = [summary["seconds"] / 60 for summary in summaries]
     return (
         f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
-        f"{max(minutes):.0f} minutes a run. This table is generated from `{name}` by `tools/update_readme.py`.\n\n{table(summaries)}"
+        f"{max(minutes):.0f} minutes a run. This table is generated from `{name}` by `tools/update_readme.py`."
+        f"\n\n{table(summaries)}"
     )
 
 
