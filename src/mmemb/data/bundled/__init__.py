@@ -1,0 +1,24 @@
+"""The bundled data set: emoji and flags by two vendors, facts about countries, scenes composed from a seed; eight tasks.
+
+Light: no torch, and no picture is decoded before `open_picture` is asked for it.
+"""
+
+from mmemb.data.bundled.entities import SPLITS
+from mmemb.data.bundled.pairs import evaluation_tasks, load_pairs
+from mmemb.data.bundled.pictures import PREFIX, open_picture
+from mmemb.data.bundled.pretraining import PretrainingSamples, all_texts, probe_samples
+from mmemb.data.bundled.tasks import DESCRIBE, TASKS, TaskSpec
+
+__all__ = [
+    "DESCRIBE",
+    "PREFIX",
+    "SPLITS",
+    "TASKS",
+    "PretrainingSamples",
+    "TaskSpec",
+    "all_texts",
+    "evaluation_tasks",
+    "load_pairs",
+    "open_picture",
+    "probe_samples",
+]

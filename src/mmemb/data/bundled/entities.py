@@ -1,0 +1,77 @@
+"""The entities of the bundled data set: what is drawn, what it is called, and which split may show it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+SPLITS = ("train", "control", "validation", "test")
+VENDORS = ("noto", "twemoji")
+ATTRIBUTES = ("currency", "language", "region")
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A thing or a country, drawn by both vendors.
+
+    Attributes:
+        key: code points in hexadecimal, joined by ``-``; the picture is ``<vendor>/<key>``.
+        name: what it is called: unique, lower case, at most three words.
+        category: ``animal``, ``food``, ...; ``flag`` for countries.
+        kind: ``emoji`` or ``flag``.
+        withheld: the held-out split a vendor's picture belongs to; at most one vendor, the other picture is a training one.
+        scene: scenes may show it (both vendors' pictures are training pictures).
+        split: of a country: where its flag -> attribute compositions belong; ``train`` otherwise.
+        attributes: of a country: currency, language, region.
+    """
+
+    key: str
+    name: str
+    category: str
+    kind: str
+    withheld: Mapping[str, str] = field(default_factory=dict)
+    scene: bool = False
+    split: str = "train"
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def train_vendors(self) -> tuple[str, ...]:
+        """Vendors whose picture every split may show: one or two."""
+        return tuple(vendor for vendor in VENDORS if vendor not in self.withheld)
+
+
+@cache
+def entities() -> Mapping[str, Entity]:
+    """Every entity by key, in the order of the data file."""
+    table = json.loads((resources.files(__package__) / "entities.json").read_text(encoding="utf-8"))["entities"]
+    known = Entity.__dataclass_fields__.keys()
+    return {key: Entity(key=key, **{k: v for k, v in row.items() if k in known}) for key, row in table.items()}
+
+
+def countries(split: str | None = None) -> list[Entity]:
+    """The countries, of one composition split if given."""
+    return [entity for entity in entities().values() if entity.kind == "flag" and split in (None, entity.split)]
+
+
+def scene_vocabulary() -> list[Entity]:
+    """The things scenes are made of (flags apart)."""
+    return [entity for entity in entities().values() if entity.scene and entity.kind == "emoji"]
+
+
+def check_split(split: str) -> str:
+    """The split itself.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of the bundled data; choose one of: {', '.join(SPLITS)}")
+    return split
+
+
+def order(*parts: object) -> int:
+    """A stable pseudo-random number of its arguments, 64 bits: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")

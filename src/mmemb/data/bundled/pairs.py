@@ -1,0 +1,305 @@
+"""Pairs and evaluation tasks of the bundled data set. Nothing here opens a picture: items name them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from mmemb.data.bundled.entities import (
+    ATTRIBUTES,
+    VENDORS,
+    check_split,
+    countries,
+    entities,
+    order,
+    scene_vocabulary,
+)
+from mmemb.data.bundled.pictures import PREFIX, scene_name
+from mmemb.data.bundled.scenes import Scene, draw_scene, mention_split, near_miss
+from mmemb.data.bundled.tasks import (
+    SCENE_TASKS,
+    TASKS,
+    caption,
+    fact_phrasings,
+    find_question,
+    flag_question,
+    flag_scene_question,
+    left_question,
+)
+from mmemb.types import EvaluationTask, Image, Item, Pair, Text
+
+QUERIES = {"train": 3000, "control": 300, "validation": 60, "test": 150}
+"""Scene queries a task draws in each split; in held-out splits also the most queries of any other task."""
+NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
+"""Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
+NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
+
+
+def picture_item(name: str) -> Item:
+    """A picture as a target."""
+    return Item("", (Image(PREFIX + name),))
+
+
+def text_item(text: str) -> Item:
+    """A text as a target."""
+    return Item("", (Text(text),))
+
+
+def load_pairs(
+    split: str, *, tasks: Sequence[str] | None = None, seed: int = 0, scenes_per_task: int | None = None
+) -> list[Pair]:
+    """The pairs of a split, task after task; opens no picture.
+
+    Args:
+        split: ``train``, ``control``, ``validation`` or ``test``.
+        tasks: names from `TASKS`; all of them by default.
+        seed: draws the scenes; the other tasks do not depend on it.
+        scenes_per_task: queries each scene task draws; by default `QUERIES` of the split.
+
+    Raises:
+        ValueError: unknown split or task.
+    """
+    check_split(split)
+    count = QUERIES[split] if scenes_per_task is None else scenes_per_task
+    pairs: list[Pair] = []
+    for task in check_tasks(tasks):
+        rng = random.Random(f"{seed}/{task}/{split}")
+        made = list(_BUILDERS[task](split, rng, count))
+        if split != "train" and task not in SCENE_TASKS and len(made) > QUERIES[split]:
+            kept = sorted(made, key=lambda pair: order("query", pair.id))[: QUERIES[split]]
+            made = sorted(kept, key=lambda pair: pair.id)
+        pairs += made
+    return pairs
+
+
+def check_tasks(tasks: Sequence[str] | None) -> list[str]:
+    """The task names, all of them for None.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    names = list(TASKS) if tasks is None else list(tasks)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r} of the bundled data; choose from: {', '.join(TASKS)}")
+    return names
+
+
+def evaluation_tasks(split: str, *, tasks: Sequence[str] | None = None) -> list[EvaluationTask]:
+    """The retrieval tasks of a split: its pairs (seed 0) as queries, each task with its own candidates.
+
+    Candidates are the positives of all queries, then distractors of the same sort: names or values of the data set; for the
+    scene pictures near misses of the first positives (two cells swapped, or one replaced). A retrieval over the train split
+    (scenes: as many queries as in control) shows what training has memorised.
+
+    Raises:
+        ValueError: unknown split or task.
+    """
+    check_split(split)
+    return [_evaluation_task(split, task) for task in check_tasks(tasks)]
+
+
+def _evaluation_task(split: str, task: str) -> EvaluationTask:
+    count = QUERIES["control"] if split == "train" else None
+    queries = load_pairs(split, tasks=[task], scenes_per_task=count)
+    candidates = {pair.positive_id: pair.positive for pair in queries}
+    if task in ("scenematch", "findscene"):
+        distractors = _scene_distractors(split, task, queries)
+    elif task == "vendor":
+        shown = {pair.query.fields["name"] for pair in queries}
+        others = [entity for entity in entities().values() if entity.name not in shown]
+        others.sort(key=lambda entity: order("candidate", split, entity.key))
+        names = [f"{e.train_vendors()[order('side', e.key) % len(e.train_vendors())]}/{e.key}" for e in others]
+        distractors = [
+            (f"picture:{name}", picture_item(name)) for name in names[: max(0, NAME_CANDIDATES - len(candidates))]
+        ]
+    else:
+        distractors = [
+            (f"text:{text}", text_item(text))
+            for text in _text_distractors(split, task)
+            if f"text:{text}" not in candidates
+        ][: max(0, (NAME_CANDIDATES if task in ("name", "left1") else VALUE_CANDIDATES) - len(candidates))]
+    candidates |= dict(distractors)
+    return EvaluationTask(task, queries, list(candidates.values()), list(candidates))
+
+
+def _text_distractors(split: str, task: str) -> list[str]:
+    """Texts of the sort the task answers with, the most confusable first, then in an order of their own."""
+    if task in ("name", "left1"):
+        first = {entity.name for entity in scene_vocabulary()} if task == "left1" else set()
+        kinds = ("emoji",) if task == "left1" else ("emoji", "flag")
+        texts = {entity.name for entity in entities().values() if entity.kind in kinds}
+    else:
+        first = set()
+        texts = {value for country in countries() for value in country.attributes.values()}
+    return sorted(texts, key=lambda text: (text not in first, order("candidate", split, task, text)))
+
+
+def _scene_distractors(split: str, task: str, queries: Sequence[Pair]) -> list[tuple[str, Item]]:
+    rng = random.Random(f"near/{task}/{split}")
+    things, taken, found = scene_vocabulary(), {pair.positive_id for pair in queries}, []
+    by_name = {entity.name: entity for entity in things}
+    asked = [{pair.query.fields["first"], pair.query.fields["second"]} for pair in queries if task == "findscene"]
+    for pair in queries:
+        if len(found) == NEAR_MISSES.get(split, 0):
+            break
+        vendor, scene = _parse_scene(pair.positive)
+        change = [by_name[pair.query.fields[key]] for key in ("first", "second")] if task == "findscene" else ()
+        missed = near_miss(rng, scene, things, change=change)
+        name = scene_name(vendor, tuple(entity.key for entity in missed))
+        names = {entity.name for entity in missed}
+        if f"picture:{name}" not in taken and not any(words <= names for words in asked):
+            taken.add(f"picture:{name}")
+            found.append((f"picture:{name}", picture_item(name)))
+    return found
+
+
+def _parse_scene(item: Item) -> tuple[str, Scene]:
+    part = item.parts[0]
+    assert isinstance(part, Image)
+    assert isinstance(part.source, str)
+    vendor, keys = part.source.removeprefix(PREFIX).split("/scene/")
+    a, b, c, d = (entities()[key] for key in keys.split("+"))
+    return vendor, (a, b, c, d)
+
+
+def _pair(
+    task: str, split: str, key: str, parts: tuple[Image | Text, ...], fields: dict[str, str], target: str, picture: bool
+) -> Pair:
+    spec = TASKS[task]
+    return Pair(
+        id=f"{task}/{split}/{key}",
+        task=task,
+        query=Item(spec.instruction, parts, fields | {"rationale": spec.render(fields)}),
+        positive=picture_item(target) if picture else text_item(target),
+        positive_id=f"picture:{target}" if picture else f"text:{target}",
+    )
+
+
+def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    for entity in entities().values():
+        for vendor in VENDORS:
+            if entity.withheld.get(vendor, "train") == split:
+                name = f"{vendor}/{entity.key}"
+                yield _pair("name", split, name, (Image(PREFIX + name),), {"name": entity.name}, entity.name, False)
+
+
+def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    # Train: entities with both pictures, in both directions. Held out: the withheld picture is the query or the target, one
+    # direction an entity: with both, a query's own picture would stand among the candidates.
+    for entity in entities().values():
+        if split not in (set(entity.withheld.values()) or {"train"}):
+            continue
+        directions = [VENDORS, VENDORS[::-1]]
+        if split != "train":
+            directions = [directions[order("direction", entity.key) % 2]]
+        for source, target in directions:
+            shown, found = f"{source}/{entity.key}", f"{target}/{entity.key}"
+            yield _pair("vendor", split, shown, (Image(PREFIX + shown),), {"name": entity.name}, found, True)
+
+
+def _facts(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    for country in countries():
+        for attribute in ATTRIBUTES:
+            answer = country.attributes[attribute]
+            fields = {"country": country.name, "attribute": attribute, "answer": answer}
+            for number, text in enumerate(fact_phrasings(country.name, attribute, split)):
+                key = f"{country.key}/{attribute}/{number}"
+                yield _pair("fact", split, key, (Text(text),), fields, answer, False)
+
+
+def _flag_attributes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    for country in countries(split):
+        for attribute in ATTRIBUTES:
+            answer = country.attributes[attribute]
+            fields = {"country": country.name, "attribute": attribute, "answer": answer}
+            for vendor in country.train_vendors():
+                parts = (Image(f"{PREFIX}{vendor}/{country.key}"), Text(flag_question(attribute)))
+                yield _pair("flagattr", split, f"{vendor}/{country.key}/{attribute}", parts, fields, answer, False)
+
+
+def _cells(scene: Scene) -> str:
+    return caption([entity.name for entity in scene])
+
+
+def _scene_matches(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    things, seen = scene_vocabulary(), set[tuple[str, ...]]()
+    while len(seen) < count:
+        scene = draw_scene(rng, things, split)
+        keys = tuple(entity.key for entity in scene)
+        if keys in seen:
+            continue
+        seen.add(keys)
+        source, target = rng.sample(VENDORS, 2)
+        shown, found = scene_name(source, keys), scene_name(target, keys)
+        yield _pair("scenematch", split, shown, (Image(PREFIX + shown),), {"cells": _cells(scene)}, found, True)
+
+
+def _find_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    things = scene_vocabulary()
+    seen, shown_pairs, asked = set[str](), set[frozenset[str]](), set[frozenset[str]]()
+    while len(seen) < count:
+        first, second = rng.sample(things, 2)
+        if mention_split(first, second) != split:
+            continue
+        scene = draw_scene(rng, things, split, fixed=(first, second))
+        name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
+        words = frozenset((first.key, second.key))
+        held = {frozenset((a.key, b.key)) for a in scene for b in scene if a is not b}
+        # Held out, the positive alone shows both things; in training that would leave too few scenes.
+        if name in seen or (split != "train" and (words in shown_pairs or held & asked)):
+            continue
+        seen.add(name)
+        asked.add(words)
+        shown_pairs |= held
+        fields = {"first": first.name, "second": second.name}
+        text = find_question(first.name, second.name)
+        yield _pair("findscene", split, f"{len(seen)}/{name}", (Text(text),), fields, name, True)
+
+
+def _left_neighbours(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    things, seen = scene_vocabulary(), set[str]()
+    while len(seen) < count:
+        scene = draw_scene(rng, things, split)
+        right = rng.choice((1, 3))
+        name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
+        if name in seen:
+            continue
+        seen.add(name)
+        anchor, answer = scene[right].name, scene[right - 1].name
+        fields = {"cells": _cells(scene), "anchor": anchor, "answer": answer}
+        parts = (Image(PREFIX + name), Text(left_question(anchor)))
+        yield _pair("left1", split, f"{name}/{right}", parts, fields, answer, False)
+
+
+def _flag_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
+    things, flags, seen = scene_vocabulary(), countries(split), set[str]()
+    while len(seen) < count:
+        country, attribute = rng.choice(flags), rng.choice(ATTRIBUTES)
+        scene = draw_scene(rng, things, split, fixed=(country,), at_left=True)
+        name = scene_name(rng.choice(country.train_vendors()), tuple(entity.key for entity in scene))
+        if name in seen:
+            continue
+        seen.add(name)
+        anchor, answer = scene[scene.index(country) + 1].name, country.attributes[attribute]
+        fields = {
+            "cells": _cells(scene),
+            "anchor": anchor,
+            "country": country.name,
+            "attribute": attribute,
+            "answer": answer,
+        }
+        parts = (Image(PREFIX + name), Text(flag_scene_question(attribute, anchor)))
+        yield _pair("flagscene", split, f"{name}/{attribute}", parts, fields, answer, False)
+
+
+_BUILDERS: dict[str, Callable[[str, random.Random, int], Iterator[Pair]]] = {
+    "name": _names,
+    "vendor": _vendors,
+    "fact": _facts,
+    "scenematch": _scene_matches,
+    "findscene": _find_scenes,
+    "flagattr": _flag_attributes,
+    "left1": _left_neighbours,
+    "flagscene": _flag_scenes,
+}

@@ -1,0 +1,79 @@
+"""Pictures of the bundled data set, decoded one at a time when asked for.
+
+`noto/1f34e` is one picture, 64 x 64; `noto/scene/1f34e+1f415+1f408+26f5` a scene of four, 128 x 128, in reading order.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from mmemb.data.bundled.entities import VENDORS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+PREFIX = "bundled:"
+SIDE = 64
+CELLS = 4
+
+_archives: dict[int, zipfile.ZipFile] = {}
+
+
+def _archive() -> zipfile.ZipFile:
+    # One handle a process: a forked data-loader worker that shared its parent's would move the parent's file position.
+    process = os.getpid()
+    if process not in _archives:
+        _archives.clear()
+        _archives[process] = zipfile.ZipFile(str(resources.files(__package__) / "pictures.zip"))
+    return _archives[process]
+
+
+def picture_names() -> list[str]:
+    """Every single picture's name, sorted."""
+    return [name.removesuffix(".webp") for name in _archive().namelist()]
+
+
+def scene_name(vendor: str, keys: tuple[str, ...]) -> str:
+    """The name of the scene that shows four entities, cells in reading order."""
+    return f"{vendor}/scene/{'+'.join(keys)}"
+
+
+def open_picture(name: str) -> PILImage:
+    """Decodes a picture: RGB, 64 x 64, or a 128 x 128 scene of four.
+
+    Args:
+        name: ``<vendor>/<code points>`` or ``<vendor>/scene/<a>+<b>+<c>+<d>``, with or without ``bundled:``.
+
+    Raises:
+        ValueError: there is no such picture.
+    """
+    from PIL import Image
+
+    name = name.removeprefix(PREFIX)
+    vendor, _, rest = name.partition("/")
+    if not rest.startswith("scene/"):
+        return _single(name)
+    keys = rest.removeprefix("scene/").split("+")
+    if len(keys) != CELLS:
+        raise ValueError(f"bundled scene {name!r} has {len(keys)} cells, expected {CELLS} joined by '+'")
+    scene = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
+    for cell, key in enumerate(keys):
+        scene.paste(_single(f"{vendor}/{key}"), (cell % 2 * SIDE, cell // 2 * SIDE))
+    return scene
+
+
+def _single(name: str) -> PILImage:
+    from PIL import Image
+
+    try:
+        data = _archive().read(f"{name}.webp")
+    except KeyError:
+        raise ValueError(
+            f"no bundled picture {name!r}; names are <vendor>/<code points> like {picture_names()[0]!r}, "
+            f"vendors: {', '.join(VENDORS)}"
+        ) from None
+    return Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,0 +1,181 @@
+"""Next-token data for pretraining the default backbone, and the probes that say what it has learnt.
+
+Perception and memory only: names of pictures, facts in text, captions of scenes, left-of questions over text. Never a
+withheld picture, a held-out scene or phrasing, nor a composition (flag -> attribute, picture of a scene -> neighbour).
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+
+from mmemb.data.bundled.entities import (
+    ATTRIBUTES,
+    VENDORS,
+    Entity,
+    check_split,
+    countries,
+    entities,
+    scene_vocabulary,
+)
+from mmemb.data.bundled.pairs import load_pairs, text_item
+from mmemb.data.bundled.pictures import PREFIX, scene_name
+from mmemb.data.bundled.scenes import Scene, draw_scene
+from mmemb.data.bundled.tasks import ANSWER, DESCRIBE, FACT_PHRASINGS, TASKS, caption, fact_phrasings
+from mmemb.types import Image, Item, Pair, Text
+
+SIZE = 10_000_000
+"""Length of `PretrainingSamples`: more than any run draws; sample i is made when asked for."""
+
+
+def reverse_question(attribute: str, value: str) -> str:
+    """Asks for the country of a value that only one country has."""
+    return f"which country has the {attribute} {value} ?"
+
+
+def left_of_text(names: list[str], anchor: str) -> str:
+    """Asks for the left neighbour of a cell of a captioned scene."""
+    return f"{caption(names)} ; left of {anchor}"
+
+
+class PretrainingSamples:
+    """Map-style, endless in practice: ``samples[i]`` is a pure function of (seed, i).
+
+    The query is a prompt, the positive one text: the response the model should write.
+
+    Args:
+        seed: draws everything.
+        pictures: weight of single pictures -> name.
+        scenes: weight of fresh training scenes -> caption.
+        facts: weight of questions in text -> value (a tenth of them reversed: value -> country).
+        text_scenes: weight of left-of questions over captions, without a picture.
+
+    Raises:
+        ValueError: a weight is negative or all are zero.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        pictures: float = 0.4,
+        scenes: float = 0.35,
+        facts: float = 0.15,
+        text_scenes: float = 0.1,
+    ) -> None:
+        weights = (pictures, scenes, facts, text_scenes)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"pretraining weights must be >= 0 and not all zero, got {weights}")
+        self.seed = seed
+        self.weights = weights
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < SIZE:
+            raise IndexError(index)
+        rng = random.Random(f"pretraining/{self.seed}/{index}")
+        (make,) = rng.choices((self._picture, self._scene, self._fact, self._text_scene), self.weights)
+        return make(rng, f"{self.seed}/{index}")
+
+    @cached_property
+    def _train_pictures(self) -> list[tuple[str, Entity]]:
+        return [(vendor, entity) for entity in entities().values() for vendor in entity.train_vendors()]
+
+    @cached_property
+    def _things(self) -> list[Entity]:
+        return scene_vocabulary()
+
+    @cached_property
+    def _countries(self) -> list[Entity]:
+        return countries()
+
+    @cached_property
+    def _unique_values(self) -> list[tuple[str, str, str]]:
+        values = [(a, c.attributes[a], c.name) for c in countries() for a in ATTRIBUTES]
+        counts: dict[tuple[str, str], int] = {}
+        for attribute, value, _ in values:
+            counts[attribute, value] = counts.get((attribute, value), 0) + 1
+        return [row for row in values if counts[row[0], row[1]] == 1]
+
+    def _picture(self, rng: random.Random, key: str) -> Pair:
+        vendor, entity = rng.choice(self._train_pictures)
+        return describe("picture", key, f"{vendor}/{entity.key}", entity.name)
+
+    def _draw(self, rng: random.Random) -> tuple[str, Scene]:
+        # Half of the scenes hold a flag, as in `flagscene`; captions name any country, the composition is what is held out.
+        if rng.random() < 0.5:
+            return rng.choice(VENDORS), draw_scene(rng, self._things, "train")
+        country = rng.choice(self._countries)
+        return rng.choice(country.train_vendors()), draw_scene(rng, self._things, "train", fixed=(country,))
+
+    def _scene(self, rng: random.Random, key: str) -> Pair:
+        vendor, scene = self._draw(rng)
+        name = scene_name(vendor, tuple(entity.key for entity in scene))
+        return describe("scene", key, name, caption([entity.name for entity in scene]))
+
+    def _fact(self, rng: random.Random, key: str) -> Pair:
+        if rng.random() < 0.1:
+            attribute, value, country = rng.choice(self._unique_values)
+            return answer("fact", key, reverse_question(attribute, value), country)
+        place, attribute = rng.choice(self._countries), rng.choice(ATTRIBUTES)
+        question = rng.choice(fact_phrasings(place.name, attribute, "train"))
+        return answer("fact", key, question, place.attributes[attribute])
+
+    def _text_scene(self, rng: random.Random, key: str) -> Pair:
+        _, scene = self._draw(rng)
+        names, right = [entity.name for entity in scene], rng.choice((1, 3))
+        return answer("text_scene", key, left_of_text(names, names[right]), names[right - 1])
+
+
+def describe(task: str, key: str, picture: str, response: str) -> Pair:
+    """A picture with what should be said of it."""
+    query = Item(DESCRIBE, (Image(PREFIX + picture),))
+    return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
+
+
+def answer(task: str, key: str, question: str, response: str) -> Pair:
+    """A question in text with its answer."""
+    query = Item(ANSWER, (Text(question),))
+    return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
+
+
+def probe_samples(split: str) -> list[Pair]:
+    """What a pretrained model should be able to say of a held-out split, in pretraining's own prompts.
+
+    Tasks by id prefix: ``picture`` (withheld picture -> name), ``fact`` (the split's phrasing -> value), ``scene`` (its
+    scene -> caption).
+
+    Raises:
+        ValueError: unknown split.
+    """
+    check_split(split)
+    probes = []
+    for pair in load_pairs(
+        split, tasks=["name", "fact", "scenematch"], scenes_per_task=100 if split == "train" else None
+    ):
+        part = pair.query.parts[0]
+        if isinstance(part, Image):
+            name = str(part.source).removeprefix(PREFIX)
+            task, response = (
+                ("scene", pair.query.fields["cells"]) if "/scene/" in name else ("picture", pair.query.fields["name"])
+            )
+            probes.append(describe(task, f"probe/{pair.id}", name, response))
+        else:
+            probes.append(answer("fact", f"probe/{pair.id}", part.text, pair.query.fields["answer"]))
+    return probes
+
+
+def all_texts() -> list[str]:
+    """What a tokenizer must know: every name, value and instruction, every template filled with an example."""
+    texts = {entity.name for entity in entities().values()} | {v for c in countries() for v in c.attributes.values()}
+    texts |= {spec.instruction for spec in TASKS.values()} | {DESCRIBE, *ATTRIBUTES}
+    country, (a, b) = countries()[0], scene_vocabulary()[:2]
+    for attribute in ATTRIBUTES:
+        texts |= {phrasing.format(country=country.name, attribute=attribute) for phrasing in FACT_PHRASINGS}
+        texts.add(reverse_question(attribute, country.attributes[attribute]))
+    texts.add(left_of_text([a.name, b.name], b.name))
+    for pair in load_pairs("validation", scenes_per_task=1):
+        texts |= {part.text for part in pair.query.parts if isinstance(part, Text)} | {pair.query.fields["rationale"]}
+    return sorted(texts)
