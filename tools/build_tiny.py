@@ -1,10 +1,11 @@
-"""Makes the folder of the ``tiny`` backbone: config, tokenizer, chat template, image processor; and packs trained weights.
+"""Makes the folder of the ``tiny`` backbone (config, tokenizer, chat template, image processor) and packs trained weights.
 
     python tools/build_tiny.py skeleton               # everything but the weights, from the bundled texts
     python tools/build_tiny.py pack runs/tiny/export  # weights of a saved backbone, in half precision
 
-The tokenizer is a byte-level BPE trained on the bundled train texts: each text counts once a distinct text, so that rare names get
-their words as well as common ones. Words always carry their leading blank, so a word is one token wherever it stands.
+The tokenizer is a byte-level BPE with few merges, to which the bundled texts' words are added whole: a rationale is then short
+(decoding is a loop in Python) and a name is learned as one thing. Words carry their leading blank even at the start of a text,
+so a word is one token wherever it stands; any other text falls back on the merges and bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 FOLDER = Path(__file__).resolve().parent.parent / "components" / "backbones" / "tiny"
 VOCABULARY = 1536
+MERGES = 150
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -31,10 +34,11 @@ SPECIALS = (
     "</think>",
     "<emb>",
 )
-# One token opens a picture, one closes the prompt (its state predicts the decision): every further one costs time on a CPU.
+# One token opens a picture, one closes the prompt (its state predicts the decision): every further one costs time.
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|>{% else %}{% if not loop.first %} {% endif %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|>"
+    "{% else %}{% if not loop.first %} {% endif %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
 )
 
@@ -59,19 +63,29 @@ def texts() -> Iterator[str]:
                 yield text
 
 
-def build_tokenizer(corpus: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE with the special tokens first."""
+def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE with few merges, and the corpus's most frequent words whole."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lines = list(corpus)
+    words = Counter(word for line in lines for word, _ in split.pre_tokenize_str(line))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=len(SPECIALS) + 256 + MERGES,
         special_tokens=list(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
+    tokenizer.train_from_iterator(lines, trainer)
+    description = json.loads(tokenizer.to_str())
+    description["model"]["ignore_merges"] = True  # a word of the vocabulary is taken whole, the merges serve the others
+    vocabulary = description["model"]["vocab"]
+    for word, _ in sorted(words.items(), key=lambda entry: (-entry[1], entry[0])):
+        if len(vocabulary) >= VOCABULARY:
+            break
+        vocabulary.setdefault(word, len(vocabulary))
+    return Tokenizer.from_str(json.dumps(description))
 
 
 def build_config(tokenizer: Tokenizer) -> dict[str, object]:
@@ -123,7 +137,7 @@ def build_config(tokenizer: Tokenizer) -> dict[str, object]:
     }
 
 
-def skeleton(folder: Path, corpus: Iterator[str]) -> None:
+def skeleton(folder: Path, corpus: Iterable[str]) -> None:
     """Writes everything but the weights."""
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
