@@ -23,10 +23,10 @@ def encoder(**options: object) -> Encoder:
 
 
 class Even(Controller):
-    """Thinks where the first coordinate of the direct embedding is positive."""
+    """Thinks where the third coordinate of the direct embedding is positive."""
 
     def decide(self, state: PrefillState) -> Decision:
-        think = state.direct[:, 0] > 0
+        think = state.direct[:, 2] > 0
         return Decision(think, think.float(), torch.where(think, 8, 0))
 
 

@@ -1,0 +1,169 @@
+"""Controllers on hand-made prefill states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmemb.components.controllers.oracle import Oracle
+from mmemb.components.controllers.random import Random
+from mmemb.components.controllers.rl import Rl
+from mmemb.components.controllers.threshold import Threshold
+from mmemb.interfaces import Controller
+from mmemb.registry import create
+from mmemb.types import PrefillState
+
+NAMES = ("always_reason", "never", "oracle", "random", "rl", "threshold")
+
+
+def state(rows: int = 6, **known: torch.Tensor) -> PrefillState:
+    generator = torch.Generator().manual_seed(1)
+    direct = torch.nn.functional.normalize(torch.randn(rows, 32, generator=generator), dim=-1)
+    return PrefillState(decision_logits=torch.randn(rows, 2, generator=generator), direct=direct, **known)
+
+
+def known(rows: int = 6) -> PrefillState:
+    return state(rows, confidence=torch.linspace(0.1, 0.9, rows), utility=torch.linspace(-1, 1, rows))
+
+
+def built(name: str) -> Controller:
+    return create("controller", name, threshold=0.5) if name == "threshold" else create("controller", name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_decision_is_binary_with_its_budget(name: str) -> None:
+    decision = built(name).decide(known())
+    assert decision.think.shape == decision.probability.shape == decision.budget.shape == (6,)
+    assert (decision.think.dtype, decision.budget.dtype) == (torch.bool, torch.int64)
+    assert decision.probability.dtype == torch.float32
+    assert decision.budget.tolist() == [48 * think for think in decision.think.tolist()]
+    assert ((decision.probability >= 0) & (decision.probability <= 1)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_decided_without_its_neighbours(name: str) -> None:
+    whole, controller = known(), built(name)
+    together = controller.decide(whole)
+    for row in range(6):
+        one = PrefillState(*(part[row : row + 1] for part in vars(whole).values()))
+        assert controller.decide(one).think.item() == together.think[row].item()
+
+
+def test_never_and_always_are_the_two_ends() -> None:
+    assert not built("never").decide(known()).think.any()
+    assert built("always_reason").decide(known()).think.all()
+    assert create("controller", "always_reason", budget=7).decide(known()).budget.tolist() == [7] * 6
+
+
+def test_rl_follows_the_decision_token_and_its_offset() -> None:
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.5]])
+    given = PrefillState(decision_logits=logits, direct=torch.zeros(3, 4))
+    assert Rl().decide(given).think.tolist() == [True, False, False]
+    assert Rl(offset=0.6).decide(given).think.tolist() == [True, False, True]
+    assert Rl(offset=-2.0).decide(given).think.tolist() == [False, False, False]
+    assert Rl().decide(given).probability[0].item() == pytest.approx(1 / (1 + math.exp(-1)))
+
+
+def test_oracle_thinks_where_utility_exceeds_the_price() -> None:
+    given = state(3, utility=torch.tensor([-0.1, 0.0, 0.3]))
+    assert Oracle().decide(given).think.tolist() == [False, False, True]
+    assert Oracle(price=0.3).decide(given).think.tolist() == [False, False, False]
+
+
+def test_oracle_refuses_an_unknown_utility() -> None:
+    with pytest.raises(ValueError, match="utility is unknown here; it works in evaluation only"):
+        Oracle().decide(state())
+
+
+def test_random_keeps_its_rate_and_its_seed() -> None:
+    given = state(4000)
+    think = Random(rate=0.3).decide(given).think
+    assert think.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(think, Random(rate=0.3).decide(given).think)
+    assert not torch.equal(think, Random(rate=0.3, seed=1).decide(given).think)
+    assert not Random(rate=0.0).decide(given).think.any()
+    assert Random(rate=1.0).decide(given).think.all()
+
+
+def test_random_survives_rounding_noise() -> None:
+    given = state(500)
+    noisy = PrefillState(given.decision_logits, given.direct * (1 + 1e-6))
+    assert torch.equal(Random().decide(given).think, Random().decide(noisy).think)
+
+
+def test_random_refuses_an_impossible_rate() -> None:
+    with pytest.raises(ValueError, match=r"rate is 1\.5; give a probability"):
+        Random(rate=1.5)
+
+
+def test_threshold_thinks_below_it() -> None:
+    given = state(3, confidence=torch.tensor([0.2, 0.5, 0.9]))
+    decision = Threshold(threshold=0.5).decide(given)
+    assert decision.think.tolist() == [True, False, False]
+    torch.testing.assert_close(decision.probability, torch.tensor([0.8, 0.5, 0.1]))
+
+
+def test_threshold_on_entropy_thinks_where_the_direct_path_is_not_certain() -> None:
+    logits = torch.tensor([[0.0, 4.0], [0.0, 0.5], [0.0, 0.0], [4.0, 0.0]])
+    given = PrefillState(decision_logits=logits, direct=torch.zeros(4, 2))
+    assert Threshold(signal="entropy", threshold=0.5).decide(given).think.tolist() == [False, True, True, True]
+    assert Threshold(signal="entropy", threshold=0.0).decide(given).think.tolist() == [False, False, False, True]
+    p = 1 / (1 + math.exp(-4))
+    certainty = 1 + (p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)
+    degree = Threshold(signal="entropy", threshold=0.0).decide(given).probability
+    assert degree.tolist() == pytest.approx([(1 - certainty) / 2, degree[1].item(), 0.5, (1 + certainty) / 2], abs=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])
+def test_calibration_to_a_rate_hits_it(rate: float) -> None:
+    given = state(8, confidence=torch.rand(8, generator=torch.Generator().manual_seed(0)))
+    controller = Threshold(rate=rate)
+    controller.calibrate(given)
+    assert controller.decide(given).think.float().mean().item() == rate
+
+
+def test_calibration_to_utility_maximises_the_mean_net_utility() -> None:
+    confidence = torch.tensor([0.9, 0.1, 0.3, 0.5, 0.7])
+    utility = torch.tensor([-0.5, 0.4, -0.1, 0.3, -0.2])
+    controller = Threshold()
+    controller.calibrate(state(5, confidence=confidence, utility=utility))
+    assert controller.threshold == pytest.approx(0.6)  # gains .4 - .1 + .3, against .4 for a threshold of .2
+    controller = Threshold(price=0.15)
+    controller.calibrate(state(5, confidence=confidence, utility=utility))
+    assert controller.threshold == pytest.approx(0.2)  # net gains .25, -.25, .15: the second no longer pays for the gap
+
+
+def test_calibration_thinks_never_where_it_never_pays_and_always_where_it_always_does() -> None:
+    confidence = torch.tensor([0.2, 0.4])
+    controller = Threshold()
+    controller.calibrate(state(2, confidence=confidence, utility=torch.tensor([-1.0, -1.0])))
+    assert controller.threshold == -math.inf
+    controller.calibrate(state(2, confidence=confidence, utility=torch.tensor([1.0, 1.0])))
+    assert controller.threshold == math.inf
+
+
+def test_calibration_does_not_part_equal_signals() -> None:
+    confidence = torch.tensor([0.5, 0.5, 0.8])
+    utility = torch.tensor([1.0, -3.0, 0.5])
+    controller = Threshold()
+    controller.calibrate(state(3, confidence=confidence, utility=utility))
+    assert controller.threshold == -math.inf  # splitting the pair would look like +1
+    controller = Threshold(rate=1 / 3)
+    controller.calibrate(state(3, confidence=confidence))
+    assert not controller.decide(state(3, confidence=confidence)).think.any()
+
+
+def test_the_threshold_says_what_it_misses() -> None:
+    given = state(2, confidence=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="not calibrated; calibrate it"):
+        Threshold().decide(given)
+    with pytest.raises(ValueError, match="no reference bank"):
+        Threshold(threshold=0.5).decide(state(2))
+    with pytest.raises(ValueError, match="give a `rate`"):
+        Threshold().calibrate(given)
+    with pytest.raises(ValueError, match="no validation queries"):
+        Threshold(rate=0.5).calibrate(state(0, confidence=torch.zeros(0)))
+    with pytest.raises(ValueError, match="rate is 2"):
+        Threshold(rate=2)
