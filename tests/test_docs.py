@@ -91,8 +91,7 @@ def run_block(block: Block, clone: Path, names: dict[str, object]) -> None:
             exec(compile(block.code, f"line {block.line}", "exec"), names)
         assert block.options.get("shows", "") in printed.getvalue()
     elif "pairs" in block.words:
-        from mmemb.data.datamodule import Source
-        from mmemb.data.records import read_pairs
+        from mmemb.data.records import Source, read_pairs
 
         path = clone / f"pairs_{block.line}.jsonl"
         path.write_text(block.code, encoding="utf-8")
