@@ -1,4 +1,4 @@
-"""The bundled data set: emoji and flags by two vendors, facts about countries, scenes composed from a seed; eight tasks.
+"""The bundled data set: emoji and flags by two vendors, facts on countries, scenes drawn from a seed; eight tasks.
 
 Light: no torch, and no picture is decoded before `open_picture` is asked for it.
 """

@@ -23,7 +23,7 @@ class Entity:
         name: what it is called: unique, lower case, at most three words.
         category: ``animal``, ``food``, ...; ``flag`` for countries.
         kind: ``emoji`` or ``flag``.
-        withheld: the held-out split a vendor's picture belongs to; at most one vendor, the other picture is a training one.
+        withheld: the held-out split a vendor's picture belongs to; at most one vendor: the other is for training.
         scene: scenes may show it (both vendors' pictures are training pictures).
         split: of a country: where its flag -> attribute compositions belong; ``train`` otherwise.
         attributes: of a country: currency, language, region.

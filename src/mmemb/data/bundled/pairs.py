@@ -88,9 +88,9 @@ def check_tasks(tasks: Sequence[str] | None) -> list[str]:
 def evaluation_tasks(split: str, *, tasks: Sequence[str] | None = None) -> list[EvaluationTask]:
     """The retrieval tasks of a split: its pairs (seed 0) as queries, each task with its own candidates.
 
-    Candidates are the positives of all queries, then distractors of the same sort: names or values of the data set; for the
-    scene pictures near misses of the first positives (two cells swapped, or one replaced). A retrieval over the train split
-    (scenes: as many queries as in control) shows what training has memorised.
+    Candidates are the positives of all queries, then distractors of the same sort: names or values of the data set; for
+    scene pictures near misses of the first positives (two cells swapped, or one replaced). Over the train split (scenes: as
+    many queries as in control) a task shows what training has memorised.
 
     Raises:
         ValueError: unknown split or task.
@@ -137,7 +137,8 @@ def _text_distractors(split: str, task: str) -> list[str]:
 
 def _scene_distractors(split: str, task: str, queries: Sequence[Pair]) -> list[tuple[str, Item]]:
     rng = random.Random(f"near/{task}/{split}")
-    things, taken, found = scene_vocabulary(), {pair.positive_id for pair in queries}, []
+    things, taken = scene_vocabulary(), {pair.positive_id for pair in queries}
+    found: list[tuple[str, Item]] = []
     by_name = {entity.name: entity for entity in things}
     asked = [{pair.query.fields["first"], pair.query.fields["second"]} for pair in queries if task == "findscene"]
     for pair in queries:
@@ -185,8 +186,8 @@ def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
 
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    # Train: entities with both pictures, in both directions. Held out: the withheld picture is the query or the target, one
-    # direction an entity: with both, a query's own picture would stand among the candidates.
+    # Train: entities with both pictures, in both directions. Held out: the withheld picture is the query or the target, in
+    # one direction an entity: with both, a query's own picture would stand among the candidates.
     for entity in entities().values():
         if split not in (set(entity.withheld.values()) or {"train"}):
             continue

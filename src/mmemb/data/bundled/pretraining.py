@@ -104,7 +104,7 @@ class PretrainingSamples:
         return describe("picture", key, f"{vendor}/{entity.key}", entity.name)
 
     def _draw(self, rng: random.Random) -> tuple[str, Scene]:
-        # Half of the scenes hold a flag, as in `flagscene`; captions name any country, the composition is what is held out.
+        # Half of the scenes hold a flag, as in `flagscene`: any country, since only flag -> attribute is held out.
         if rng.random() < 0.5:
             return rng.choice(VENDORS), draw_scene(rng, self._things, "train")
         country = rng.choice(self._countries)
@@ -162,7 +162,7 @@ def probe_samples(split: str) -> list[Pair]:
                 ("scene", pair.query.fields["cells"]) if "/scene/" in name else ("picture", pair.query.fields["name"])
             )
             probes.append(describe(task, f"probe/{pair.id}", name, response))
-        else:
+        elif isinstance(part, Text):
             probes.append(answer("fact", f"probe/{pair.id}", part.text, pair.query.fields["answer"]))
     return probes
 

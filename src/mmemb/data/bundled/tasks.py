@@ -18,7 +18,7 @@ class TaskSpec:
 
     Attributes:
         instruction: the query's instruction, at most eight words.
-        kind: ``easy`` (perception or memory alone), ``hop`` (perceive, then recall), ``spatial`` (look around a scene first).
+        kind: ``easy`` (perception or memory alone), ``hop`` (perceive, then recall), ``spatial`` (look around first).
         rationale: template over the query's fields: the shortest text from which the answer can be read off.
     """
 

@@ -1,0 +1,438 @@
+"""Builds the bundled data set: `pictures.zip` and `entities.json` of `mmemb.data.bundled`.
+
+    python tools/build_bundled.py [--packages DIR] [--output src/mmemb/data/bundled]
+
+Needs `pip install 'mmemb[tools]'` (babel, for English names) and, unless ``--packages`` holds the archives, `npm` on the
+path. The output is a pure function of the four archives and of the libwebp that Pillow carries: entries are sorted, time
+stamps fixed, and every choice that looks random is a hash. Sources and licences are in NOTICE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+PACKAGES = {
+    "emoji-datasource-google": "16.0.0",
+    "emoji-datasource-twitter": "16.0.0",
+    "emojibase-data": "17.0.0",
+    "cldr-core": "48.2.0",
+}
+VENDORS = {"noto": ("emoji-datasource-google", "google"), "twemoji": ("emoji-datasource-twitter", "twitter")}
+SIDE, QUALITY, LIMIT_BYTES = 64, 85, 5_000_000
+
+WITHHELD = {
+    "emoji": {"test": 110, "control": 60, "validation": 60},
+    "flag": {"test": 40, "control": 15, "validation": 15},
+}
+"""Entities a split takes one vendor's picture of, by kind."""
+COUNTRIES = {"test": 45, "control": 25, "validation": 20}
+"""Countries whose flag -> attribute composition belongs to a held-out split; the others are train."""
+SCENE_VOCABULARY = 80
+
+SUBCATEGORIES = {
+    "animal": ("animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"),
+    "plant": ("plant-flower", "plant-other"),
+    "food": ("food-fruit", "food-vegetable", "food-prepared", "food-asian", "food-sweet", "drink", "dishware"),
+    "activity": ("sport", "game", "arts & crafts", "award-medal", "event", "musical-instrument", "music"),
+    "travel": (
+        "transport-ground",
+        "transport-water",
+        "transport-air",
+        "place-geographic",
+        "place-building",
+        "place-other",
+    ),
+    "sky": ("sky & weather",),
+    "object": (
+        "tool",
+        "household",
+        "clothing",
+        "light & video",
+        "science",
+        "computer",
+        "medical",
+        "phone",
+        "lock",
+        "writing",
+    ),
+    "being": ("face-costume",),
+}
+"""Categories of the data set, from the sub-categories of the emoji tables."""
+
+# Near-duplicates of a kept picture, composites, symbols and names that do not say what is drawn.
+DROPPED = """
+mouse face|cow face|tiger face|rabbit face|cat face|horse face|monkey face|dog face|pig face|pig nose|service dog|
+guide dog|black cat|two-hump camel|front-facing baby chick|hatching chick|black bird|dragon face|spouting whale|ewe|
+ox|water buffalo|microbe|worm|fly|cricket|nest with eggs|empty nest|leaf fluttering in wind|leafless tree|shamrock|
+white flower|wilted flower|rosette|bouquet|herb|sheaf of rice|deciduous tree|blossom|brown mushroom|root vegetable|
+pea pod|lime|meat on bone|cut of meat|pot of food|cooking|shallow pan of food|stuffed flatbread|flatbread|
+bowl with spoon|canned food|tamale|fondue|rice cracker|oden|dango|moon cake|steaming bowl|curry rice|takeout box|
+fish cake with swirl|ice cream|shaved ice|custard|teacup without handle|clinking beer mugs|clinking glasses|
+bottle with popping cork|beverage box|mate|ice|pouring liquid|tropical drink|tumbler glass|sake|
+fork and knife with plate|amphora|running shirt|diving mask|goal net|martial arts uniform|flag in hole|field hockey|
+cricket game|lacrosse|softball|rugby football|mahjong red dragon|flower playing cards|spade suit|club suit|heart suit|
+diamond suit|mirror ball|performing arts|knot|2nd place medal|3rd place medal|1st place medal|military medal|sparkler|
+confetti ball|tanabata tree|pine decoration|japanese dolls|moon viewing ceremony|reminder ribbon|admission tickets|
+red envelope|sparkles|long drum|level slider|control knobs|studio microphone|musical notes|musical score|
+carp streamer|wind chime|locomotive|railway car|high-speed train|train|light rail|station|tram car|oncoming bus|
+bus stop|minibus|oncoming police car|oncoming taxi|oncoming automobile|trolleybus|articulated lorry|mountain railway|
+vertical traffic light|motorway|railway track|monorail|motorized wheelchair|motor scooter|motor boat|passenger ship|
+seat|suspension railway|mountain cableway|small airplane|airplane departure|airplane arrival|beach with umbrella|
+camping|national park|mountain|desert island|mount fuji|building construction|houses|derelict house|house with garden|
+office building|japanese post office|post office|bank|hotel|love hotel|convenience store|school|department store|
+japanese castle|wedding|tokyo tower|foggy|night with stars|sunrise over mountains|sunrise|cityscape at dusk|sunset|
+bridge at night|cityscape|hot springs|cyclone|closed umbrella|milky way|new moon|waxing crescent moon|
+first quarter moon|waxing gibbous moon|full moon|waning gibbous moon|last quarter moon|waning crescent moon|
+new moon face|first quarter moon face|last quarter moon face|full moon face|sun with face|glowing star|
+sun behind small cloud|sun behind large cloud|sun behind rain cloud|cloud with rain|cloud with snow|wind face|fog|
+umbrella with rain drops|snowman without snow|sun behind cloud|cloud with lightning and rain|umbrella on ground|
+hammer and wrench|hammer and pick|pick|broken chain|white cane|nut and bolt|couch and lamp|lotion bottle|
+roll of paper|bubbles|shower|woman's hat|woman's clothes|woman's sandal|woman's boot|man's shoe|clutch bag|
+thong sandal|one-piece swimsuit|safety vest|lab coat|hair pick|prayer beads|shopping bags|rescue worker's helmet|
+flat shoe|briefs|military helmet|film frames|camera with flash|video camera|magnifying glass tilted right|
+videocassette|film projector|diya lamp|dvd|optical disk|low battery|trackball|keyboard|computer disk|fax machine|
+mobile phone with arrow|locked with pen|locked with key|unlocked|old key|memo|pen|black nib|petri dish|alembic|
+drop of blood|x-ray|adhesive bandage|ogre|goblin|alien monster|horizontal traffic light|cloud with lightning|oil drum|
+mouse trap|pile of poo|link|telephone receiver
+"""
+RENAMED = {
+    "magnifying glass tilted left": "magnifying glass",
+    "globe with meridians": "globe",
+    "soft ice cream": "ice cream",
+    "pool 8 ball": "billiard ball",
+    "lady beetle": "ladybug",
+    "ear of corn": "corn",
+    "closed book": "book",
+    "cup with straw": "soda cup",
+    "police car light": "siren",
+    "glass of milk": "milk",
+    "snow-capped mountain": "mountain",
+    "roasted sweet potato": "sweet potato",
+    "high voltage": "lightning",
+    "sport utility vehicle": "suv",
+    "locked": "padlock",
+    "automobile": "car",
+    "construction": "construction barrier",
+}
+
+# Places without permanent inhabitants, without a flag of their own, or whose drawing equals another country's.
+DROPPED_TERRITORIES = """
+AC AQ AX BL BQ BV CC CP CQ CX DG EA EH EU FK GF GP GS HM IC IO JE GG IM MF MQ MS NC NF PM PN RE SH SJ TA TC TF TK UM UN WF YT
+AI AS MP VG VI NU
+"""
+COUNTRY_NAMES = {
+    "AG": "antigua",
+    "BA": "bosnia",
+    "CD": "congo kinshasa",
+    "CG": "congo brazzaville",
+    "CI": "ivory coast",
+    "HK": "hong kong",
+    "KN": "saint kitts",
+    "LC": "saint lucia",
+    "MM": "myanmar",
+    "MO": "macao",
+    "PS": "palestine",
+    "ST": "sao tome",
+    "TL": "east timor",
+    "TT": "trinidad",
+    "VC": "saint vincent",
+}
+# English names too long for a small vocabulary.
+CURRENCY_NAMES = {
+    "AED": "emirati dirham",
+    "BAM": "convertible mark",
+    "PGK": "kina",
+    "STN": "dobra",
+    "TTD": "trinidad dollar",
+}
+# Where the first current legal tender of CLDR is not the country's own main one.
+MAIN_CURRENCY = {"LS": "LSL"}
+
+
+def order(*parts: object) -> int:
+    """A stable pseudo-random number of its arguments, 64 bits."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+
+
+def plain(name: str) -> str:
+    """Lower case, ASCII, straight quotes: what a vocabulary of a few hundred words can hold."""
+    text = unicodedata.normalize("NFKD", name.replace("’", "'").replace("&", "and"))
+    return " ".join("".join(c for c in text if ord(c) < 128).lower().split())
+
+
+def dropped_names() -> set[str]:
+    """The names of `DROPPED`."""
+    return {name.strip() for name in DROPPED.replace("\n", "").split("|")}
+
+
+def current_currency(
+    code: str, entries: Sequence[Mapping[str, Mapping[str, str]]], today: str = "2026-01-01"
+) -> str | None:
+    """ISO 4217 code of the main legal tender, or None: the first of CLDR's entries that has not ended."""
+    if code in MAIN_CURRENCY:
+        return MAIN_CURRENCY[code]
+    for entry in entries:
+        (currency, facts), *_ = entry.items()
+        if (
+            facts.get("_tender") != "false"
+            and ("_to" not in facts or facts["_to"] > "2026-02")
+            and facts["_from"] <= today
+        ):
+            return currency
+    return None
+
+
+def main_language(languages: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Code of the most spoken official language (of those official in fact, where none is by law), or None."""
+    for status in ("official", "de_facto_official"):
+        found = [
+            (-float(facts["_populationPercent"]), code.split("_")[0])
+            for code, facts in languages.items()
+            if facts.get("_officialStatus") == status
+        ]
+        if found:
+            return min(found)[1]
+    return None
+
+
+def spread(codes: Iterable[str], groups: Mapping[str, str], counts: Mapping[str, int], salt: str) -> dict[str, str]:
+    """Assigns ``counts[split]`` of the codes to each split, evenly over their groups; the rest is left out."""
+    ranked = sorted(codes, key=lambda code: (groups[code], order(salt, code)))
+    # Every ranked position gets a place in (0, 1) by a low-discrepancy sequence; neighbours in rank land far apart.
+    places = sorted(range(len(ranked)), key=lambda i: (i * 0.6180339887498949) % 1.0)
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    return {ranked[place]: split for place, split in zip(places, splits, strict=False)}
+
+
+class Package:
+    """One npm archive, read in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._tar = tarfile.open(path)  # noqa: SIM115 - lives as long as the object
+        self._names = set(self._tar.getnames())
+
+    def __contains__(self, name: str) -> bool:
+        return f"package/{name}" in self._names
+
+    def read(self, name: str) -> bytes:
+        member = self._tar.extractfile(f"package/{name}")
+        if member is None:
+            raise ValueError(f"{name} is not a file in the archive")
+        return member.read()
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+
+def fetch(folder: Path) -> dict[str, Package]:
+    """Opens the archives in the folder, after `npm pack` of those that are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = {}
+    for name, version in PACKAGES.items():
+        path = folder / f"{name}-{version}.tgz"
+        if not path.exists():
+            subprocess.run(["npm", "pack", f"{name}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        packages[name] = Package(path)
+    return packages
+
+
+def picture(data: bytes) -> bytes:
+    """A PNG as WebP, 64 x 64, flattened on white."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A"))
+    out = io.BytesIO()
+    flat.save(out, "WEBP", quality=QUALITY, method=6)
+    return out.getvalue()
+
+
+def emoji_entities(table: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The non-flag entities: codepoint key -> name, category, kind, picture file."""
+    category_of = {sub: category for category, subs in SUBCATEGORIES.items() for sub in subs}
+    drop, entities, taken = dropped_names(), {}, set()
+    for row in sorted(table, key=lambda row: row["sort_order"]):
+        key = row["image"].removesuffix(".png").replace("-fe0f", "")
+        label = plain(labels.get(key, ""))
+        name = RENAMED.get(label, label)
+        if not name or row["subcategory"] not in category_of or label in drop or name in taken or len(name.split()) > 3:
+            continue
+        taken.add(name)
+        entities[key] = {
+            "name": name,
+            "category": category_of[row["subcategory"]],
+            "kind": "emoji",
+            "file": row["image"],
+        }
+    return entities
+
+
+def country_entities(table: Sequence[Mapping[str, Any]], cldr: Package, english: Any) -> dict[str, dict[str, Any]]:
+    """The flags: codepoint key -> name, category, kind, picture file, country code, attributes."""
+    currencies = cldr.json("supplemental/currencyData.json")["supplemental"]["currencyData"]["region"]
+    territories = cldr.json("supplemental/territoryInfo.json")["supplemental"]["territoryInfo"]
+    containment = cldr.json("supplemental/territoryContainment.json")["supplemental"]["territoryContainment"]
+    region_of = {
+        code: group
+        for group, facts in containment.items()
+        if group.isdigit() and not facts.get("_grouping") and not facts.get("_status")
+        for code in facts["_contains"]
+        if code.isalpha()
+    }
+    entities = {}
+    for row in table:
+        if row["subcategory"] != "country-flag":
+            continue
+        code = "".join(chr(int(unit, 16) - 0x1F1E6 + ord("A")) for unit in row["unified"].split("-"))
+        if (
+            code in DROPPED_TERRITORIES.split()
+            or code not in region_of
+            or code not in currencies
+            or code not in territories
+        ):
+            continue
+        currency = current_currency(code, currencies[code])
+        language = main_language(territories[code].get("languagePopulation", {}))
+        if currency is None or language is None:
+            continue
+        entities[row["image"].removesuffix(".png")] = {
+            "name": COUNTRY_NAMES.get(code, plain(english.territories[code])),
+            "category": "flag",
+            "kind": "flag",
+            "file": row["image"],
+            "country": code,
+            "attributes": {
+                "currency": CURRENCY_NAMES.get(currency, plain(english.currencies[currency])),
+                "language": plain(english.languages[language]),
+                "region": plain(english.territories[region_of[code]]),
+            },
+        }
+    return entities
+
+
+def assign_splits(entities: dict[str, dict[str, Any]]) -> None:
+    """Adds ``withheld`` (vendor -> split), ``split`` of countries and ``scene``, in place.
+
+    An entity loses at most one vendor, so its other picture is always a training picture.
+    """
+    groups = {key: entity["category"] for key, entity in entities.items()}
+    for kind, counts in WITHHELD.items():
+        keys = [key for key, entity in entities.items() if entity["kind"] == kind]
+        if sum(counts.values()) > len(keys) * 0.6:
+            counts = {split: int(len(keys) * 0.6 * count / sum(counts.values())) for split, count in counts.items()}
+        taken = spread(keys, groups, counts, "withheld")
+        for key in keys:
+            vendor = sorted(VENDORS)[order("vendor", key) % 2]
+            entities[key]["withheld"] = {vendor: taken[key]} if key in taken else {}
+    flags = {key: entity["attributes"]["region"] for key, entity in entities.items() if entity["kind"] == "flag"}
+    held_out = spread(flags, flags, COUNTRIES, "country")
+    free = [key for key, entity in entities.items() if entity["kind"] == "emoji" and not entity["withheld"]]
+    scene = spread(free, groups, {"scene": min(SCENE_VOCABULARY, len(free))}, "scene")
+    for key, entity in entities.items():
+        if entity["kind"] == "flag":
+            entity["split"] = held_out.get(key, "train")
+        entity["scene"] = key in scene or (entity["kind"] == "flag" and not entity["withheld"])
+
+
+def without_twins(entities: dict[str, dict[str, Any]], pictures: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Drops an entity if either vendor draws it exactly as an earlier one: no name could be told from the picture."""
+    seen: set[tuple[str, bytes]] = set()
+    kept = {}
+    for key, entity in entities.items():
+        drawn = {(vendor, pictures[f"{vendor}/{key}.webp"]) for vendor in VENDORS}
+        if not drawn & seen:
+            kept[key] = entity
+            seen |= drawn
+    return kept
+
+
+def build(packages: Mapping[str, Package], english: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of `entities.json`, and the WebP files by name."""
+    table = packages["emoji-datasource-google"].json("emoji.json")
+    labels = {
+        row["hexcode"].lower().replace("-fe0f", ""): row["label"]
+        for row in packages["emojibase-data"].json("en/data.json")
+    }
+    countries = country_entities(table, packages["cldr-core"], english)
+    entities = emoji_entities(table, labels) | dict(sorted(countries.items(), key=lambda kv: kv[1]["name"]))
+    pictures: dict[str, bytes] = {}
+    for key in list(entities):
+        file = entities[key].pop("file")
+        paths = {vendor: (package, f"img/{folder}/64/{file}") for vendor, (package, folder) in VENDORS.items()}
+        if any(path not in packages[package] for package, path in paths.values()):
+            del entities[key]
+            continue
+        pictures |= {f"{vendor}/{key}.webp": picture(packages[pkg].read(path)) for vendor, (pkg, path) in paths.items()}
+    entities = without_twins(entities, pictures)
+    assign_splits(entities)
+    kept = {f"{vendor}/{key}.webp" for vendor in VENDORS for key in entities}
+    sources = {name: version for name, version in sorted(PACKAGES.items())}
+    return {"sources": sources, "entities": entities}, {name: pictures[name] for name in sorted(kept)}
+
+
+def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> int:
+    """Writes both files aside and renames them; returns their size in bytes."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
+        for name in sorted(pictures):
+            file.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), pictures[name])
+    rows = ",\n".join(
+        f" {json.dumps(key)}: {json.dumps(entity, sort_keys=True)}" for key, entity in content["entities"].items()
+    )
+    table = f'{{"sources": {json.dumps(content["sources"])},\n"entities": {{\n{rows}\n}}}}\n'
+    files = {"entities.json": table.encode(), "pictures.zip": archive.getvalue()}
+    size = sum(map(len, files.values()))
+    if size > LIMIT_BYTES:
+        raise ValueError(f"the data set would take {size} bytes, at most {LIMIT_BYTES} are allowed: drop entities")
+    output.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (output / f"{name}.part").write_bytes(data)
+        os.replace(output / f"{name}.part", output / name)
+    return size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Builds pictures.zip and entities.json of the bundled data set.")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        help="folder of npm archives to use and to fetch missing ones into (default: a temporary one)",
+    )
+    default = Path(__file__).resolve().parents[1] / "src" / "mmemb" / "data" / "bundled"
+    parser.add_argument("--output", type=Path, default=default, help="folder to write to (default: the package)")
+    options = parser.parse_args(arguments)
+    try:
+        from babel import Locale
+    except ImportError:
+        print("babel is missing: pip install 'mmemb[tools]'", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as temporary:
+        content, pictures = build(fetch(options.packages or Path(temporary)), Locale("en"))
+    size = write(options.output, content, pictures)
+    kinds = [entity["kind"] for entity in content["entities"].values()]
+    print(
+        f"{kinds.count('emoji')} emoji, {kinds.count('flag')} flags, {len(pictures)} pictures, {size} bytes "
+        f"-> {options.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
