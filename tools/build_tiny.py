@@ -1,11 +1,11 @@
-"""Makes the folder of the ``tiny`` backbone (config, tokenizer, chat template, image processor) and packs trained weights.
+"""Makes the folder of the ``tiny`` backbone (config, tokenizer, chat template, image processor); packs trained weights.
 
     python tools/build_tiny.py skeleton               # everything but the weights, from the bundled texts
     python tools/build_tiny.py pack runs/tiny/export  # weights of a saved backbone, in half precision
 
-The tokenizer is a byte-level BPE with few merges, to which the bundled texts' words are added whole: a rationale is then short
-(decoding is a loop in Python) and a name is learned as one thing. Words carry their leading blank even at the start of a text,
-so a word is one token wherever it stands; any other text falls back on the merges and bytes.
+The tokenizer is a byte-level BPE with few merges, to which the bundled texts' words are added whole: a rationale is
+then short (decoding is a loop in Python) and a name is learned as one thing. Words carry their leading blank even at
+the start of a text, so a word is one token wherever it stands; any other text falls back on the merges and bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,26 +41,6 @@ TEMPLATE = (
     "{% else %}{% if not loop.first %} {% endif %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
 )
-
-
-def texts() -> Iterator[str]:
-    """Every distinct text of the bundled train pairs and of the pretraining samples."""
-    from mmemb.data.bundled import PretrainingSamples, load_pairs
-    from mmemb.types import Item
-
-    def of(item: Item) -> Iterator[str]:
-        yield item.instruction
-        yield item.text
-        yield from item.fields.values()
-
-    seen: set[str] = set()
-    samples = PretrainingSamples(seed=0)
-    pairs = [*load_pairs("train"), *(samples[index] for index in range(min(len(samples), 20_000)))]
-    for pair in pairs:
-        for text in (*of(pair.query), *of(pair.positive)):
-            if text and text not in seen:
-                seen.add(text)
-                yield text
 
 
 def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
@@ -189,7 +169,9 @@ def main() -> None:
     packing.add_argument("source", type=Path, help="folder of a saved backbone")
     arguments = parser.parse_args()
     if arguments.command == "skeleton":
-        skeleton(FOLDER, texts())
+        from mmemb.data.bundled import all_texts
+
+        skeleton(FOLDER, all_texts())
     else:
         pack(arguments.source, FOLDER)
 

@@ -1,6 +1,7 @@
 """Where the families of image-text-to-text models differ, in one small table.
 
-Everything else goes through the auto classes of the transformers library. A family is found by its config's ``model_type``.
+Everything else goes through the auto classes of the transformers library. A family is found by its config's
+``model_type``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ class Family:
     """What the adapter must know of a family.
 
     Attributes:
-        pictures: how a picture becomes tensors and tokens: ``qwen`` (any size, one row of patches after the other, see
-            `pictures.QwenPictures`) or ``idefics`` (fixed tiles, see `pictures.IdeficsPictures`).
-        positions: ``mrope``: three position ids a token (time, height, width; Qwen2-VL, arXiv 2409.12191); ``plain``: one.
+        pictures: how a picture becomes tensors and tokens: ``qwen`` (any size, see `pictures.QwenPictures`) or
+            ``idefics`` (fixed tiles, see `pictures.IdeficsPictures`).
+        positions: ``mrope``, three position ids a token (time, height, width; arXiv 2409.12191), or ``plain``, one.
         vision: prefixes of the parameters of the picture encoder and its projection.
     """
 

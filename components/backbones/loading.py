@@ -1,4 +1,4 @@
-"""From a hub id or a folder to config, tokenizer, picture processor and model, by the auto classes. Remote code never runs."""
+"""From a hub id or a folder to config, tokenizer, image processor and model, by the auto classes. No remote code."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~"))):
         raise FileNotFoundError(
-            f"backbone model {model!r}: there is no such folder; give a folder with config.json or a hub id (owner/name)"
+            f"backbone model {model!r}: there is no such folder; give one with config.json or a hub id (owner/name)"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(
@@ -67,15 +67,18 @@ def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # the hub, the file system and the config classes raise nearly anything
         raise ValueError(
-            f"backbone model {model!r}: its config cannot be read ({_one_line(error)}); check the name, the network or the file"
+            f"backbone model {model!r}: its config cannot be read ({_one_line(error)}); "
+            f"check the name, the network or the file"
         ) from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
-            f"backbone model {model!r} is a {config.model_type!r}, not an image-text-to-text model; take one of {', '.join(FAMILIES)}"
+            f"backbone model {model!r} is a {config.model_type!r}, not an image-text-to-text model; "
+            f"take one of {', '.join(FAMILIES)}"
         )
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"backbone model {model!r}: the family {config.model_type!r} is not supported yet; take one of {', '.join(FAMILIES)}"
+            f"backbone model {model!r}: the family {config.model_type!r} is not supported yet; "
+            f"take one of {', '.join(FAMILIES)}"
         )
     if overrides:
         config = type(config).from_dict(_merged(config.to_dict(), overrides))
@@ -92,7 +95,7 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class LoadedProcessor:
-    """Tokenizer (with the three special tokens), image processor, chat template, and the ids of special tokens just added."""
+    """Tokenizer (with the three special tokens), image processor, chat template, ids of special tokens just added."""
 
     tokenizer: Any
     image_processor: Any

@@ -1,9 +1,8 @@
 """Pictures -> tensors and placeholder text, one class a way of doing it.
 
-Cost: pictures whose sides already fit are patchified together by hand, 64 pictures of 64 px in about 4 ms on one core (the
-library's processor takes about 40); others pass through the library's own image processor.
+Cost: pictures whose sides already fit are patchified together by hand; others pass through the library's processor.
 
-Legend: P patches of all pictures, p patch side, m patches merged into one token along a side, h and w patches of a picture.
+Legend: P patches of all pictures, p patch side, m patches a token along a side, h and w patches of a picture.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Pictures(Protocol):
 
 
 class QwenPictures:
-    """Pictures of any size as one list of patches: ``pixel_values`` [P, 3 * 2 * p * p] and ``image_grid_thw`` [pictures, 3].
+    """Pictures of any size as one list of patches: ``pixel_values`` [P, 3*2*p*p] and ``image_grid_thw`` [pictures, 3].
 
     Args:
         image_processor: the library's, holds sizes, mean and deviation.
@@ -81,7 +80,7 @@ class QwenPictures:
         return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": grid}, shapes
 
     def patchify(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Equal-sized pictures [N, H, W, 3] uint8 -> patches [N, h * w, 3 * 2 * p * p] float32, normalised, in the library's order."""
+        """Equal-sized pictures [N, H, W, 3] uint8 -> patches [N, h*w, 3*2*p*p] float32, as the library's."""
         number, height, width, _ = pictures.shape
         p, m = self.patch, self.merge
         pixels = pictures.transpose(0, 3, 1, 2).astype(np.float32) * self._scale - self._shift
@@ -114,7 +113,7 @@ class QwenPictures:
 
 
 class IdeficsPictures:
-    """Pictures cut into tiles of one size, after the library's processor: ``pixel_values`` [1, tiles, 3, S, S] and its mask.
+    """Pictures cut into tiles of one size by the library: ``pixel_values`` [1, tiles, 3, S, S] and its mask.
 
     Args:
         image_processor: the library's.
@@ -128,7 +127,7 @@ class IdeficsPictures:
         self.tokens_per_tile = tokens_per_tile
 
     def encode(self, pictures: Sequence[PILImage]) -> tuple[dict[str, Tensor], list[Shape]]:
-        """Tensors of all pictures in order (as if of one row: the model drops row borders), and (rows, columns) of tiles."""
+        """Tensors of all pictures in order, as if of one row (the model drops row borders); tile (rows, columns)."""
         out = self.image_processor(images=[list(pictures)], return_row_col_info=True, return_tensors="pt")
         tensors = {"pixel_values": out["pixel_values"], "pixel_attention_mask": out["pixel_attention_mask"]}
         rows, columns = out["rows"][0], out["cols"][0]

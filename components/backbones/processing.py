@@ -1,5 +1,4 @@
-"""Items -> model inputs: render the chat prompt, tokenise, left-pad, patchify, label. No model in here, so it pickles cheaply
-into data-loader workers.
+"""Items -> model inputs: render the chat prompt, tokenise, left-pad, patchify, label. No model in here: it pickles.
 
 Cost: rows whose prompt (words and picture shapes) was seen before cost a dictionary look-up; a new one about 0.3 ms.
 
@@ -174,7 +173,8 @@ class PromptProcessor:
         pieces = text.split(self.image_token)
         if len(pieces) != len(shapes) + 1:
             raise ValueError(
-                f"the chat template wrote {len(pieces) - 1} picture placeholders for {len(shapes)} pictures; use a template with one a picture"
+                f"the chat template wrote {len(pieces) - 1} picture placeholders for {len(shapes)} pictures; "
+                f"use a template with one a picture"
             )
         text = pieces[0] + "".join(
             self.pictures.placeholder(shape) + piece for shape, piece in zip(shapes, pieces[1:], strict=True)
@@ -183,7 +183,7 @@ class PromptProcessor:
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens} "
-                f"(it begins {item.instruction[:40] + ' ' + item.text[:40]!r}); shorten it, lower max_pixels or raise the limit"
+                f"(it begins {item.instruction[:40] + ' ' + item.text[:40]!r}); shorten it or raise the limit"
             )
         if self.positions == "mrope":
             return ids, mrope_positions(ids, image_id=self.image_id, grids=[self.pictures.grid(s) for s in shapes])
@@ -202,15 +202,15 @@ class PromptProcessor:
         return np.array(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def _plain(self, text: str) -> str:
-        """Defuses special tokens in a user's text: ``<emb>`` becomes ``< emb>``, ordinary characters to the tokenizer."""
+        """Defuses special tokens in a user's text: ``<emb>`` becomes ``< emb>``, ordinary characters."""
         return self._special.sub(lambda match: match[0][0] + " " + match[0][1:], text)
 
 
 def mrope_positions(ids: Ids, *, image_id: int, grids: Sequence[Shape]) -> Ids:
     """Position ids [3, L] (time, height, width) of a row with pictures of the given token grids.
 
-    Text counts one by one on all three axes; a picture of r x c tokens keeps the time, counts rows and columns from there,
-    and what follows goes on after max(r, c) (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    Text counts one by one on all three axes; a picture of r x c tokens keeps the time, counts rows and columns from
+    there, and what follows goes on after max(r, c) (Qwen2-VL, arXiv 2409.12191, section 2.1).
     """
     positions = np.empty((3, len(ids)), dtype=np.int64)
     is_picture = ids == image_id

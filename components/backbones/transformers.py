@@ -77,9 +77,7 @@ class TransformersBackbone(Backbone, name="transformers"):
     ) -> None:
         super().__init__()
         if quantization != "none" and weights == "random":
-            raise ValueError(
-                f"quantization={quantization!r} needs weights: pretrained; random weights have nothing to keep"
-            )
+            raise ValueError(f"quantization={quantization!r} needs weights: pretrained")
         config, family = loading.load_config(model, revision=revision, overrides=config_overrides or {})
         loaded = loading.load_processor(model, revision=revision)
         tokenizer, image_processor = loaded.tokenizer, loaded.image_processor
@@ -98,7 +96,7 @@ class TransformersBackbone(Backbone, name="transformers"):
             max_rationale_tokens=max_rationale_tokens,
         )
         self.max_rationale_tokens = max_rationale_tokens
-        self.model: Any = loading.load_model(
+        network: Any = loading.load_model(
             model,
             config,
             revision=revision,
@@ -110,16 +108,17 @@ class TransformersBackbone(Backbone, name="transformers"):
                 quantization, compute_dtype=getattr(torch, dtype), skip=family.vision
             ),
         )
-        loading.fit_embeddings(self.model, length=len(tokenizer), added=loaded.added)
-        self.hidden_size = int(self.model.config.get_text_config().hidden_size)
-        self._identity = f"{self.identity_origin}#{loading.digest(self.model.config)}"
-        tuning.freeze(self.model, frozen, vision=family.vision)
+        loading.fit_embeddings(network, length=len(tokenizer), added=loaded.added)
+        self.hidden_size = int(network.config.get_text_config().hidden_size)
+        self._identity = f"{self.identity_origin}#{loading.digest(network.config)}"
+        tuning.freeze(network, frozen, vision=family.vision)
         self.lora = lora
         if lora is not None:
-            tuning.add_lora(self.model, lora, exclude=family.vision, new_tokens=loaded.added)
+            tuning.add_lora(network, lora, exclude=family.vision, new_tokens=loaded.added)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.enable_input_require_grads()
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.enable_input_require_grads()
+        self.model = network
 
     def prepare(
         self,

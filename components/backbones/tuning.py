@@ -47,7 +47,7 @@ def quantization_config(quantization: Quantization, *, compute_dtype: torch.dtyp
 
 
 def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_tokens: Sequence[int]) -> None:
-    """Freezes the model and puts adapters on its decoder; the rows of newly added tokens learn too (they know nothing yet)."""
+    """Freezes the model and puts adapters on its decoder; the rows of newly added tokens learn too."""
     model.add_adapter(
         LoraConfig(
             r=settings.rank,
@@ -61,7 +61,7 @@ def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str], *, vision: Sequence[str]) -> None:
-    """Stops the gradients of parameters whose name starts with a prefix; ``vision`` stands for the family's picture encoder.
+    """Stops the gradients of parameters whose name starts with a prefix; ``vision`` is the family's picture encoder.
 
     Raises:
         ValueError: no parameter starts with a prefix.
