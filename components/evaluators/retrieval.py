@@ -1,0 +1,169 @@
+"""Confidence without a judge: does the rationale bring the query nearer to its target than to other targets?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmemb.digests import module_digest, seed_of
+from mmemb.inference.encoder import Encoder
+from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.types import Item, Pair
+
+
+class RetrievalEvaluator(Evaluator, name="retrieval"):
+    """Log-probability of the true target among negatives of the pair's own task, under a frozen embedder.
+
+    With e = f(q, r) (f(q) without a rationale), t the true target and t' the negatives [D]:
+
+        c(q, t | r) = cos(e, t) / temperature - log(sum over t and all t' of exp(cos(e, .) / temperature))
+
+    Negatives are the first ``negatives`` other targets of the task in an order drawn by the seed, so they do not depend
+    on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in every arm.
+
+    Args:
+        embedder: folder of a trained model; None: the backbone and pooler given to `bind`, as they are when scoring.
+        temperature: divides the cosines.
+        negatives: most negatives a pair.
+        batch_size: rows of one forward pass.
+        seed: another seed draws other negatives.
+    """
+
+    def __init__(
+        self,
+        embedder: str | None = None,
+        *,
+        temperature: float = 0.05,
+        negatives: int = 256,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if not temperature > 0 or negatives < 1:
+            raise ValueError(
+                f"retrieval evaluator: temperature is {temperature}, negatives {negatives}; both must be positive"
+            )
+        self.embedder = embedder
+        self.temperature = temperature
+        self.negatives = negatives
+        self.batch_size = batch_size
+        self.seed = seed
+        self._encoder: Encoder | None = None
+        self._bank: dict[str, dict[str, Item]] = {}
+        self._embedded: dict[str, tuple[list[str], Tensor]] = {}
+
+    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
+        """Gives the evaluator the model in training; one that names an embedder of its own keeps that."""
+        if self.embedder is None:
+            self._encoder = Encoder(backbone, pooler, batch_size=self.batch_size)
+            self._embedded = {}
+
+    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
+        """See `Evaluator.prepare_bank`."""
+        every: dict[str, dict[str, Item]] = {}
+        for pair in pairs:
+            every.setdefault(pair.task, {}).setdefault(pair.positive_id, pair.positive)
+        self._bank, self._embedded = {}, {}
+        for task, targets in every.items():
+            order = sorted(targets, key=lambda target: (seed_of(self.seed, task, target), target))
+            # One more than needed: a pair whose own target is among them still has as many negatives as the others.
+            self._bank[task] = {target: targets[target] for target in order[: self.negatives + 1]}
+            if len(targets) == 1:
+                warnings.warn(
+                    f"retrieval evaluator: the task {task!r} has one target only, so no rationale can gain there",
+                    stacklevel=2,
+                )
+
+    def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
+        """See `Evaluator.score`.
+
+        Raises:
+            ValueError: a pair's task is not in the bank, or no model is there.
+        """
+        if not pairs:
+            return []
+        encoder = self._frozen()
+        queries = encoder.encode_queries([pair.query for pair in pairs], list(rationales)).double().cpu()
+        truths = self._embed_positives(pairs)
+        scores = [0.0] * len(pairs)
+        rows_of: dict[str, list[int]] = {}
+        for row, pair in enumerate(pairs):
+            rows_of.setdefault(pair.task, []).append(row)
+        for task, rows in rows_of.items():
+            ids, bank = self._task_bank(task)
+            query = queries[rows]
+            true = (query * truths[rows]).sum(dim=1, keepdim=True)  # [n, 1]
+            positives = [pairs[row].positive_id for row in rows]
+            logits = torch.cat([true, query @ bank.T], dim=1) / self.temperature  # [n, 1 + M]
+            logits[:, 1:].masked_fill_(self._left_out(ids, positives), -torch.inf)
+            for row, value in zip(rows, logits.log_softmax(dim=1)[:, 0].tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The embedder (identity and a probe of its weights) and the constructor's arguments that move scores."""
+        encoder = self._frozen()
+        return {
+            "embedder": encoder.backbone.identity,
+            "weights": [module_digest(encoder.backbone), module_digest(encoder.pooler)],
+            "temperature": self.temperature,
+            "negatives": self.negatives,
+            "seed": self.seed,
+        }
+
+    def _frozen(self) -> Encoder:
+        if self._encoder is None:
+            if self.embedder is None:
+                raise ValueError("retrieval evaluator: no embedder; pass embedder= or bind(backbone, pooler) first")
+            self._encoder = _load(Path(self.embedder), self.batch_size)
+        return self._encoder
+
+    def _task_bank(self, task: str) -> tuple[list[str], Tensor]:
+        """Ids of a task's M bank targets and their embeddings [M, D], made at the first call."""
+        if task not in self._bank:
+            known = ", ".join(sorted(self._bank)) or "none"
+            raise ValueError(
+                f"retrieval evaluator: no negatives for the task {task!r}, only for: {known}; "
+                f"call prepare_bank with the pairs of every task to be scored"
+            )
+        if task not in self._embedded:
+            items = self._bank[task]
+            self._embedded[task] = list(items), self._frozen().encode_targets(list(items.values())).double().cpu()
+        return self._embedded[task]
+
+    def _embed_positives(self, pairs: Sequence[Pair]) -> Tensor:
+        """True targets [B, D]: from the bank where it has them, the others once each."""
+        known: dict[tuple[str, str], Tensor] = {}
+        for task in {pair.task for pair in pairs}:
+            ids, bank = self._task_bank(task)
+            known.update(((task, target), row) for target, row in zip(ids, bank, strict=True))
+        others = {(pair.task, pair.positive_id): pair.positive for pair in pairs}
+        others = {key: item for key, item in others.items() if key not in known}
+        if others:
+            embedded = self._frozen().encode_targets(list(others.values())).double().cpu()
+            known.update(zip(others, embedded, strict=True))
+        return torch.stack([known[pair.task, pair.positive_id] for pair in pairs])
+
+    def _left_out(self, ids: list[str], positives: list[str]) -> Tensor:
+        """[n, M] bool: bank targets that are no negative of a row: its own, or else the spare one."""
+        left_out = torch.zeros(len(positives), len(ids), dtype=torch.bool)
+        place = {target: column for column, target in enumerate(ids)}
+        for row, positive in enumerate(positives):
+            column = place.get(positive)
+            if column is None and len(ids) > self.negatives:
+                column = len(ids) - 1
+            if column is not None:
+                left_out[row, column] = True
+        return left_out
+
+
+def _load(folder: Path, batch_size: int) -> Encoder:
+    from mmemb.inference.embedder import Embedder
+
+    trained = Embedder.load(folder)
+    return Encoder(trained.backbone, trained.pooler, batch_size=batch_size)

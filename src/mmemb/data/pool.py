@@ -1,0 +1,292 @@
+"""The rationale pool: candidates and their scores on disk, as Parquet.
+
+A pool is a folder while it grows and may be exported to a single file to ship::
+
+    pool/manifest.json                        what it was made from: digests of data, workers, evaluators
+    pool/candidates-000000000.parquet         one row a candidate, of the pairs from number 0 on
+    pool/scores-retrieval-000000000.parquet   the same rows' scores, one column an arm of the evaluator
+
+Shards are written aside and renamed, never changed: what exists is whole, and a stopped run goes on at the first shard
+that is missing. A pair that no worker had a word for keeps one row whose text is null.
+
+Reading costs an index of the pair ids (about 60 bytes a pair) and the row groups last used (at most 64 MiB); rows
+become Python objects when they are asked for. A random look-up decodes one row group: about 1 ms, a tenth of it when
+cached.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmemb.data.pool_files import CANDIDATE_SCHEMA, METADATA_KEY, ROW_GROUP, read_manifest, resolve, write_shard
+from mmemb.digests import digest, pair_digest
+from mmemb.types import Candidates, Pair, Rationale
+
+_CACHE_BYTES = 64 * 2**20
+_RATIONALE_COLUMNS = [entry.name for entry in fields(Rationale)]
+
+
+def scored(candidates: Candidates) -> tuple[float, ...]:
+    """The candidates' scores, for a selector that cannot do without.
+
+    Raises:
+        ValueError: the pool has not been scored, or a score is no number.
+    """
+    missing = len(candidates.scores) != len(candidates.rationales) or any(map(math.isnan, candidates.scores))
+    if candidates.rationales and (missing or math.isnan(candidates.score_none)):
+        raise ValueError(
+            f"pair {candidates.pair_id!r}: its rationale candidates have not been scored; "
+            f"run `mmemb rationales score` with the same --config first, or use the selector `random`"
+        )
+    return candidates.scores
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of candidates and the file of their scores (the same one in a single-file pool; None: not scored)."""
+
+    candidates: Path
+    scores: Path | None
+
+
+class RationalePool:
+    """A pool opened for reading. Made by `open`; safe to use in forked and in spawned data-loader workers.
+
+    Attributes:
+        path: the folder or file.
+        manifest: what it was made from.
+        evaluator: whose scores `candidates` gives; None where none has scored the pool.
+    """
+
+    def __init__(self, path: str | Path, *, evaluator: str | None = None) -> None:
+        self.path = resolve(path)
+        self.manifest = read_manifest(path)
+        names = sorted(self.manifest.evaluators)
+        if evaluator is not None and evaluator not in names:
+            raise ValueError(
+                f"{self.path}: no scores by the evaluator {evaluator!r}, only by: {', '.join(names) or 'none'}; "
+                f"run `mmemb rationales score` with the same --config first"
+            )
+        self.evaluator = evaluator if evaluator is not None else next(iter(names), None)
+        self._parts = self._find_parts()
+        self._files: dict[Path, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._cached = 0  # bytes in the cache
+        self._index()
+
+    @classmethod
+    def open(cls, path: str | Path, *, evaluator: str | None = None) -> RationalePool:
+        """Opens a folder, a ``.parquet`` file or ``bundled:pool``.
+
+        Args:
+            path: where the pool is.
+            evaluator: whose scores to read, by name; None: the first by name.
+
+        Raises:
+            FileNotFoundError: there is no pool.
+            ValueError: it is no pool, of another version of the format, or not scored by that evaluator.
+        """
+        return cls(path, evaluator=evaluator)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data-loader worker opens the files itself: handles and caches do not travel.
+        return _reopen, (str(self.path), self.evaluator)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._sorted_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        """Pair ids in the order of the data, read as they are asked for."""
+        for number in range(len(self._parts)):
+            for value in self._pair_runs(number)[0]:
+                yield value.as_py()
+
+    def __contains__(self, pair_id: object) -> bool:
+        return isinstance(pair_id, str) and self._position(pair_id) is not None
+
+    @property
+    def pair_ids(self) -> list[str]:
+        """Every pair id in the order of the data, all at once; iterate over the pool where there are millions."""
+        return list(self)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair is there and, by the evaluator, scored."""
+        found = len(self) == self.manifest.pairs
+        return found and all(part.scores is not None for part in self._parts if self.evaluator is not None)
+
+    def candidates(self, pair_id: str) -> Candidates:
+        """The candidates of a pair with their scores; nan where not scored.
+
+        Raises:
+            ValueError: the pool does not know the pair.
+        """
+        table = self._rows(pair_id)
+        rows = [row for row in table.select(_RATIONALE_COLUMNS).to_pylist() if row["text"] is not None]
+        scores = [math.nan] * len(rows)
+        none = math.nan
+        arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"]
+        if arms[0] in table.column_names:
+            stored, nones = (table[arm].to_pylist() for arm in arms)
+            scores, none = stored[: len(rows)], nones[0]
+        return Candidates(
+            pair_id=pair_id,
+            rationales=tuple(Rationale(**row) for row in rows),
+            scores=tuple(scores),
+            score_none=none,
+        )
+
+    def check(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        generation: Mapping[str, Any] | None = None,
+        evaluator: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Refuses a pool that does not fit what a run asks for.
+
+        Args:
+            pairs: the run's pairs; the pool may have more, and in another order.
+            generation: workers' settings, k and seed, as in the manifest; None: whatever they are.
+            evaluator: settings of the evaluator whose scores are open; None: whatever they are.
+
+        Raises:
+            ValueError: a pair is missing or was another one when the pool was made; workers or evaluator were others.
+        """
+        remedy = "make it anew under another path (`mmemb rationales generate`), or delete it"
+        scoring = self.manifest.evaluators.get(self.evaluator or "", {})
+        for what, stored, wanted in (
+            ("made by workers", self.manifest.generation, generation),
+            ("scored by an evaluator", scoring, evaluator),
+        ):
+            if wanted is not None and digest(stored) != digest(wanted):
+                raise ValueError(
+                    f"{self.path}: {what} with other settings (hash {digest(stored)}, this run asks for "
+                    f"{digest(wanted)}; differing: {_differences(stored, wanted)}); {remedy}"
+                )
+        hashes = [pair_digest(pair) for pair in pairs]
+        if digest(hashes) == self.manifest.data:
+            return
+        other = f"{self.path}: made from other data (hash {self.manifest.data}, this run asks for {digest(hashes)}):"
+        for pair, asked in zip(pairs, hashes, strict=True):
+            if pair.id not in self:
+                raise ValueError(f"{other} it has no pair {pair.id!r}; {remedy}")
+            there = self._rows(pair.id)["pair_hash"][0].as_py()
+            if there != asked:
+                raise ValueError(f"{other} the pair {pair.id!r} was another one (hash {there}, now {asked}); {remedy}")
+
+    def export(self, path: str | Path) -> Path:
+        """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path."""
+        target = resolve(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}
+        manifest = replace(self.manifest, evaluators=evaluators)
+        tables = [self._read(number) for number in range(len(self._parts))]
+        table = pa.concat_tables(tables) if tables else CANDIDATE_SCHEMA.empty_table()
+        write_shard(target, table.replace_schema_metadata({METADATA_KEY: manifest.to_json().encode()}))
+        return target
+
+    def _find_parts(self) -> list[_Part]:
+        if self.path.is_file():
+            return [_Part(self.path, self.path if self.evaluator else None)]
+        parts = []
+        for shard in sorted(self.path.glob("candidates-*.parquet")):
+            scores = shard.with_name(shard.name.replace("candidates-", f"scores-{self.evaluator}-", 1))
+            parts.append(_Part(shard, scores if scores.is_file() else None))
+        return parts
+
+    def _index(self) -> None:
+        """Pair ids in sorted order, with part, first row and number of rows of each."""
+        ids, part_of, first, count = [], [], [], []
+        for number in range(len(self._parts)):
+            values, starts, lengths = self._pair_runs(number)
+            ids.append(values)
+            part_of.append(pa.array([number] * len(values), pa.int32()))
+            first.append(starts)
+            count.append(lengths)
+        every = pa.chunked_array(ids, pa.large_string())
+        order = pc.sort_indices(every)
+        self._sorted_ids = every.take(order).combine_chunks()
+        self._part_of, self._first, self._count = (
+            pa.chunked_array(column, pa.int32()).take(order).combine_chunks() for column in (part_of, first, count)
+        )
+
+    def _pair_runs(self, number: int) -> tuple[pa.Array, pa.Array, pa.Array]:
+        """Ids, first rows and row counts of one part's pairs, in stored order."""
+        column = self._file(self._parts[number].candidates).read(["pair_id"], use_threads=False)["pair_id"]
+        runs = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int32())
+        ends = runs.run_ends
+        starts = pa.concat_arrays([pa.array([0], pa.int32()), ends[:-1]]) if len(ends) else ends
+        return runs.values.cast(pa.large_string()), starts, pc.subtract(ends, starts)
+
+    def _position(self, pair_id: str) -> int | None:
+        at = bisect.bisect_left(range(len(self)), pair_id, key=lambda position: self._sorted_ids[position].as_py())
+        return at if at < len(self) and self._sorted_ids[at].as_py() == pair_id else None
+
+    def _rows(self, pair_id: str) -> pa.Table:
+        """A pair's rows, from the row groups they lie in."""
+        position = self._position(pair_id)
+        if position is None:
+            raise ValueError(f"{self.path}: no pair {pair_id!r} among {len(self)} here; make the pool from this data")
+        number, first, count = (column[position].as_py() for column in (self._part_of, self._first, self._count))
+        pieces = []
+        while count:
+            group, offset = divmod(first, ROW_GROUP)
+            piece = self._group(number, group).slice(offset, count)
+            pieces.append(piece)
+            first, count = first + len(piece), count - len(piece)
+        return pa.concat_tables(pieces)
+
+    def _group(self, number: int, group: int) -> pa.Table:
+        """A decoded row group, from the cache if it is there."""
+        key = (number, group)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        table = self._groups[key] = self._read(number, group)
+        self._cached += table.nbytes
+        while self._cached > _CACHE_BYTES and len(self._groups) > 1:
+            self._cached -= self._groups.popitem(last=False)[1].nbytes
+        return table
+
+    def _read(self, number: int, group: int | None = None) -> pa.Table:
+        """Candidates and scores of a part, whole or one row group; without score columns where it is not scored."""
+        part = self._parts[number]
+        arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"] if part.scores else []
+        table = self._columns(part.candidates, CANDIDATE_SCHEMA.names, group)
+        if part.scores:
+            scores = self._columns(part.scores, arms, group)
+            for arm in arms:
+                table = table.append_column(arm, scores[arm])
+        return table
+
+    def _columns(self, path: Path, columns: list[str], group: int | None) -> pa.Table:
+        file = self._file(path)
+        # Threads are left to the data loader: forked workers must not wait for a thread pool that was not forked.
+        if group is None:
+            return file.read(columns, use_threads=False)
+        return file.read_row_group(group, columns, use_threads=False)
+
+    def _file(self, path: Path) -> pq.ParquetFile:
+        if path not in self._files:
+            self._files[path] = pq.ParquetFile(path, memory_map=True)
+        return self._files[path]
+
+
+def _reopen(path: str, evaluator: str | None) -> RationalePool:
+    return RationalePool.open(path, evaluator=evaluator)
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    return ", ".join(key for key in sorted({*stored, *asked}) if digest(stored.get(key)) != digest(asked.get(key)))

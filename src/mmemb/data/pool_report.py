@@ -1,0 +1,71 @@
+"""A look into the pool: one pair with its candidates, their gains and the choice, in colour."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mmemb.types import Candidates, Item, Pair, Selection, pictures
+
+
+def show_pair(
+    pair: Pair, candidates: Candidates, selection: Selection | None, *, console: Console | None = None
+) -> None:
+    """Prints a pair, its candidates with their gains in nats, and the choice.
+
+    Args:
+        pair: the pair.
+        candidates: its candidates; scores may be nan.
+        selection: the choice to mark; None marks nothing.
+        console: where to print; None: the terminal.
+    """
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="bold")
+    head.add_column(overflow="fold")
+    head.add_row("task", pair.task)
+    head.add_row("query", _content(pair.query))
+    head.add_row("target", _content(pair.positive))
+    head.add_row("without", Text(_number(candidates.score_none), style="cyan"))
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("")
+    table.add_column("worker")
+    table.add_column("tokens", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("gain", justify="right")
+    table.add_column("rationale", overflow="fold")
+    scores = candidates.scores or (math.nan,) * len(candidates.rationales)
+    chosen = selection.index if selection is not None else None
+    for index, (rationale, score) in enumerate(zip(candidates.rationales, scores, strict=True)):
+        gain = score - candidates.score_none
+        table.add_row(
+            Text("▶" if index == chosen else ""),
+            Text(rationale.worker, style="magenta"),
+            str(rationale.tokens or ""),
+            _number(score),
+            Text(_number(gain, sign="+"), style="dim" if math.isnan(gain) else "green" if gain > 0 else "red"),
+            Text(rationale.text, style="bold" if index == chosen else ""),
+            style="on grey15" if index == chosen else "",
+        )
+    parts = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]
+    if selection is not None and chosen is None:
+        parts.append(Text("none chosen: this pair trains the direct path alone", style="yellow"))
+    (console or Console()).print(Panel(Group(*parts), title=Text(pair.id), title_align="left"))
+
+
+def _content(item: Item) -> Text:
+    """Instruction, text and picture names of an item."""
+    sources = [source if isinstance(source, str) else "<picture>" for source in pictures(item)]
+    text = Text(item.instruction, style="italic")
+    for words, style in ((item.text, ""), (" ".join(sources), "blue")):
+        if words:
+            text.append(" " if text.plain else "").append(words, style=style)
+    return text
+
+
+def _number(value: float, *, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"

@@ -1,0 +1,161 @@
+"""Stage 0, prior simulation: workers write rationale candidates into a pool.
+
+Work goes shard by shard (consecutive pairs), and a shard is written whole: what a stopped run had finished is kept, the
+rest is done again in the same batches, so the pool ends up the same row for row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mmemb.data.pool import RationalePool
+from mmemb.data.pool_files import (
+    CANDIDATE_SCHEMA,
+    Manifest,
+    candidate_rows,
+    candidates_shard,
+    data_digest,
+    exists,
+    read_manifest,
+    resolve,
+    write_manifest,
+    write_shard,
+)
+from mmemb.digests import digest
+from mmemb.interfaces import Worker
+from mmemb.types import Pair
+
+
+def generation_settings(workers: Sequence[Worker], k: int, seed: int) -> dict[str, Any]:
+    """All that determines the candidates of a given pair, as kept in the manifest."""
+    return {"workers": [_worker_settings(worker) for worker in workers], "k": k, "seed": seed}
+
+
+def generate(
+    pairs: Sequence[Pair],
+    workers: Sequence[Worker],
+    k: int,
+    *,
+    pool: str | Path,
+    seed: int,
+    progress: bool = True,
+    shard_size: int = 256,
+) -> RationalePool:
+    """Makes a pool's candidates, or goes on with what is there.
+
+    Args:
+        pairs: the pairs; workers see their queries only.
+        workers: who proposes, in order.
+        k: most candidates a worker and pair.
+        pool: the folder.
+        seed: derives every sampled candidate.
+        progress: a bar with rate and time left, and a line at the end.
+        shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
+
+    Raises:
+        ValueError: there are no pairs or workers, or a pool of other data or settings is there.
+    """
+    if not pairs or not workers:
+        raise ValueError(
+            f"generate: {len(pairs)} pairs and {len(workers)} workers given, expected at least one of each"
+        )
+    folder = resolve(pool)
+    asked = Manifest(
+        data=data_digest(pairs),
+        pairs=len(pairs),
+        generation=generation_settings(workers, k, seed),
+        shard_size=shard_size,
+    )
+    if exists(pool):
+        asked = _resume(folder, asked)
+    else:
+        write_manifest(folder, asked)
+    settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
+    missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
+    done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
+    written = 0
+    with bar("generate rationales", len(pairs), done=done, show=progress) as advance:
+        for start in missing:
+            shard = pairs[start : start + asked.shard_size]
+            queries = [pair.query for pair in shard]
+            proposals = [worker.propose(queries, k, seed=seed) for worker in workers]
+            rows = [
+                row
+                for number, pair in enumerate(shard)
+                for row in candidate_rows(
+                    pair, [(entry, of_pair[number]) for entry, of_pair in zip(settings, proposals, strict=True)]
+                )
+            ]
+            write_shard(candidates_shard(folder, start), pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA))
+            written += sum(row.get("text") is not None for row in rows)
+            advance(len(shard))
+    if progress:
+        say(f"{folder}: {written} new candidates, {done} of {len(pairs)} pairs were there already")
+    return RationalePool.open(pool)
+
+
+def _resume(folder: Path, asked: Manifest) -> Manifest:
+    """The manifest of the pool that is there, if it is the one asked for."""
+    stored = read_manifest(folder)
+    for what, there, wanted in (
+        ("data", stored.data, asked.data),
+        ("workers, k or seed", digest(stored.generation), digest(asked.generation)),
+    ):
+        if there != wanted:
+            raise ValueError(
+                f"{folder}: a pool made with other {what} is here (hash {there}, this run asks for {wanted}); "
+                f"name another path, or delete the pool to make it anew"
+            )
+    if folder.is_file() and len(RationalePool.open(folder)) < stored.pairs:
+        raise ValueError(f"{folder}: a single-file pool is read-only and this one is incomplete; name a folder")
+    return stored
+
+
+def _worker_settings(worker: Worker) -> dict[str, Any]:
+    return {"worker": worker.name or type(worker).__qualname__, **worker.settings}
+
+
+class _Rate(ProgressColumn):
+    """Pairs a second, over the last seconds."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} pairs/s" if task.speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over pairs, with rate and time left; silent where another live display owns the terminal.
+
+    Args:
+        title: what is done.
+        total: pairs.
+        done: pairs that an earlier run had finished; they do not count in the rate.
+        show: False for no bar.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), disable=not show)
+    try:
+        progress.start()
+    except LiveError:
+        yield lambda pairs: None
+        return
+    try:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda pairs: progress.advance(task, pairs)
+    finally:
+        progress.stop()
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, kept off standard output."""
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
