@@ -1,0 +1,161 @@
+"""MMEB's row formats: MMEB-train rows as pairs, image evaluation rows as a retrieval task.
+
+A row is recognised by its columns. In both formats the mark ``<|image_1|>`` in a text says where the picture goes, and
+an empty text or path means that there is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmemb.data.rows import FieldError, kind_of
+from mmemb.types import EvaluationTask, Image, Item, Pair, Part, Text
+
+TRAIN_COLUMNS = frozenset({"qry", "qry_image_path", "pos_text", "pos_image_path"})
+EVALUATION_COLUMNS = frozenset({"qry_text", "qry_img_path", "tgt_text", "tgt_img_path"})
+
+_MARK = re.compile(r"<\|image_(\d+)\|>")
+_SPLIT_NAMES = re.compile(r"(original|diverse_instruction|train|test|validation)\b")
+
+Find = Callable[[str, str], str]
+"""(field, path as written) -> absolute path of a picture; raises `FieldError` or FileNotFoundError."""
+
+
+def place_pictures(text: str, pictures: list[Part], *, field: str) -> tuple[Part, ...]:
+    """Cuts a text at its marks ``<|image_n|>`` and puts the n-th picture there; pictures without a mark come first.
+
+    Raises:
+        FieldError: a mark counts further than there are pictures.
+    """
+    parts: list[Part] = []
+    placed: set[int] = set()
+    for index, piece in enumerate(_MARK.split(text)):
+        if index % 2 == 0:
+            if piece.strip():
+                parts.append(Text(piece.strip()))
+            continue
+        number = int(piece)
+        if not 1 <= number <= len(pictures):
+            raise FieldError(
+                field,
+                f"has the mark <|image_{number}|>, but {len(pictures)} picture(s) are given; add it or drop the mark",
+            )
+        placed.add(number)
+        parts.append(pictures[number - 1])
+    return (*(picture for number, picture in enumerate(pictures, 1) if number not in placed), *parts)
+
+
+def train_task(path: Path) -> str:
+    """Task of an MMEB file: its folder, where the file is named after a split (as on the hub), else its own name."""
+    return path.parent.name if _SPLIT_NAMES.match(path.stem) and path.parent.name else path.stem
+
+
+def read_train_row(row: Mapping[str, Any], *, id: str, task: str, find: Find, identify: Callable[[Item], str]) -> Pair:
+    """``qry, qry_image_path, pos_text, pos_image_path[, neg_text, neg_image_path]`` -> a pair.
+
+    Args:
+        row: the row.
+        id: identity of the pair.
+        task: its task.
+        find: resolves picture paths.
+        identify: identity of a target by its content.
+
+    Raises:
+        FieldError: a field has the wrong type, or query or positive are empty.
+    """
+    query = _item(row, "qry", "qry_image_path", find)
+    positive = _item(row, "pos_text", "pos_image_path", find)
+    negatives: tuple[Item, ...] = ()
+    if _text(row, "neg_text") or _text(row, "neg_image_path"):
+        negatives = (_item(row, "neg_text", "neg_image_path", find),)
+    return Pair(
+        id=id,
+        task=task,
+        query=query,
+        positive=positive,
+        positive_id=identify(positive),
+        hard_negatives=negatives,
+        hard_negative_ids=tuple(identify(item) for item in negatives),
+    )
+
+
+def read_evaluation_row(
+    row: Mapping[str, Any], *, id: str, task: str, find: Find, identify: Callable[[Item], str], seen: dict[str, Item]
+) -> Pair:
+    """``[qry_inst,] qry_text, qry_img_path, [tgt_inst,] tgt_text[], tgt_img_path[]`` -> a query and its candidates.
+
+    Index 0 of the target lists is the ground truth and becomes the positive; the others become the hard negatives.
+
+    Args:
+        row: the row.
+        id: identity of the query.
+        task: its task.
+        find: resolves picture paths.
+        identify: identity of a target by its content.
+        seen: every candidate so far by identity; grows. One object serves all queries that share a candidate.
+
+    Raises:
+        FieldError: a field has the wrong type, the lists are empty or their lengths differ.
+    """
+    query = _item(row, "qry_text", "qry_img_path", find, instruction="qry_inst")
+    texts, paths = row.get("tgt_text"), row.get("tgt_img_path")
+    for field, value in (("tgt_text", texts), ("tgt_img_path", paths)):
+        if not isinstance(value, list) or not value:
+            raise FieldError(field, f"expected a list with the ground truth first, got {kind_of(value)}")
+    assert isinstance(texts, list)
+    assert isinstance(paths, list)
+    if len(texts) != len(paths):
+        raise FieldError("tgt_img_path", f"has {len(paths)} entries, tgt_text has {len(texts)}; give one a candidate")
+    candidates: dict[str, Item] = {}
+    for text, path in zip(texts, paths, strict=True):
+        target = {"tgt_text": text, "tgt_img_path": path, "tgt_inst": row.get("tgt_inst")}
+        item = _item(target, "tgt_text", "tgt_img_path", find, instruction="tgt_inst")
+        identity = identify(item)
+        candidates.setdefault(identity, seen.setdefault(identity, item))
+    (positive_id, positive), *others = candidates.items()
+    return Pair(
+        id=id,
+        task=task,
+        query=query,
+        positive=positive,
+        positive_id=positive_id,
+        hard_negatives=tuple(item for _, item in others),
+        hard_negative_ids=tuple(identity for identity, _ in others),
+    )
+
+
+def evaluation_task(name: str, queries: list[Pair], candidates: Mapping[str, Item]) -> EvaluationTask:
+    """Queries over the union of their candidates; a query's own ones are its positive and its hard negatives."""
+    return EvaluationTask(name, queries, list(candidates.values()), list(candidates))
+
+
+def is_train(columns: Iterable[str]) -> bool:
+    """Whether rows with these columns are MMEB-train rows."""
+    return frozenset(columns) >= TRAIN_COLUMNS
+
+
+def is_evaluation(columns: Iterable[str]) -> bool:
+    """Whether rows with these columns are image evaluation rows."""
+    return frozenset(columns) >= EVALUATION_COLUMNS
+
+
+def _item(row: Mapping[str, Any], text: str, image: str, find: Find, *, instruction: str | None = None) -> Item:
+    words, path = _text(row, text), _text(row, image)
+    pictures: list[Part] = [Image(find(image, path))] if path else []
+    parts = place_pictures(words, pictures, field=text)
+    if not parts:
+        raise FieldError(text, f"is empty, and {image} too; give a text, a picture or both")
+    task = _MARK.sub(" ", _text(row, instruction)) if instruction else ""
+    return Item(" ".join(task.split()), parts)
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    value = row.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise FieldError(field, f"expected a text, got {kind_of(value)}")
+    return value

@@ -1,0 +1,110 @@
+"""Files to raw rows, and errors that say where in a file something is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_PARQUET_ROWS = 4096
+
+
+class FieldError(ValueError):
+    """A field of a row is wrong; `located` adds file and row."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field {field!r}: {problem}")
+
+
+def located(error: Exception, path: Path, number: int) -> Exception:
+    """The same error, of the same family, with file and row before its message."""
+    family = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    return family(f"{path}, {_unit(path)} {number}, {error}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number, row) of a JSONL, JSON (a list of objects) or Parquet file; numbers count lines or rows from 1.
+
+    Blank lines are passed over. In Parquet, text that is a JSON object or list is decoded, so that nested fields may be
+    stored either way.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, unreadable content, or a row that is no object; names file and row.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; data files end in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; correct the path of the source")
+    reader = {".jsonl": _lines, ".json": _list, ".parquet": _parquet}[path.suffix]
+    try:
+        for number, row in reader(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, {_unit(path)} {number}: expected an object with fields, got {kind_of(row)}")
+            yield number, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words for messages."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "nothing"}
+    return names.get(type(value), f"the {type(value).__name__} {value!r}")
+
+
+def _unit(path: Path) -> str:
+    return "line" if path.suffix == ".jsonl" else "row"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: is not valid JSON ({error.msg} at column {error.colno}); "
+                    f"write one JSON object a line"
+                ) from None
+
+
+def _list(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: is not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
+            f"a list of objects is expected (one object a line is .jsonl)"
+        ) from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of objects, got {kind_of(rows)}; wrap the rows in [ ]")
+    yield from enumerate(rows, 1)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {key: _decoded(value) for key, value in row.items()}
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: is not a readable Parquet file ({reason}); write it again") from None
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value  # text that only looks like JSON
+    return value

@@ -1,0 +1,140 @@
+"""Which rows make which batch: a pure function of (seed, batch index, rank).
+
+The training order is one endless stream of sub-batches, each of one task; a global batch is the next few of them and a
+rank takes its share. So any batch is found by its number (exact resume), ranks take different places of the stream, and
+one process with a batch of 64 sees the rows of two with 32. Cost: one permutation of a task's rows for each pass over
+them, kept while in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+_BLOCK = 4096
+"""Sub-batches whose tasks are drawn at once; batch number n costs n / _BLOCK draws once, then one look-up."""
+
+
+def rows_by_task(tasks: Sequence[str], *, offset: int = 0) -> dict[str, list[int]]:
+    """Row numbers of each task, for rows numbered from `offset`."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks, offset):
+        rows.setdefault(task, []).append(row)
+    return rows
+
+
+class TaskBatchSampler:
+    """Batches of task-homogeneous sub-batches.
+
+    A sub-batch's task is drawn by weight. Its rows are the next ones of the task's own cycle: every row once in
+    shuffled order, then again in another order.
+
+    Args:
+        rows: the row numbers of each task. A `range` is a stream that needs no shuffling: it is taken in order and
+            never held in memory.
+        weights: relative draw weight by task: 1 where not named, 0 leaves a task out; None draws all tasks alike.
+        batch_size: rows of one rank's batch.
+        sub_batch_size: rows of one sub-batch; divides `batch_size`.
+        seed: of every draw.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: sizes that do not divide, a weight for an unknown task, a negative weight, or nothing left to draw.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[int]],
+        weights: Mapping[str, float] | None = None,
+        *,
+        batch_size: int,
+        sub_batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 < sub_batch_size <= batch_size or batch_size % sub_batch_size:
+            raise ValueError(
+                f"sub_batch_size {sub_batch_size} must divide batch_size {batch_size}; "
+                f"a batch is a whole number of sub-batches of one task each"
+            )
+        self.rows = {task: rows[task] for task in sorted(rows) if len(rows[task])}
+        self.weights = _normalised(list(self.rows), weights or {})
+        self.sub_batch_size = sub_batch_size
+        self.sub_batches = batch_size // sub_batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._tasks = list(self.rows)
+        self._before = [np.zeros(len(self._tasks), dtype=np.int64)]  # sub-batches of each task before block b
+        self._drawn: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._orders: dict[str, dict[int, np.ndarray]] = {task: {} for task in self._tasks}
+
+    def batch(self, index: int) -> list[int]:
+        """Row numbers of this rank's batch number `index`, sub-batch after sub-batch."""
+        return [row for _, rows in self.parts(index) for row in rows]
+
+    def parts(self, index: int) -> Iterator[tuple[str, list[int]]]:
+        """(task, row numbers) of each sub-batch of batch number `index`."""
+        first = (index * self.world_size + self.rank) * self.sub_batches
+        for number in range(first, first + self.sub_batches):
+            task, occurrence = self._locate(number)
+            start = occurrence * self.sub_batch_size
+            yield task, [self._row(task, place) for place in range(start, start + self.sub_batch_size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        index = 0
+        while True:
+            yield self.batch(index)
+            index += 1
+
+    def _locate(self, number: int) -> tuple[str, int]:
+        """Task of sub-batch `number`, and how many sub-batches of that task came before it."""
+        block, place = divmod(number, _BLOCK)
+        while len(self._before) <= block:
+            drawn = self._draw(len(self._before) - 1)
+            self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self._tasks)))
+        drawn = self._draw(block)
+        task = int(drawn[place])
+        return self._tasks[task], int(self._before[block][task] + np.count_nonzero(drawn[:place] == task))
+
+    def _draw(self, block: int) -> np.ndarray:
+        """Task numbers [_BLOCK] of a block's sub-batches."""
+        if self._drawn[0] != block:
+            generator = np.random.default_rng((self.seed, block))
+            self._drawn = (block, generator.choice(len(self._tasks), size=_BLOCK, p=self.weights))
+        return self._drawn[1]
+
+    def _row(self, task: str, place: int) -> int:
+        """The row at a place of the task's endless sequence."""
+        rows = self.rows[task]
+        turn, position = divmod(place, len(rows))
+        if isinstance(rows, range):
+            return rows[position]
+        orders = self._orders[task]
+        if turn not in orders:
+            for old in [kept for kept in orders if abs(kept - turn) > 1]:
+                del orders[old]
+            generator = np.random.default_rng((self.seed, _number(task), turn))
+            orders[turn] = generator.permutation(len(rows))
+        return rows[int(orders[turn][position])]
+
+
+def _normalised(tasks: list[str], weights: Mapping[str, float]) -> np.ndarray:
+    known = ", ".join(tasks) or "none"
+    for task, weight in weights.items():
+        if task not in tasks:
+            raise ValueError(f"there is a weight for the task {task!r}, which no source has; the tasks are {known}")
+        if not weight >= 0:
+            raise ValueError(f"the weight of the task {task!r} is {weight}; weights are 0 or more")
+    values = np.array([float(weights.get(task, 1.0)) for task in tasks])
+    if not values.sum() > 0:
+        raise ValueError(f"no task is left to draw from (tasks: {known}); give at least one a weight above 0")
+    return values / values.sum()
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
