@@ -2,8 +2,8 @@
 
 A block is run where the line above it says so: ``<!-- test: run -->``. After the colon:
 
-    run              bash: a shell where `mmemb` is on the path; python: executed; both must succeed
-    exit=N           bash: the exit code must be N
+    run              bash (`mmemb` is on the path) and python, each block in a process of its own; must succeed
+    exit=N           the exit code must be N
     shows="text"     what the block prints contains the text
     file=path        any language: written to the path (``~`` is the page's own home), and nothing else
     pairs            jsonl: read as pairs
@@ -15,8 +15,6 @@ there), is the home folder too, and has a folder `pictures` with a few PNGs.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -72,24 +70,19 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_block(block: Block, clone: Path, names: dict[str, object]) -> None:
+def run_block(block: Block, clone: Path) -> None:
     """Does with a block what its comment says; fails where the page is wrong."""
     if "file" in block.options:
         path = Path(block.options["file"]).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.code, encoding="utf-8")
-    elif block.language == "bash":
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.code], cwd=clone, capture_output=True, text=True, check=False
-        )
+    elif block.language in ("bash", "python"):
+        # Python too runs in a process of its own: a page's components must not stay registered for other tests.
+        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run([*command, block.code], cwd=clone, capture_output=True, text=True, check=False)
         printed = done.stdout + done.stderr
         assert done.returncode == int(block.options.get("exit", 0)), f"line {block.line}:\n{printed[-3000:]}"
         assert block.options.get("shows", "") in printed, f"line {block.line}:\n{printed[-3000:]}"
-    elif block.language == "python":
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block.code, f"line {block.line}", "exec"), names)
-        assert block.options.get("shows", "") in printed.getvalue()
     elif "pairs" in block.words:
         from mmemb.data.records import Source, read_pairs
 
@@ -105,9 +98,8 @@ def run_block(block: Block, clone: Path, names: dict[str, object]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_work(page: Path, clone: Path) -> None:
-    names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page.read_text(encoding="utf-8")):
-        run_block(block, clone, names)
+        run_block(block, clone)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -132,9 +124,9 @@ def test_a_wrong_example_fails(clone: Path) -> None:
     page = '<!-- test: run shows="7" -->\n```python\nprint(3 + 3)\n```\n\n<!-- test: exit=2 -->\n```bash\ntrue\n```\n'
     python, bash = blocks(page)
     with pytest.raises(AssertionError):
-        run_block(python, clone, {})
+        run_block(python, clone)
     with pytest.raises(AssertionError):
-        run_block(bash, clone, {})
+        run_block(bash, clone)
 
 
 def test_results_in_the_readme_are_those_of_the_files() -> None:
