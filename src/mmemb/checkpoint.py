@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, hold no code, and fit the backbone they are loaded into.
 
-Writing streams into a file beside the target, forces it to the disk and renames it: a reader never meets half a checkpoint,
-and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers only
+Writing streams into a file beside the target, forces it to the disk and renames it: a reader never meets half a
+checkpoint, and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers only
 (``weights_only=True``), so a checkpoint from elsewhere cannot run code.
 """
 
@@ -24,7 +24,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Recorder:
-    """A binary file that remembers the first error of `write`: torch's zip writer replaces it by an error of its own."""
+    """A binary file that remembers the first error of `write`: torch's zip writer puts an error of its own in its place."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -75,7 +75,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
 def _explained(error: OSError, target: Path) -> OSError:
     remedy = "free some space or point the run at another disk" if error.errno in _NO_ROOM else "check the folder"
     reason = error.strerror or str(error)
-    return OSError(error.errno, f"cannot write the checkpoint {target}: {reason}; nothing half-written is left, {remedy}")
+    return OSError(
+        error.errno, f"cannot write the checkpoint {target}: {reason}; nothing half-written is left, {remedy}"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -104,8 +106,8 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, is damaged, holds more than tensors and plain containers, or comes from another
-            backbone.
+        ValueError: the file is no checkpoint, is damaged, holds more than tensors and plain containers, or comes from
+            another backbone.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(errno.ENOENT, f"there is no checkpoint {path}; give the path of a .ckpt file")
@@ -156,7 +158,9 @@ class SafeCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Reads tensors and plain containers; ``weights_only=False`` is refused."""
         if weights_only is False:
-            raise ValueError("mmemb reads checkpoints with weights_only=True alone: another way could run code from the file")
+            raise ValueError(
+                "mmemb reads checkpoints with weights_only=True alone: another way could run code from the file"
+            )
         return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

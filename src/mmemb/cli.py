@@ -1,4 +1,4 @@
-"""`mmemb fit | validate | test | predict`: LightningCLI over our module and data, with short names and safe defaults."""
+"""`mmemb fit | validate | test | predict`: LightningCLI over our module and data, with short names and safe files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mmemb import shortnames
 from mmemb.checkpoint import SafeCheckpointIO
+from mmemb.commands.configs import check_yaml, config_paths
 from mmemb.commands.parser import HelpFormatter, OneLineErrors
 from mmemb.interrupt import InterruptCheckpoint, Interrupted
 
@@ -107,6 +108,8 @@ class MmembCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the words given (Lightning's own way warns whenever ``sys.argv`` has words of another program)."""
+        for path in config_paths(args):
+            check_yaml(path)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -185,7 +188,9 @@ def main(
         with interrupt.listening():
             MmembCLI(model_class, datamodule_class, args=argv, interrupt=interrupt)
     except (Interrupted, KeyboardInterrupt, SIGTERMException) as stop:
-        code = 128 + stop.signum if isinstance(stop, Interrupted) else 143 if isinstance(stop, SIGTERMException) else 130
+        code = (
+            128 + stop.signum if isinstance(stop, Interrupted) else 143 if isinstance(stop, SIGTERMException) else 130
+        )
         print(f"mmemb: interrupted; {_how_to_resume(argv, interrupt.path)}", file=sys.stderr, flush=True)
         return code
     return 0
@@ -204,19 +209,13 @@ def _how_to_resume(argv: Sequence[str], path: Path | None) -> str:
 
 def _run_name(args: Sequence[str]) -> str:
     """The stems of the configs in order, joined by ``+``: ``--config r1.yaml --config scale/a.yaml`` -> ``r1+a``."""
-    stems = []
-    for position, word in enumerate(args):
-        if word in ("-c", "--config") and position + 1 < len(args):
-            stems.append(Path(args[position + 1]).stem)
-        elif word.startswith("--config="):
-            stems.append(Path(word.removeprefix("--config=")).stem)
-    return "+".join(stems) or "default"
+    return "+".join(path.stem for path in config_paths(args)) or "default"
 
 
 def _descriptions() -> dict[str, dict[str, str]]:
     """Help of each command."""
     about = {
-        "fit": f"Trains, validates on the way, and evaluates on the test split. Results go to {RUNS}/<config>/version_<n>.",
+        "fit": f"Trains, validates on the way and evaluates on the test split. Results go to {RUNS}/<config>/version_<n>.",
         "validate": "Evaluates a checkpoint on the validation split.",
         "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
         "predict": "Embeds a data set with a checkpoint.",

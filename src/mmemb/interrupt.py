@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM leave a checkpoint from which the run goes on as if nothing had happened.
 
-A signal that comes while a batch is trained waits for the batch's end, where optimiser, sampler and counters agree; between
-batches it acts at once. A second signal does not wait. With several processes the ranks agree at each batch's end, so that one
-rank's signal stops all of them at the same step.
+A signal that comes while a batch is trained waits for the batch's end, where optimiser, sampler and counters agree;
+outside training it acts at once. A second signal does not wait. With several processes the ranks agree at each batch's
+end, so that one rank's signal stops all of them at the same step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Short names for swappable parts.
 
-A component declares its kind once, on the contract (``class Selector(Component, kind="selector")``), and its short name once,
-on the class (``class Random(Selector, name="random")``). Nothing else is needed: `resolve` turns a name, a class path or a
-class name into the class, `available` lists what exists, and plug-ins of other distributions join through the entry-point
-group ``mmemb.components``. This module imports neither torch nor any component until a name is asked for.
+A component declares its kind once, on the contract (``class Selector(Component, kind="selector")``), and its short name
+once, on the class (``class Random(Selector, name="random")``). Nothing else is needed: `resolve` turns a name into the
+class, `available` lists what exists, and plug-ins of other distributions join through the entry-point group
+``mmemb.components``. This module imports neither torch nor any component until a name is asked for.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class PluginError(ImportError):
 class Component:
     """Base of every contract: registers a subclass under its kind by the short name it declares.
 
-    ``__init_subclass__`` takes ``kind=`` (contracts only) and ``name=`` (concrete parts only; a part without one is still
-    usable by class path).
+    ``__init_subclass__`` takes ``kind=`` (contracts only) and ``name=`` (concrete parts only; a part without one is
+    still usable by class path).
 
     Raises:
         ValueError: the kind is unknown, or another class of the kind has the name already.
@@ -81,7 +81,7 @@ def _first_line(doc: str | None) -> str:
 
 @functools.cache
 def _builtin_listings() -> tuple[Listing, ...]:
-    """Reads names and first doc lines from the source of `mmemb.components` without importing it (torch costs seconds)."""
+    """Names and first doc lines, read from the source of `mmemb.components`: importing it, and torch, costs seconds."""
     spec = find_spec("mmemb.components")
     roots = list(spec.submodule_search_locations or []) if spec else []
     listings = []
@@ -109,14 +109,15 @@ def load_plugins() -> None:
         try:
             point.load()
         except Exception as error:
+            package = point.dist.name if point.dist else "an unknown package"
             raise PluginError(
-                f"the plug-in {point.name!r} ({point.value}) of {point.dist.name if point.dist else 'an unknown package'} "
-                f"cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it"
+                f"the plug-in {point.name!r} ({point.value}) of {package} cannot be loaded: "
+                f"{type(error).__name__}: {error}; repair or uninstall it"
             ) from error
 
 
 def listings() -> list[Listing]:
-    """Every component by kind and name: the built-in ones (from source, no import) and those registered or plugged in."""
+    """Every component by kind and name: the built-in ones (from source, no import), registered and plugged-in ones."""
     load_plugins()
     found = {(item.kind, item.name): item for item in _builtin_listings()}
     for kind, classes in _REGISTRY.items():

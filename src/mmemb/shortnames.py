@@ -1,17 +1,17 @@
-"""Teaches jsonargparse the registry's short names: ``selector: counterfactual`` in YAML, ``--model.selector random`` in a shell.
+"""Teaches jsonargparse short names: ``selector: counterfactual`` in YAML, ``--model.selector random`` in a shell.
 
-This is the one place that touches a private part of jsonargparse (4.53): the function by which it turns a name into a class
-path, and the one by which it tries a string as a file of settings. There is no public way that sees both YAML and flags.
-`tests/test_cli_shortnames.py` holds each behaviour that rests on it.
+This is the one place that changes a private part of jsonargparse (4.53): the function by which it turns a name into a class
+path, and the check of a typed value, before which a name that is also a file is refused (the file would be read as settings).
+There is no public way that sees both YAML and flags. `tests/test_cli_shortnames.py` holds each behaviour that rests on it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import _typehints
 
@@ -20,60 +20,67 @@ from mmemb.registry import Component, UnknownComponentError, is_name, resolve, u
 _MARK = "_mmemb_short_names"
 
 
-class ShadowedNameError(ValueError):
+class ShadowedNameError(TypeError):
     """A short name is also a file in the current folder, so it is unclear which of the two is meant."""
-
-
-def _kind(typehint: Any) -> str:
-    """The component kind of a contract or of a class below it; empty for anything else."""
-    return typehint.kind if inspect.isclass(typehint) and issubclass(typehint, Component) else ""
-
-
-def _resolve_with_names(original: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(original)
-    def resolve_class_path(cls: type | tuple[type], name: str) -> str:
-        kind = "" if isinstance(cls, tuple) else _kind(cls)
-        if not kind or "." in name:
-            return original(cls, name)
-        try:
-            found = resolve(kind, name)
-        except UnknownComponentError:
-            path = original(cls, name)  # a bare class name of an imported class
-            if "." not in path:
-                raise unknown(kind, name) from None
-            return path
-        return f"{found.__module__}.{found.__qualname__}"
-
-    setattr(resolve_class_path, _MARK, True)
-    return resolve_class_path
-
-
-def _refuse_shadowed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def adapt_subconfig_path(val: Any, typehint: Any, adapt_kwargs: dict[str, Any]) -> Any:
-        kind = _kind(typehint)
-        if kind and isinstance(val, str) and is_name(kind, val) and Path(val).exists():
-            raise ShadowedNameError(
-                f"{val!r} is the short name of a {kind} and also a file in {Path.cwd()}; rename the file, "
-                f"run from another folder, or write the class path {_path(kind, val)}"
-            )
-        return original(val, typehint, adapt_kwargs)
-
-    setattr(adapt_subconfig_path, _MARK, True)
-    return adapt_subconfig_path
-
-
-def _path(kind: str, name: str) -> str:
-    found = resolve(kind, name)
-    return f"{found.__module__}.{found.__qualname__}"
 
 
 def install() -> None:
     """Makes every jsonargparse parser of this process understand short names; doing it twice changes nothing."""
-    for name, wrap in (
-        ("resolve_class_path_by_name", _resolve_with_names),
-        ("adapt_subconfig_path", _refuse_shadowed),
-    ):
-        current = getattr(_typehints, name)
-        if not hasattr(current, _MARK):
-            setattr(_typehints, name, wrap(current))
+    if not hasattr(_typehints.resolve_class_path_by_name, _MARK):
+        _typehints.resolve_class_path_by_name = _with_names(_typehints.resolve_class_path_by_name)
+        _typehints.ActionTypeHint._check_type = _refusing_files(_typehints.ActionTypeHint._check_type)
+
+
+def _with_names(original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def resolve_class_path_by_name(cls: type | tuple[type, ...], name: str) -> str:
+        kinds = [] if isinstance(cls, tuple) else list(_kinds(cls))
+        if not kinds or "." in name:
+            return original(cls, name)
+        try:
+            return _path(resolve(kinds[0], name))
+        except UnknownComponentError:
+            path = original(cls, name)  # a bare class name of an imported class
+            if "." not in path:
+                raise unknown(kinds[0], name) from None
+            return path
+
+    setattr(resolve_class_path_by_name, _MARK, True)
+    return resolve_class_path_by_name
+
+
+def _refusing_files(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _check_type(self: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        for kind in _kinds(self._typehint):
+            for name in _words(value):
+                if is_name(kind, name) and Path(name).exists():
+                    error = (
+                        f"{name!r} is the short name of a {kind}, and there is also a file {Path(name).absolute()}; rename "
+                        f"the file, run from another folder, or write {_path(resolve(kind, name))}"
+                    )
+                    raise ShadowedNameError(f'Parser key "{self.dest}": {error}') from ShadowedNameError(error)
+        return original(self, value, *args, **kwargs)
+
+    return _check_type
+
+
+def _kinds(typehint: Any) -> Iterator[str]:
+    """Component kinds that a type admits, inside Optional, lists and the like."""
+    if inspect.isclass(typehint) and issubclass(typehint, Component):
+        yield typehint.kind
+    for inner in get_args(typehint):
+        yield from _kinds(inner)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The texts of a value that may be short names."""
+    if isinstance(value, str):
+        yield value.strip("[] ")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _words(entry)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints the table, or JSON for programs."""
     parser = _Parser(
         prog="mmemb components",
-        description="Lists the parts a config can name: a short name stands for its class (`selector: counterfactual`).",
+        description="Lists the parts a config can name; a short name stands for its class (`selector: random`).",
     )
     parser.add_argument("--kind", choices=KINDS, help="one kind only")
     parser.add_argument("--json", action="store_true", help="print a JSON list of kind, name, summary and class path")

@@ -1,7 +1,8 @@
 """How a mistake is told: one line on stderr that names the place and the remedy, exit code 2, no traceback.
 
-A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a parser refused.
-Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows every traceback.
+A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a parser
+refused. Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows every
+traceback.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _from_worker(message: str) -> str | None:
-    """The one line of a `ValueError` or `OSError` that our code raised in a data-loader worker; None for anything else."""
+    """The one line of an error that our code raised in a data-loader worker; None for anything else."""
     if not _WORKER.match(message):
         return None
     files = re.findall(r'^\s*File "([^"]+)", line \d+', message, re.MULTILINE)
@@ -66,8 +67,8 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, ValueError):
         message = str(error) if _raised_by_us(error) else _from_worker(str(error))
     elif type(error).__name__ == "MisconfigurationException":
-        # Lightning's word for settings that this machine or this version cannot do; imported by name, for Lightning is slow
-        message = str(error)
+        # Lightning's word for settings that this machine cannot do; compared by name, for Lightning imports slowly
+        message = f"{error} (a setting of the trainer)"
     return one_line(message) if message is not None else None
 
 

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from argparse import RawDescriptionHelpFormatter
+import argparse
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mmemb import shortnames
-from mmemb.commands.errors import UsageError, one_line
-
-_NOISE = re.compile(
-    r"^(Does not validate against any of the Union subtypes|Subtypes: |Errors:$|Given value type: |Given value: |"
-    r"Problem with given class_path )"
-)
-
-
-def condense(message: str) -> str:
-    """The useful part of jsonargparse's error in one line.
-
-    A value that fits none of a union's types comes with an error a type; the one about the value's content (an unknown name,
-    a wrong argument of the named class) says most, so the longest branch that is not about None is kept.
-    """
-    return one_line(message)
+from mmemb.commands.errors import UsageError
+from mmemb.commands.messages import condense
 
 
 class OneLineErrors:
-    """Mix-in before a jsonargparse parser: a refused input raises `UsageError` with one line instead of printing usage."""
+    """Mix-in before a jsonargparse parser: a refused input raises `UsageError` with one line; no usage is printed."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises `UsageError`; parsers that jsonargparse uses inside (``exit_on_error=False``) keep their own way."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
-        prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        raise UsageError(f"{condense(message)} (`{prog} --help` lists the options)") from ex
+        raise UsageError(condense(message, ex, _keys(self))) from ex  # type: ignore[arg-type]
 
 
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+def _keys(parser: argparse.ArgumentParser) -> list[str]:
+    """Every key the parser or one of its commands has, without leading dashes."""
+    keys = []
+    for action in parser._actions:
+        keys += [option.lstrip("-") for option in action.option_strings]
+        for below in set(getattr(action, "_name_parser_map", {}).values()):
+            keys += _keys(below)
+    return keys
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of examples."""
 
 
