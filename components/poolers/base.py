@@ -1,0 +1,72 @@
+"""What every pooler shares: an optional projection, Matryoshka truncation, normalisation. A pooler says only `pool`.
+
+Legend: B rows, T columns, H hidden width, P projected width, D embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmemb.interfaces import Pooler
+
+
+class ProjectedPooler(Pooler):
+    """A pooled state [B, H] -> projected [B, P] -> its first D entries -> unit length, in float32.
+
+    Args:
+        projection: width P of a linear projection without bias; None: no projection, P = H.
+        dim: embedding width D: the first D of P entries (Matryoshka, arXiv 2205.13147); None: all.
+    """
+
+    def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
+        super().__init__()
+        for name, value in (("projection", projection), ("dim", dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; leave it out for the full width")
+        self.projection = projection
+        self.dim = dim
+        self.project: nn.Linear | None = None
+
+    def build(self, hidden_size: int) -> None:
+        """Creates the parameters for hidden states of width H.
+
+        Raises:
+            ValueError: ``dim`` is larger than the width it cuts.
+        """
+        width = self.projection or hidden_size
+        if self.dim is not None and self.dim > width:
+            raise ValueError(f"dim={self.dim} is larger than the pooled width {width}; lower dim or set projection")
+        if self.projection is not None:
+            self.project = nn.Linear(hidden_size, self.projection, bias=False)
+        self._size = self.dim or width
+
+    @property
+    def size(self) -> int:
+        """Width D of the embeddings (after `build`)."""
+        return self._size
+
+    @abstractmethod
+    def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
+        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> one state a row [B, H]."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
+        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> [B, D] float32, L2-normalised."""
+        pooled = self.pool(hidden, attention_mask, emb_position)
+        if self.project is not None:
+            pooled = self.project(pooled.to(self.project.weight.dtype))
+        return F.normalize(pooled.float()[:, : self.size], dim=-1)
+
+
+def last_real(attention_mask: Tensor) -> Tensor:
+    """Column of each row's last real token, [B] int64, of a mask [B, T]."""
+    columns = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (attention_mask.long() * columns).amax(1) - 1
+
+
+def take(hidden: Tensor, column: Tensor) -> Tensor:
+    """The states [B, H] of hidden [B, T, H] at one column [B] a row."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), column]
