@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from mmemb.digests import module_digest, seed_of
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.registry import create
 from mmemb.types import Item, Pair
 
 
@@ -27,7 +27,8 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
     on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in every arm.
 
     Args:
-        embedder: folder of a trained model; None: the backbone and pooler given to `bind`, as they are when scoring.
+        embedder: a trained model's folder (as `Backbone.save` writes it) or hub id, read at ``<emb>``; None: the backbone
+            and pooler given to `bind`, as they are when scoring.
         temperature: divides the cosines.
         negatives: most negatives a pair.
         batch_size: rows of one forward pass.
@@ -120,7 +121,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         if self._encoder is None:
             if self.embedder is None:
                 raise ValueError("retrieval evaluator: no embedder; pass embedder= or bind(backbone, pooler) first")
-            self._encoder = _load(Path(self.embedder), self.batch_size)
+            self._encoder = _load(self.embedder, self.batch_size)
         return self._encoder
 
     def _task_bank(self, task: str) -> tuple[list[str], Tensor]:
@@ -162,8 +163,9 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         return left_out
 
 
-def _load(folder: Path, batch_size: int) -> Encoder:
-    from mmemb.inference.embedder import Embedder
-
-    trained = Embedder.load(folder)
-    return Encoder(trained.backbone, trained.pooler, batch_size=batch_size)
+def _load(model: str, batch_size: int) -> Encoder:
+    backbone = create("backbone", "transformers", model=model)
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Encoder(backbone.to(device), pooler.to(device), batch_size=batch_size)

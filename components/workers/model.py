@@ -8,6 +8,7 @@ from typing import Any
 
 from mmemb.digests import item_digest, module_digest, seed_of
 from mmemb.inference.decode import sample
+from mmemb.inference.encoder import evaluating
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale, Text, pictures
 
@@ -52,38 +53,37 @@ class ModelWorker(Worker, name="model"):
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
         """See `Worker.propose`. A sample is seeded by its item's content and number, whatever the items around it.
 
-        Equal texts of one item are merged and empty ones dropped: fewer than k may be left.
+        Equal texts of one item are merged (the first stays) and empty ones dropped: fewer than k may be left.
         """
         backbone = self._bound()
         prompts = [self._prompt(item) for item in items]
-        seeds = [seed_of(seed, item_digest(prompt), j) for prompt in prompts for j in range(k)]
-        samples = sample(
-            backbone,
-            [prompt for prompt in prompts for _ in range(k)],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=seeds,
-            batch_size=self.batch_size,
-        )
-        proposals: list[list[Rationale]] = []
-        for row in range(len(items)):
-            distinct: dict[str, Rationale] = {}
-            for number in range(row * k, (row + 1) * k):
-                drawn = samples[number]
-                if drawn.text:
-                    distinct.setdefault(
-                        drawn.text,
-                        Rationale(
-                            text=drawn.text,
-                            worker=self.name,
-                            model=backbone.identity,
-                            seed=seeds[number],
-                            tokens=drawn.tokens,
-                            finish_reason=drawn.finish_reason,
-                        ),
-                    )
-            proposals.append(list(distinct.values()))
-        return proposals
+        digests = [item_digest(prompt) for prompt in prompts]
+        # Queries that differ in their question alone share a prompt, and so their rationales.
+        distinct = dict(zip(digests, prompts, strict=True))
+        seeds = [seed_of(seed, key, number) for key in distinct for number in range(k)]
+        with evaluating(backbone):
+            samples = sample(
+                backbone,
+                [prompt for prompt in distinct.values() for _ in range(k)],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=seeds,
+                batch_size=self.batch_size,
+            )
+        keys = list(distinct)
+        written: dict[str, dict[str, Rationale]] = {key: {} for key in distinct}
+        for row, (drawn, row_seed) in enumerate(zip(samples, seeds, strict=True)):
+            if drawn.text:
+                rationale = Rationale(
+                    text=drawn.text,
+                    worker=self.name,
+                    model=backbone.identity,
+                    seed=row_seed,
+                    tokens=drawn.tokens,
+                    finish_reason=drawn.finish_reason,
+                )
+                written[keys[row // k]].setdefault(drawn.text, rationale)
+        return [list(written[key].values()) for key in digests]
 
     @property
     def settings(self) -> dict[str, Any]:

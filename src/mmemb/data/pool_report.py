@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -51,7 +51,7 @@ def show_pair(
             Text(rationale.text, style="bold" if index == chosen else ""),
             style="on grey15" if index == chosen else "",
         )
-    parts = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]
+    parts: list[RenderableType] = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]
     if selection is not None and chosen is None:
         parts.append(Text("none chosen: this pair trains the direct path alone", style="yellow"))
     (console or Console()).print(Panel(Group(*parts), title=Text(pair.id), title_align="left"))
