@@ -89,8 +89,8 @@ def evaluation_tasks(split: str, *, tasks: Sequence[str] | None = None) -> list[
     """The retrieval tasks of a split: its pairs (seed 0) as queries, each task with its own candidates.
 
     Candidates are the positives of all queries, then distractors of the same sort: names or values of the data set; for
-    scene pictures near misses of the first positives (two cells swapped, or one replaced). Over the train split (scenes: as
-    many queries as in control) a task shows what training has memorised.
+    scene pictures near misses of the first positives (two cells swapped, or one replaced). Over the train split a task
+    shows what training has memorised (scenes: as many queries as in control).
 
     Raises:
         ValueError: unknown split or task.
@@ -186,8 +186,8 @@ def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
 
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    # Train: entities with both pictures, in both directions. Held out: the withheld picture is the query or the target, in
-    # one direction an entity: with both, a query's own picture would stand among the candidates.
+    # Train: entities with both pictures, in both directions. Held out: the withheld picture is query or target, in one
+    # direction an entity: with both, a query's own picture would stand among the candidates.
     for entity in entities().values():
         if split not in (set(entity.withheld.values()) or {"train"}):
             continue

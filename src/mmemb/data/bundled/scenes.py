@@ -1,7 +1,7 @@
 """Scenes of four entities, drawn from a seed and disjoint between splits by construction.
 
 The *set* of four entities decides the split by a hash, so that no rearrangement, and no other vendor's drawing, of a
-held-out scene is ever seen in training. `findscene` asks for two entities in words: their pair gets a split the same way.
+held-out scene is ever seen in training. `findscene` asks for two entities in words: the pair gets a split the same way.
 """
 
 from __future__ import annotations
