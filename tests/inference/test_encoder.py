@@ -59,7 +59,7 @@ def test_paths_hold_direct_and_reasoned_embeddings_of_every_row() -> None:
     torch.testing.assert_close(paths.embedding, both.encode_queries(items(), paths.rationale), atol=1e-4, rtol=0)
     assert paths.decision.think.all()
     assert (paths.tokens <= 8).all()
-    assert both.encode_paths(items(), budget=1).tokens.max() <= 3
+    assert both.encode_paths(items(), Everyone(1)).tokens.max() <= 3
 
 
 def test_modes_and_gradients_are_restored() -> None:

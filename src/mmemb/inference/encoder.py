@@ -113,14 +113,17 @@ class Encoder:
         """
         return self._adaptive(items, controller, bank).encoded()
 
-    def encode_paths(self, items: Sequence[Item], *, budget: int | None = None) -> Paths:
-        """Both paths of all B items in one pass: ``state.direct`` and, after a self-written rationale, ``embedding``.
+    def encode_paths(
+        self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
+    ) -> Paths:
+        """Both paths in one pass: ``state.direct`` of all B items, and ``embedding`` after a self-written rationale.
 
         Args:
             items: B items.
-            budget: most rationale tokens; None means the encoder's own.
+            controller: who thinks; None means everybody, with the encoder's budget.
+            bank: [M, D] reference embeddings that give the confidence.
         """
-        return self._adaptive(items, Everyone(self.budget if budget is None else budget), None)
+        return self._adaptive(items, Everyone(self.budget) if controller is None else controller, bank)
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in the backbone's tokens."""

@@ -1,0 +1,385 @@
+"""Scores an encoder on retrieval tasks, under every controller at the price of one pass.
+
+The direct and the reasoned embedding of a query do not depend on who asked for them. So one adaptive pass computes the
+direct path of all queries and the reasoned path of those that any controller wants; each controller then only picks per
+row. A row is encoded anew only where a controller's budget is smaller than the rationale already written.
+
+The utility of thinking is s_r - s_d with s the log-probability of the positive among the task's own candidates under
+the encoder's confidence temperature (measured: cosines against easy negatives say nothing about rank, hard candidates
+of the task do).
+
+Under `torch.distributed` each rank encodes every world-size-th query and candidate, and all ranks return the same
+results; every rank must therefore call with the same tasks.
+
+Shape legend: N queries, M candidates, D embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor
+
+from mmemb.evaluation.metrics import cosine_scores, expected_hit, expected_rank, expected_reciprocal_rank
+from mmemb.inference.decode import Paths, confidence_over
+from mmemb.inference.encoder import Everyone, merge_paths
+from mmemb.interfaces import Controller, Worker
+from mmemb.types import Decision, EvaluationTask, Item, Pair, PrefillState
+
+TRUE_RATIONALE = "true_rationale"
+MEANS = ("hit@1", "hit@5", "mrr", "think_rate", "tokens_per_query", "chance", "queries_per_second")
+"""Scores of a task that a mode averages over its tasks, each task counting once."""
+_TOP = 3
+_ROWS = 1024
+"""Queries scored at once: bounds the score matrix."""
+Value = TypeVar("Value")
+
+
+class QueryEncoder(Protocol):
+    """What the runner needs of `mmemb.inference.encoder.Encoder`."""
+
+    confidence_temperature: float
+
+    def encode_queries(self, items: Sequence[Item], rationales: Sequence[str | None] | None = None) -> Tensor: ...
+    def encode_targets(self, items: Sequence[Item]) -> Tensor: ...
+    def encode_paths(
+        self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
+    ) -> Paths: ...
+    def count_tokens(self, text: str) -> int: ...
+
+
+@dataclass
+class QueryRecord:
+    """What happened to one query, for the gallery and the curves.
+
+    Attributes:
+        task: its task.
+        pair: the query and its positive.
+        confidence: of the direct path among the task's candidates.
+        direct_rank: expected rank of the positive, direct path.
+        direct_hit: expected hit@1, direct path.
+        direct_top: the first three candidate ids, direct path.
+        reasoned_rank: as above after the model's own rationale; None where nobody asked for one, and so below.
+        reasoned_hit: expected hit@1 after the rationale.
+        reasoned_top: the first three candidate ids after the rationale.
+        utility: s_r - s_d.
+        rationale: what the model wrote.
+        tokens: rationale tokens, brackets included; 0 where none was written.
+    """
+
+    task: str
+    pair: Pair
+    confidence: float
+    direct_rank: float
+    direct_hit: float
+    direct_top: tuple[str, ...]
+    reasoned_rank: float | None = None
+    reasoned_hit: float | None = None
+    reasoned_top: tuple[str, ...] | None = None
+    utility: float | None = None
+    rationale: str = ""
+    tokens: int = 0
+
+
+@dataclass
+class EvaluationResults:
+    """Scores by mode, and what happened to each query.
+
+    Attributes:
+        modes: mode -> its scores: means over tasks (each task counts once) and ``by_task``: task -> scores and counts.
+            Plain numbers throughout, so they travel in checkpoints and JSON.
+        records: one a query.
+        tasks: the tasks, by name.
+    """
+
+    modes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: list[QueryRecord] = field(default_factory=list)
+    tasks: dict[str, EvaluationTask] = field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, parts: Iterable[EvaluationResults]) -> EvaluationResults:
+        """Joins results of different tasks; the means are taken anew."""
+        merged = cls()
+        by_task: dict[str, dict[str, dict[str, float]]] = {}
+        for part in parts:
+            for mode, scores in part.modes.items():
+                by_task.setdefault(mode, {}).update(scores["by_task"])
+            merged.records += part.records
+            merged.tasks |= part.tasks
+        merged.modes = {mode: mode_scores(tasks) for mode, tasks in by_task.items()}
+        return merged
+
+
+def mode_scores(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """A mode's entry: the mean over tasks of every score that all of them have, and the tasks themselves."""
+    tasks = {task: dict(scores) for task, scores in by_task.items()}
+    means = {
+        key: sum(scores[key] for scores in tasks.values()) / len(tasks)
+        for key in MEANS
+        if tasks and all(key in scores for scores in tasks.values())
+    }
+    return {**means, "by_task": tasks}
+
+
+def evaluate(
+    encoder: QueryEncoder,
+    tasks: Sequence[EvaluationTask],
+    *,
+    controllers: Mapping[str, Controller],
+    true_rationale: Worker | None,
+    progress: bool = True,
+) -> EvaluationResults:
+    """Scores every controller, and the true rationale's path, on every task.
+
+    Scores of a task: ``hit@1``, ``hit@5``, ``mrr`` (tie-safe expectations), ``n``, ``candidates``, ``think_rate``,
+    ``tokens_per_query`` (rationale tokens, brackets included), ``chance`` (hit@1 of a random order) and
+    ``queries_per_second`` of one
+    process: the prompts' time in full, and of the decoding time the share of tokens that the controller's rows wrote.
+
+    Args:
+        encoder: the model.
+        tasks: what to retrieve; every positive is among its task's candidates.
+        controllers: mode -> controller, calibrated where it must be.
+        true_rationale: worker whose first rationale is teacher-forced as the mode ``true_rationale``; None leaves the
+            mode out.
+        progress: show a bar over tasks.
+
+    Raises:
+        ValueError: a task has no queries, or a positive is not among its candidates.
+    """
+    parts = [
+        _evaluate_task(encoder, task, controllers, true_rationale)
+        for task in track(tasks, "evaluate", transient=True, disable=not progress)
+    ]
+    return EvaluationResults.merge(parts)
+
+
+def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:
+    """Fits, in place, every controller that has something to fit, on the queries of all tasks together.
+
+    Args:
+        encoder: the model.
+        tasks: validation tasks.
+        controllers: those without a ``calibrate`` of their own are left alone, and cost nothing.
+    """
+    fitted = [part for part in controllers.values() if type(part).calibrate is not Controller.calibrate]
+    if not fitted:
+        return
+    states = [_Run.of(encoder, task, {"everyone": None}).state for task in tasks]
+    whole = PrefillState(
+        decision_logits=torch.cat([state.decision_logits for state in states]),
+        direct=torch.cat([state.direct for state in states]),
+        confidence=torch.cat([state.confidence for state in states if state.confidence is not None]),
+        utility=torch.cat([state.utility for state in states if state.utility is not None]),
+    )
+    for controller in fitted:
+        controller.calibrate(whole)
+
+
+class _Any(Controller):
+    """Thinks where any of several would, with the largest budget asked; everywhere for one that needs the utility."""
+
+    def __init__(self, controllers: Sequence[Controller]) -> None:
+        self.controllers = controllers
+
+    def decide(self, state: PrefillState) -> Decision:
+        """The union of the decisions."""
+        rows, device = len(state.direct), state.direct.device
+        budget = torch.zeros(rows, dtype=torch.int64, device=device)
+        for controller in self.controllers:
+            if getattr(controller, "needs_utility", False):
+                asked = torch.full_like(budget, controller.budget)  # type: ignore[attr-defined]
+            else:
+                decision = controller.decide(state)
+                asked = torch.where(decision.think, decision.budget, 0)
+            budget = torch.maximum(budget, asked)
+        return Decision(budget > 0, (budget > 0).float(), budget)
+
+
+@dataclass
+class _Run:
+    """One task encoded: everything the modes pick from. ``paths`` covers all N queries, whichever rank encoded them."""
+
+    task: EvaluationTask
+    positive: Tensor
+    candidates: Tensor
+    paths: Paths
+    state: PrefillState
+
+    @classmethod
+    def of(cls, encoder: QueryEncoder, task: EvaluationTask, controllers: Mapping[str, Controller | None]) -> _Run:
+        """Encodes candidates and queries; a controller of None stands for everybody."""
+        columns = {identity: column for column, identity in enumerate(task.candidate_ids)}
+        for pair in task.queries:
+            if pair.positive_id not in columns:
+                raise ValueError(
+                    f"task {task.name}: the positive {pair.positive_id!r} of query {pair.id!r} is not a candidate"
+                )
+        if not task.queries:
+            raise ValueError(f"task {task.name}: no queries; give at least one, or leave the task out")
+        positive = torch.tensor([columns[pair.positive_id] for pair in task.queries])
+        candidates = _sharded(task.candidates, encoder.encode_targets)
+        mine = _share(len(task.queries))
+        asked = [part for part in controllers.values() if part is not None]
+        union = _Any(asked) if len(asked) == len(controllers) else None
+        own = encoder.encode_paths([task.queries[row].query for row in mine], union, bank=candidates)
+        shares = _gather((mine, own))
+        order = [row for rows, _ in shares for row in rows]
+        paths = merge_paths(order, [part for rows, part in shares if rows], width=candidates.shape[1])
+        direct = paths.state.direct
+        temperature = encoder.confidence_temperature
+        known = paths.decision.think
+        utility = _log_probability(paths.embedding, candidates, positive, temperature)
+        utility = utility - _log_probability(direct, candidates, positive, temperature)
+        state = PrefillState(
+            decision_logits=paths.state.decision_logits,
+            direct=direct,
+            confidence=confidence_over(direct, candidates, temperature=temperature),
+            utility=utility if bool(known.all()) else None,
+        )
+        return cls(task, positive, candidates, paths, state)
+
+
+def _evaluate_task(
+    encoder: QueryEncoder, task: EvaluationTask, controllers: Mapping[str, Controller], true_rationale: Worker | None
+) -> EvaluationResults:
+    run = _Run.of(encoder, task, controllers)
+    modes = {name: _controller_scores(encoder, run, controller) for name, controller in controllers.items()}
+    if true_rationale is not None:
+        modes[TRUE_RATIONALE] = _true_rationale_scores(encoder, run, true_rationale)
+    return EvaluationResults(
+        modes={mode: mode_scores({task.name: scores}) for mode, scores in modes.items()},
+        records=_records(run),
+        tasks={task.name: task},
+    )
+
+
+def _controller_scores(encoder: QueryEncoder, run: _Run, controller: Controller) -> dict[str, float]:
+    """Picks each row's path as the controller says; encodes anew only rows whose rationale is over its budget."""
+    decision = controller.decide(run.state)
+    think = decision.think
+    embedding = torch.where(think[:, None], run.paths.embedding, run.state.direct)
+    tokens = torch.where(think, run.paths.tokens, 0)
+    share = float(tokens.sum() / run.paths.tokens.sum().clamp(min=1))
+    seconds = run.paths.direct_seconds + share * run.paths.think_seconds
+    # Two brackets count as tokens but not towards the budget.
+    over = think & (~run.paths.decision.think | (run.paths.tokens - 2 > decision.budget))
+    for budget in decision.budget[over].unique().tolist():
+        rows = (over & (decision.budget == budget)).nonzero().flatten()
+        queries = [run.task.queries[row].query for row in rows.tolist()]
+        again = encoder.encode_paths(queries, Everyone(budget), bank=run.candidates)
+        embedding[rows], tokens[rows] = again.embedding, again.tokens
+        seconds += again.think_seconds
+    return _scores(run, embedding, tokens, think, seconds)
+
+
+def _true_rationale_scores(encoder: QueryEncoder, run: _Run, worker: Worker) -> dict[str, float]:
+    items = [pair.query for pair in run.task.queries]
+    texts = [found[0].text if found else None for found in worker.propose(items, 1, seed=0)]
+    started = time.perf_counter()
+    mine = _share(len(items))
+    own = encoder.encode_queries([items[row] for row in mine], [texts[row] for row in mine])
+    embedding = _in_order(mine, own)
+    tokens = torch.tensor([0 if text is None else encoder.count_tokens(text) + 2 for text in texts])
+    seconds = (time.perf_counter() - started) * _world()
+    return _scores(run, embedding, tokens, tokens > 0, seconds)
+
+
+def _scores(run: _Run, embedding: Tensor, tokens: Tensor, think: Tensor, seconds: float) -> dict[str, float]:
+    n, candidates = len(embedding), len(run.candidates)
+    sums = {"hit@1": 0.0, "hit@5": 0.0, "mrr": 0.0}
+    for rows in torch.arange(n).split(_ROWS):
+        scores, positive = cosine_scores(embedding[rows], run.candidates), run.positive[rows]
+        sums["hit@1"] += float(expected_hit(scores, positive, 1).sum())
+        sums["hit@5"] += float(expected_hit(scores, positive, 5).sum())
+        sums["mrr"] += float(expected_reciprocal_rank(scores, positive).sum())
+    return {
+        **{name: total / n for name, total in sums.items()},
+        "n": n,
+        "candidates": candidates,
+        "think_rate": float(think.float().mean()),
+        "tokens_per_query": float(tokens.float().mean()),
+        "chance": 1 / candidates,
+        "queries_per_second": n / max(seconds, 1e-9),
+    }
+
+
+def _records(run: _Run) -> list[QueryRecord]:
+    known = run.paths.decision.think.tolist()
+    direct = _placed(run, run.state.direct)
+    reasoned = _placed(run, run.paths.embedding)
+    utility = run.state.utility
+    confidence = run.state.confidence
+    records = []
+    for row, pair in enumerate(run.task.queries):
+        record = QueryRecord(
+            task=run.task.name,
+            pair=pair,
+            confidence=float("nan") if confidence is None else confidence[row].item(),
+            direct_rank=direct[row][0],
+            direct_hit=direct[row][1],
+            direct_top=direct[row][2],
+        )
+        if known[row]:
+            record.reasoned_rank, record.reasoned_hit, record.reasoned_top = reasoned[row]
+            record.utility = None if utility is None else utility[row].item()
+            record.rationale, record.tokens = run.paths.rationale[row], int(run.paths.tokens[row])
+        records.append(record)
+    return records
+
+
+def _placed(run: _Run, embedding: Tensor) -> list[tuple[float, float, tuple[str, ...]]]:
+    """Expected rank, expected hit@1 and the first ids of every row."""
+    placed = []
+    for rows in torch.arange(len(embedding)).split(_ROWS):
+        scores, positive = cosine_scores(embedding[rows], run.candidates), run.positive[rows]
+        best = scores.nan_to_num(nan=-torch.inf).topk(min(_TOP, scores.shape[1]), dim=1).indices.tolist()
+        ranks, hits = expected_rank(scores, positive).tolist(), expected_hit(scores, positive, 1).tolist()
+        for rank, hit, columns in zip(ranks, hits, best, strict=True):
+            placed.append((rank, hit, tuple(run.task.candidate_ids[column] for column in columns)))
+    return placed
+
+
+def _log_probability(embedding: Tensor, candidates: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """Log-probability [N] of each positive among the candidates."""
+    logits = embedding @ candidates.T / temperature
+    return logits.log_softmax(dim=-1).gather(1, positive[:, None])[:, 0]
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _share(count: int) -> list[int]:
+    """The rows of this rank."""
+    return list(range(dist.get_rank() if _world() > 1 else 0, count, _world()))
+
+
+def _gather(value: Value) -> list[Value]:
+    """One value a rank, in rank order, on every rank."""
+    if _world() == 1:
+        return [value]
+    values: list[Any] = [None] * _world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _sharded(items: Sequence[Item], encode: Any) -> Tensor:
+    """Embeddings [M, D] of all items, each encoded by one rank."""
+    mine = _share(len(items))
+    return _in_order(mine, encode([items[row] for row in mine]))
+
+
+def _in_order(mine: list[int], own: Tensor) -> Tensor:
+    """Joins every rank's rows [*, D] into the whole, row by row."""
+    shares = _gather((mine, own))
+    whole = own.new_empty(sum(len(rows) for rows, _ in shares), own.shape[1])
+    for rows, part in shares:
+        whole[rows] = part
+    return whole
