@@ -12,8 +12,8 @@ from .base import ProjectedPooler
 class Attention(ProjectedPooler, name="attention"):
     """A learned query attends to the hidden states of a row's real tokens, with one set of weights a head.
 
-    The state is cut into heads of equal width; each head's query scores that head's slice of every token, and the slices
-    are averaged by the softmax of the scores. It starts as `mean`: the queries start at zero.
+    The state is cut into heads of equal width; each head's query scores that head's slice of every token, and the
+    slices are averaged by the softmax of the scores. It starts as `mean`: the queries start at zero.
 
     Args:
         heads: number of heads; divides the hidden width.

@@ -33,15 +33,16 @@ def test_the_four_poolers_are_registered() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("arguments", "size"), [({}, 12), ({"projection": 7}, 7), ({"dim": 5}, 5), ({"projection": 7, "dim": 3}, 3)]
 )
 def test_embeddings_are_unit_float32_of_the_announced_width(
-    name: str, arguments: dict, size: int, states: tuple
+    name: str, arguments: dict, size: int, dtype: torch.dtype, states: tuple
 ) -> None:
     pooler = built(name, **arguments)
     hidden, mask, position = states
-    out = pooler(hidden.to(torch.bfloat16) if size == 12 else hidden, mask, position)
+    out = pooler(hidden.to(dtype), mask, position)
     assert out.dtype == torch.float32
     assert out.shape == (ROWS, size)
     assert pooler.size == size
