@@ -2,11 +2,15 @@
 
     N queries   M candidates   D width   R rows of a stripe
     Q [N, D]    K [M, D]       S = Q K^T / temperature [N, M], of which only R rows exist at once
+    p_i the positive's logit of query i     o_i log-sum-exp of its other logits
 
-A stripe holds complete rows, so one direction needs S once: its exponentials E give the log-sum-exp, dQ = E K and dK +=
-E^T Q, with the softmax's 1/Z folded into the narrow side ([R, D]) instead of the wide one ([R, M]). That is three
-matrix products, the floor. The symmetric loss needs the log-sum-exp of every column before the first gradient and makes
-S twice: four products. The temperature's gradient costs nothing: sum(G * S) = sum(Q * dQ) for G = dL/dS.
+A stripe holds complete rows, so one direction needs S once: its exponentials give o, dQ = E K and dK += E^T Q, with the
+softmax's denominator folded into the narrow side ([R, D]) instead of the wide one ([R, M]). That is three matrix
+products, the floor. The symmetric loss needs the log-sum-exp of every column before the first gradient and makes S
+twice: four products. The temperature's gradient costs nothing: sum(G * S) = sum(Q * dQ) for G = dL/dS.
+
+The positive is kept out of the sums: loss = log(1 + exp(o - p)) and G at the positive = -sigmoid(o - p), so that small
+losses and gradients keep their relative precision (log-sum-exp minus p would leave only rounding of 1 / temperature).
 
 Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is R x M (twice that if
 symmetric).
@@ -21,7 +25,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Merge: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Merge: TypeAlias = Callable[["Columns"], "Columns"]
 
 ROWS = 1024
 """Rows of a stripe: 1024 measured best on CPU (1.03-1.11 of the floor; 256 rows: 1.15-1.35)."""
@@ -72,6 +76,21 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the symmetric loss knows of the columns of S.
+
+    Attributes:
+        others: [M] log-sum-exp of each column without its own query's logit.
+        own: [M] logit of the query whose positive the column is; 0 if there is none.
+        share: [M] coefficient of that query's loss, halved; 0 if there is none.
+    """
+
+    others: Tensor
+    own: Tensor
+    share: Tensor
+
+
 class _Stripes:
     """The buffers of one call, and S by stripe."""
 
@@ -89,60 +108,73 @@ class _Stripes:
         return [slice(start, min(start + self.rows, n)) for start in range(0, n, self.rows)]
 
     def __call__(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The stripe's scaled queries [R, D], S [R, M] (masked: -inf) in the shared buffer, S at the positives [R]."""
+        """The stripe's scaled queries [R, D], its other logits [R, M] in the shared buffer, its positives' logits [R].
+
+        Positive and masked entries are -inf.
+        """
         problem = self.problem
         query = problem.query[rows].to(problem.work_dtype) * problem.scale
         positive = problem.positive[rows, None]
         logits = torch.mm(query, self.candidate.T, out=self.logits[: len(query)])
+        own = logits.gather(1, positive)[:, 0]
         if problem.query_id is not None and problem.candidate_id is not None:
             mask = torch.eq(problem.query_id[rows, None], problem.candidate_id[None], out=self.mask[: len(query)])
-            logits.masked_fill_(mask.scatter_(1, positive, False), -torch.inf)
-        return query, logits, logits.gather(1, positive)[:, 0]
+            logits.masked_fill_(mask, -torch.inf)
+        return query, logits.scatter_(1, positive, -torch.inf), own
 
 
-def exponentials_(logits: Tensor, *, bound: float) -> tuple[Tensor, Tensor]:
-    """Turns S [R, M] into exp(S - shift) in place; the row sums Z [R] and log-sum-exps [R]."""
+class _Sums:
+    """The gradients while they are summed up; ``add`` takes G K [R, D], ``query`` the scaled queries."""
+
+    def __init__(self, problem: Problem, stripes: _Stripes) -> None:
+        self.problem = problem
+        self.query = torch.empty_like(problem.query)
+        self.candidate = torch.zeros_like(stripes.candidate)
+        self.temperature = stripes.candidate.new_zeros(())
+
+    def add(self, rows: slice, *, query: Tensor, product: Tensor, wide: Tensor, narrow: Tensor) -> None:
+        """Adds a stripe: ``product`` = G K [R, D], and G^T Q as ``wide`` [R, M] transposed times ``narrow`` [R, D]."""
+        self.temperature -= torch.linalg.vecdot(product.flatten(), query.flatten())
+        self.query[rows] = product.mul_(self.problem.scale)
+        self.candidate.addmm_(wide.T, narrow)
+
+    def result(self) -> Gradients:
+        # The sum held -sum(G * S); S = Q K^T * scale, so d/d temperature is that times the scale.
+        candidate = self.candidate.to(self.problem.candidate.dtype)
+        return Gradients(self.query, candidate, self.temperature * self.problem.scale)
+
+
+def exponentials_(logits: Tensor, *, bound: float) -> tuple[Tensor, Tensor | float]:
+    """Turns logits [R, M] into exp(logits - shift) in place; returns the row sums [R] and the shift [R] or 0."""
     if bound <= SAFE_LOGIT:
-        total = logits.exp_().sum(1)
-        return total, total.log()
-    shift = logits.amax(1)
-    total = logits.sub_(shift[:, None]).exp_().sum(1)
-    return total, total.log() + shift
+        return logits.exp_().sum(1), 0.0
+    # A row may be -inf throughout: -inf minus a finite shift stays -inf.
+    shift = logits.amax(1).clamp_min_(torch.finfo(logits.dtype).min)
+    return logits.sub_(shift[:, None]).exp_().sum(1), shift
+
+
+def excess_loss(excess: Tensor) -> Tensor:
+    """log(1 + exp(o - p)), exact to rounding however small or large."""
+    return torch.logaddexp(excess, torch.zeros_like(excess))
 
 
 def one_direction(problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS) -> tuple[Tensor, Gradients | None]:
     """Losses [N] of the queries and, given coefficients [N], the gradients of sum(coefficient * loss)."""
     stripes = _Stripes(problem, rows)
     losses = stripes.logits.new_empty(len(problem.query))
-    query_grad = torch.empty_like(problem.query) if coefficient is not None else None
-    candidate_grad = torch.zeros_like(stripes.candidate) if coefficient is not None else None
-    temperature_grad = losses.new_zeros(())
+    sums = None if coefficient is None else _Sums(problem, stripes)
     for part in stripes.slices():
-        query, logits, positive_logit = stripes(part)
-        total, log_sum = exponentials_(logits, bound=problem.bound)
-        losses[part] = log_sum - positive_logit
-        if coefficient is None or query_grad is None or candidate_grad is None:
+        query, logits, own = stripes(part)
+        total, shift = exponentials_(logits, bound=problem.bound)
+        losses[part] = excess_loss(total.log() + shift - own)
+        if coefficient is None or sums is None:
             continue
-        share = coefficient[part, None]
-        grad = torch.mm(logits, stripes.candidate).mul_(share / total[:, None])
-        grad.addcmul_(stripes.candidate[problem.positive[part]], share, value=-1)
-        temperature_grad -= torch.linalg.vecdot(grad.flatten(), query.flatten())
-        query_grad[part] = grad.mul_(problem.scale)
-        candidate_grad.addmm_(logits.T, query * (share / total[:, None]))
-        candidate_grad.index_add_(0, problem.positive[part], query * share, alpha=-1)
-    return losses, _gradients(problem, query_grad, candidate_grad, temperature_grad)
-
-
-def column_log_sum(problem: Problem, *, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Losses [N] of the row direction and the log-sum-exp [M] of every column of S: the symmetric loss's first pass."""
-    stripes = _Stripes(problem, rows)
-    losses = stripes.logits.new_empty(len(problem.query))
-    columns = stripes.logits.new_full((len(problem.candidate),), -torch.inf)
-    for part in stripes.slices():
-        _, logits, positive_logit = stripes(part)
-        columns = torch.logaddexp(columns, logits.logsumexp(0))
-        losses[part] = exponentials_(logits, bound=problem.bound)[1] - positive_logit
-    return losses, columns
+        # Softmax = E * exp(shift - log-sum-exp), and log-sum-exp = p + loss; it sums to 0 with the positive's entry.
+        logits.scatter_(1, problem.positive[part, None], -total[:, None])
+        share = (coefficient[part] * (shift - own - losses[part]).exp())[:, None]
+        product = torch.mm(logits, stripes.candidate).mul_(share)
+        sums.add(part, query=query, product=product, wide=logits, narrow=query * share)
+    return losses, sums.result() if sums is not None else None
 
 
 def symmetric(
@@ -150,44 +182,42 @@ def symmetric(
 ) -> tuple[Tensor, Gradients | None]:
     """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries.
 
-    Positives are distinct. ``merge`` joins the columns' log-sum-exps [M] and coefficients [M] with those of further
-    queries elsewhere.
+    Positives are distinct. ``merge`` joins the columns with those of further queries elsewhere.
     """
-    row_losses, columns = column_log_sum(problem, rows=rows)
-    column_share = torch.zeros_like(columns)
-    if coefficient is not None:
-        column_share[problem.positive] = coefficient / 2
+    row_excess, own, columns = _first_pass(problem, coefficient, rows)
     if merge is not None:
-        columns, column_share = merge(columns, column_share)
+        columns = merge(columns)
+    column_excess = columns.others[problem.positive] - own
+    row_losses = excess_loss(row_excess)
+    losses = (row_losses + excess_loss(column_excess)) / 2
+    if coefficient is None:
+        return losses, None
+    # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is masked.
+    column_sum = torch.logaddexp(columns.others, columns.own).where(columns.share != 0, torch.inf)
+    at_positive = -coefficient / 2 * (row_excess.sigmoid() + column_excess.sigmoid())
     stripes = _Stripes(problem, rows)
     second = torch.empty_like(stripes.logits)
-    losses = torch.empty_like(row_losses)
-    query_grad = torch.empty_like(problem.query) if coefficient is not None else None
-    candidate_grad = torch.zeros_like(stripes.candidate) if coefficient is not None else None
-    temperature_grad = losses.new_zeros(())
-    # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is masked.
-    owned = columns.where(column_share > 0, torch.inf)
+    sums = _Sums(problem, stripes)
     for part in stripes.slices():
-        query, logits, positive_logit = stripes(part)
-        losses[part] = (row_losses[part] + columns[problem.positive[part]] - positive_logit) / 2
-        if coefficient is None or query_grad is None or candidate_grad is None:
-            continue
-        share = coefficient[part, None]
-        column = torch.sub(logits, owned, out=second[: len(query)]).exp_().mul_(column_share)
-        logits.sub_((row_losses[part] + positive_logit)[:, None]).exp_().mul_(share / 2).add_(column)
-        grad = torch.mm(logits, stripes.candidate)
-        grad.addcmul_(stripes.candidate[problem.positive[part]], share, value=-1)
-        temperature_grad -= torch.linalg.vecdot(grad.flatten(), query.flatten())
-        query_grad[part] = grad.mul_(problem.scale)
-        candidate_grad.addmm_(logits.T, query)
-        candidate_grad.index_add_(0, problem.positive[part], query * share, alpha=-1)
-    return losses, _gradients(problem, query_grad, candidate_grad, temperature_grad)
+        query, logits, _ = stripes(part)
+        by_column = torch.sub(logits, column_sum, out=second[: len(query)]).exp_().mul_(columns.share)
+        logits.sub_((row_losses[part] + own[part])[:, None]).exp_().mul_(coefficient[part, None] / 2).add_(by_column)
+        logits.scatter_(1, problem.positive[part, None], at_positive[part, None])
+        sums.add(part, query=query, product=torch.mm(logits, stripes.candidate), wide=logits, narrow=query)
+    return losses, sums.result()
 
 
-def _gradients(
-    problem: Problem, query_grad: Tensor | None, candidate_grad: Tensor | None, temperature_grad: Tensor
-) -> Gradients | None:
-    if query_grad is None or candidate_grad is None:
-        return None
-    # The sums held -sum(G * S); S = Q K^T * scale, so d/d temperature is that times the scale.
-    return Gradients(query_grad, candidate_grad.to(problem.candidate.dtype), temperature_grad * problem.scale)
+def _first_pass(problem: Problem, coefficient: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Columns]:
+    """o - p of the rows [N], the positives' logits p [N], and the columns of S."""
+    stripes = _Stripes(problem, rows)
+    excess, own = stripes.logits.new_empty(2, len(problem.query))
+    others = stripes.logits.new_full((len(problem.candidate),), -torch.inf)
+    for part in stripes.slices():
+        _, logits, own[part] = stripes(part)
+        others = torch.logaddexp(others, logits.logsumexp(0))
+        total, shift = exponentials_(logits, bound=problem.bound)
+        excess[part] = total.log() + shift - own[part]
+    share = torch.zeros_like(others)
+    if coefficient is not None:
+        share[problem.positive] = coefficient / 2
+    return excess, own, Columns(others, torch.zeros_like(others).index_copy_(0, problem.positive, own), share)

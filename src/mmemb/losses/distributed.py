@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmemb.kernels._infonce_tiled import Columns
 from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads, prepare, solve
 
 
@@ -146,8 +147,9 @@ def distributed_infonce_with_grads(
     )
 
 
-def _merge_columns(columns: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps [M] and coefficients [M] of the columns over the queries of all ranks."""
-    every = columns.new_empty(world_size() * len(columns))
-    dist.all_gather_into_tensor(every, columns)
-    return every.view(world_size(), -1).logsumexp(0), all_sum(share)
+def _merge_columns(columns: Columns) -> Columns:
+    """The columns [M] over the queries of all ranks; each column has its own query on one rank at most."""
+    others = columns.others.new_empty(world_size() * len(columns.others))
+    dist.all_gather_into_tensor(others, columns.others)
+    own, share = all_sum(torch.stack([columns.own, columns.share]))
+    return Columns(others.view(world_size(), -1).logsumexp(0), own, share)

@@ -52,8 +52,8 @@ class CachedLoss:
     Attributes:
         loss: value, 0-d.
         gradients: by name, the shape of the embeddings given; a name that is absent gets no gradient.
-        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated with the
-            last chunk.
+        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated in
+            the last backward pass.
         logs: values to report.
     """
 
@@ -114,10 +114,12 @@ def cached_step(
     Args:
         chunks: the batch in pieces, each small enough for one backward pass; sizes may differ.
         forward: ``forward(chunk, final)``; ``final`` is False in the pass without a graph, whose chunk losses and logs
-            are ignored (skip them), and True when the graph is kept.
+            are ignored (skip them), and True when the graph is kept. Both calls of a chunk must draw the same random
+            numbers until the embeddings are made.
         loss: called once, with the detached embeddings of all chunks by name, concatenated in chunk order.
         backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
-        no_sync: a context around every backward pass but the last, so that DDP reduces gradients once a step.
+        no_sync: a context around every forward and backward pass with a graph but the last, so that DDP reduces
+            gradients once a step.
 
     Raises:
         ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its
@@ -132,23 +134,25 @@ def cached_step(
     output = ChunkOutput({})
     for index, chunk in enumerate(chunks):
         states.append(_RandomState.now())
-        output = _encode(forward, chunk, final=index == last)
+        # DDP asks for the forward pass inside its no_sync too.
+        with no_sync() if index == last > 0 else nullcontext():
+            output = _encode(forward, chunk, final=index == last)
         rows.append({name: len(embedding) for name, embedding in output.embeddings.items()})
         for name, embedding in output.embeddings.items():
             detached.setdefault(name, []).append(embedding.detach())
-    after = _RandomState.now()
-
     embeddings = {name: torch.cat(parts) for name, parts in detached.items()}
     cached = loss(embeddings)
+    after = _RandomState.now()
     gradients = _split(cached.gradients, embeddings, rows)
 
     chunk_loss: Tensor | None = None
     logs: dict[str, float | Tensor] = {}
     for index in (last, *range(last)):
         synchronised = index == max(last - 1, 0)
-        if index != last:
-            states[index].restore()
-            output = _encode(forward, chunks[index], final=True)
+        with nullcontext() if synchronised else no_sync():
+            if index != last:
+                states[index].restore()
+                output = _encode(forward, chunks[index], final=True)
         terms = [(output.embeddings[name] * gradient).sum() for name, gradient in gradients[index].items()]
         if output.loss is not None:
             chunk_loss = output.loss.detach() if chunk_loss is None else chunk_loss + output.loss.detach()

@@ -1,0 +1,251 @@
+"""The tiled engine against the plain definition in float64, by value and by gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmemb.kernels import InfoNCEResult, infonce, infonce_with_grads, reference
+from mmemb.kernels import _infonce_tiled as tiled
+from mmemb.kernels.infonce import Reduction
+
+SHAPES = [(1, 1, 1), (1, 7, 3), (2, 2, 384), (7, 7, 1), (13, 31, 17), (1031, 1031, 8), (1025, 2053, 5)]
+"""One row, one column, primes, hard negatives (M > N), one more than a stripe."""
+
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,  # 24 bits, sums of some thousand terms
+    torch.bfloat16: 8e-3,  # the gradients are rounded to 8 bits on return; the input's rounding is in the oracle's too
+    torch.float16: 1e-3,  # 11 bits on return
+}
+
+
+def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
+
+
+def options(name: str, n: int, m: int) -> dict[str, Any]:
+    """Arguments beside the embeddings and the temperature."""
+    positive = torch.randperm(m)[:n]
+    ids = {"query_id": torch.randint(4, (n,)), "candidate_id": torch.randint(4, (m,))}
+    cases: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "positive": {"positive": positive},
+        "weight": {"weight": torch.rand(n) + 0.1},
+        "ids": ids,
+        "all": {"positive": positive, "weight": torch.rand(n) + 0.1, **ids},
+        "symmetric": {"symmetric": True},
+        "symmetric all": {"symmetric": True, "positive": positive, "weight": torch.rand(n) + 0.1, **ids},
+    }
+    return cases[name]
+
+
+def oracle(query: Tensor, candidate: Tensor, temperature: float, **kwargs: Any) -> InfoNCEResult:
+    """Loss and gradients by autograd through the full matrix in float64."""
+    leaves = [x.double().requires_grad_() for x in (query, candidate, torch.tensor(temperature))]
+    loss = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], **kwargs)
+    return InfoNCEResult(loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
+
+
+def error(given: Tensor, expected: Tensor) -> float:
+    """Relative error in norm, absolute where the expected value is next to nothing."""
+    return float((given.double() - expected).norm() / expected.norm().clamp_min(1e-2))
+
+
+@pytest.mark.parametrize("name", ["plain", "positive", "weight", "ids", "all", "symmetric", "symmetric all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradients_equal_the_definition(shape: tuple[int, int, int], name: str) -> None:
+    n, m, d = shape
+    query, candidate = unit_rows(n, d, torch.float32), unit_rows(m, d, torch.float32)
+    kwargs = options(name, n, m)
+    expected = oracle(query, candidate, 0.05, **kwargs)
+    given = infonce_with_grads(query, candidate, temperature=0.05, **kwargs)
+    for field, value in given._asdict().items():
+        assert error(value, getattr(expected, field)) < 1e-5, field
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 1e-3])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_dtype_and_temperature(dtype: torch.dtype, temperature: float, symmetric: bool) -> None:
+    query, candidate = unit_rows(61, 24, dtype), unit_rows(67, 24, dtype)
+    exact = float(torch.tensor(temperature))  # what float32 makes of it
+    expected = oracle(query, candidate, exact, symmetric=symmetric)
+    given = infonce_with_grads(query, candidate, temperature=exact, symmetric=symmetric)
+    # Logits of 1 / temperature carry the work dtype's relative error into exponents: eps / temperature, absolute.
+    allowed = TOLERANCES[dtype] + 2 * torch.finfo(tiled.work_dtype(dtype)).eps / temperature
+    assert given.loss.dtype == given.temperature_grad.dtype == tiled.work_dtype(dtype)
+    assert given.query_grad.dtype == given.candidate_grad.dtype == dtype
+    for field, value in given._asdict().items():
+        assert error(value, getattr(expected, field)) < allowed, field
+
+
+def test_a_low_temperature_does_not_overflow() -> None:
+    query = unit_rows(5, 4, torch.float32)
+    given = infonce_with_grads(query, -query, temperature=1e-3, symmetric=True)
+    assert all(bool(value.isfinite().all()) for value in given)
+    assert float(given.loss) > 88  # where float32's exp overflows
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_stripes_of_any_size_give_the_same(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, candidate = unit_rows(29, 6, torch.float64), unit_rows(37, 6, torch.float64)
+    kwargs = options("all", 29, 37) | {"symmetric": symmetric}
+    engine = tiled.symmetric if symmetric else tiled.one_direction
+    whole = infonce_with_grads(query, candidate, temperature=0.1, **kwargs)
+    name = engine.__name__
+    monkeypatch.setattr(tiled, name, lambda problem, **given: engine(problem, rows=5, **given))
+    striped = infonce_with_grads(query, candidate, temperature=0.1, **kwargs)
+    for a, b in zip(whole, striped, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["all", "symmetric all"])
+def test_gradcheck(reduction: Reduction, name: str) -> None:
+    query, candidate = unit_rows(5, 3, torch.float64), unit_rows(8, 3, torch.float64)
+    kwargs = options(name, 5, 8)
+    temperature = torch.tensor(0.3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (query, candidate, temperature)]
+    assert torch.autograd.gradcheck(lambda q, k, t: infonce(q, k, temperature=t, reduction=reduction, **kwargs), leaves)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_reduction_gives_weighted_losses_and_takes_their_gradients(symmetric: bool) -> None:
+    kwargs = options("all", 6, 9) | {"symmetric": symmetric, "reduction": "none"}
+    leaves = [unit_rows(6, 5, torch.float64).requires_grad_(), unit_rows(9, 5, torch.float64).requires_grad_()]
+    incoming = torch.randn(6, dtype=torch.float64)
+    given, expected = (f(*leaves, temperature=0.2, **kwargs) for f in (infonce, reference.infonce))
+    torch.testing.assert_close(given, expected)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, incoming) for x in (given, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_without_grad_equals_the_loss_with() -> None:
+    query, candidate = unit_rows(6, 5, torch.float32).requires_grad_(), unit_rows(6, 5, torch.float32)
+    with torch.no_grad():
+        quiet = infonce(query, candidate, temperature=0.1)
+    loud = infonce(query, candidate, temperature=0.1)
+    assert not quiet.requires_grad
+    assert loud.requires_grad
+    assert torch.equal(quiet, loud.detach())
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    query, candidate = unit_rows(40, 32, torch.float32), unit_rows(40, 32, torch.float32)
+    expected = infonce_with_grads(query, candidate, temperature=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = infonce_with_grads(query, candidate, temperature=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    query, candidate = unit_rows(1100, 16, torch.float32), unit_rows(1300, 16, torch.float32)
+    kwargs = options("all", 1100, 1300)
+    first, second = (infonce_with_grads(query, candidate, temperature=0.05, **kwargs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_candidate_with_the_query_id_is_no_negative() -> None:
+    query = torch.eye(2)
+    candidate = torch.cat([torch.eye(2), torch.eye(2)])  # rows 2 and 3 repeat the positives
+    ids: dict[str, Any] = {"query_id": torch.tensor([7, 8]), "candidate_id": torch.tensor([7, 8, 7, 8])}
+    masked = infonce(query, candidate, temperature=1.0, **ids)
+    torch.testing.assert_close(masked, torch.logsumexp(torch.tensor([0.0, -1.0, -1.0]), 0))
+
+
+def test_a_changed_input_is_refused_in_the_backward_pass() -> None:
+    query = unit_rows(4, 3, torch.float32).requires_grad_()
+    candidate = unit_rows(4, 3, torch.float32)
+    losses = infonce(query, candidate, temperature=0.1, reduction="none")
+    candidate.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+GOOD: dict[str, Any] = {"query": torch.ones(2, 3), "candidate": torch.ones(4, 3), "temperature": 0.1}
+IDS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(2)}, r"query has shape \(2,\); allowed is \[rows, width\]"),
+        ({"candidate": torch.ones(0, 3)}, r"candidate has shape \(0, 3\)"),
+        ({"query": torch.ones(2, 3).int()}, r"query is torch.int32; allowed are torch.float32"),
+        ({"candidate": torch.ones(4, 5)}, "query is 3 wide and candidate 5"),
+        ({"candidate": torch.ones(4, 3).half()}, "query is torch.float32 and candidate torch.float16"),
+        ({"candidate": torch.ones(4, 3, device="meta")}, "candidate is on meta and query on cpu"),
+        ({"candidate": torch.ones(1, 3)}, "1 candidates for 2 queries; without positive="),
+        ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed are finite numbers above 0"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is infinite"),
+        ({"query": torch.tensor([[1.0, 2, 3], [0, float("nan"), 0]])}, "query has a row of norm nan; every value"),
+        ({"candidate": torch.full((4, 3), float("inf"))}, "candidate has a row of norm inf"),
+        ({"query": torch.full((2, 3), 1e19), "candidate": torch.full((4, 3), 1e19)}, "logits may reach"),
+        ({"positive": torch.tensor([0, 4])}, "positive has values 0 to 4; allowed are rows of candidate, 0 to 3"),
+        ({"positive": torch.tensor([-1, 1])}, "positive has values -1 to 1"),
+        ({"positive": IDS.int()}, r"positive is torch.int32 of shape \(2,\); allowed is torch.int64 of shape \(2,\)"),
+        ({"positive": torch.tensor([1, 1]), "symmetric": True}, "positive names a candidate twice"),
+        ({"query_id": IDS}, "query_id is given without candidate_id; give both or neither"),
+        ({"candidate_id": torch.arange(4)}, "candidate_id is given without query_id"),
+        ({"query_id": IDS, "candidate_id": IDS}, r"candidate_id is torch.int64 of shape \(2,\); .* shape \(4,\)"),
+        ({"weight": torch.ones(3)}, r"weight is torch.float32 of shape \(3,\)"),
+        ({"weight": torch.tensor([1.0, -1.0])}, "weight has minimum -1.0"),
+        ({"weight": torch.zeros(2)}, "weight has minimum 0.0 and sum 0.0"),
+        ({"weight": torch.tensor([1.0, float("nan")])}, "weight has minimum nan"),
+        ({"reduction": "sum"}, "reduction is 'sum'; allowed are 'mean' and 'none'"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    arguments = GOOD | change
+    for function in (infonce, infonce_with_grads):
+        with pytest.raises(ValueError, match=message) as caught:
+            function(
+                arguments["query"],
+                arguments["candidate"],
+                **{k: v for k, v in arguments.items() if k not in ("query", "candidate")},
+            )
+        assert "\n" not in str(caught.value)
+
+
+def test_the_bound_decides_where_the_maximum_is_subtracted() -> None:
+    logits = torch.tensor([[1.0, 2.0, 30.0], [0.0, -3.0, 5.0]])
+    for bound in (tiled.SAFE_LOGIT, 2 * tiled.SAFE_LOGIT):
+        values = logits.clone()
+        total, shift = tiled.exponentials_(values, bound=bound)
+        torch.testing.assert_close(total.log() + shift, logits.logsumexp(1))
+        torch.testing.assert_close(values / total[:, None], logits.softmax(1))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_losses_keep_their_relative_precision(symmetric: bool) -> None:
+    # A solved batch: losses of 1e-16, gradients of 1e-14, far below the rounding of a log-sum-exp of 40.
+    query = torch.eye(6)
+    expected = oracle(query.double(), query.double(), 0.025, symmetric=symmetric)
+    given = infonce_with_grads(query, query, temperature=0.025, symmetric=symmetric)
+    exact = 5 * torch.tensor(-40.0, dtype=torch.float64).exp()  # the oracle itself rounds to 7e-15 here
+    torch.testing.assert_close(given.loss.double(), exact, rtol=1e-5, atol=0)
+    off_diagonal = ~torch.eye(6, dtype=torch.bool)
+    torch.testing.assert_close(
+        given.query_grad.double()[off_diagonal], expected.query_grad[off_diagonal], rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(given.query_grad.sum(1), torch.zeros(6), rtol=0, atol=1e-20)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    query, candidate = unit_rows(1031, 64, torch.float32), unit_rows(2053, 64, torch.float32)
+    kwargs = options("symmetric all", 1031, 2053)
+    expected = oracle(query, candidate, 0.05, **kwargs)
+    moved: dict[str, Any] = {key: x.cuda() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    given = infonce_with_grads(query.cuda(), candidate.cuda(), temperature=0.05, **moved)
+    for field, value in given._asdict().items():
+        assert error(value.cpu(), getattr(expected, field)) < 1e-5, field
