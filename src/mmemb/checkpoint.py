@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, hold no code, and fit the backbone they are loaded into.
 
 Writing streams into a file beside the target, forces it to the disk and renames it: a reader never meets half a
-checkpoint, and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers only
-(``weights_only=True``), so a checkpoint from elsewhere cannot run code.
+checkpoint, and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers
+only (``weights_only=True``), so a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Recorder:
-    """A binary file that remembers the first error of `write`: torch's zip writer puts an error of its own in its place."""
+    """A binary file that remembers the first error of `write`, which torch's zip writer hides behind its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

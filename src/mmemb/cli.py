@@ -215,7 +215,7 @@ def _run_name(args: Sequence[str]) -> str:
 def _descriptions() -> dict[str, dict[str, str]]:
     """Help of each command."""
     about = {
-        "fit": f"Trains, validates on the way and evaluates on the test split. Results go to {RUNS}/<config>/version_<n>.",
+        "fit": f"Trains, then evaluates on the test split. A run's folder is {RUNS}/<config names>/version_<n>.",
         "validate": "Evaluates a checkpoint on the validation split.",
         "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
         "predict": "Embeds a data set with a checkpoint.",
@@ -235,7 +235,13 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # torch inside Lightning
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    # bitsandbytes looks for an optional faster kernel at import; its own one works
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_optional_kernel)
 
 
 def _no_tips(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
+
+
+def _no_optional_kernel(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()

@@ -1,8 +1,9 @@
 """Teaches jsonargparse short names: ``selector: counterfactual`` in YAML, ``--model.selector random`` in a shell.
 
-This is the one place that changes a private part of jsonargparse (4.53): the function by which it turns a name into a class
-path, and the check of a typed value, before which a name that is also a file is refused (the file would be read as settings).
-There is no public way that sees both YAML and flags. `tests/test_cli_shortnames.py` holds each behaviour that rests on it.
+This is the one place that changes a private part of jsonargparse (4.53): the function by which it turns a name into a
+class path, and the check of a typed value, before which a name that is also a file is refused (the file would be read
+as settings). There is no public way that sees both YAML and flags. `tests/test_cli_shortnames.py` holds each behaviour
+that rests on it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def install() -> None:
     """Makes every jsonargparse parser of this process understand short names; doing it twice changes nothing."""
     if not hasattr(_typehints.resolve_class_path_by_name, _MARK):
         _typehints.resolve_class_path_by_name = _with_names(_typehints.resolve_class_path_by_name)
-        _typehints.ActionTypeHint._check_type = _refusing_files(_typehints.ActionTypeHint._check_type)
+        action: Any = _typehints.ActionTypeHint
+        action._check_type = _refusing_files(action._check_type)
 
 
 def _with_names(original: Callable[..., str]) -> Callable[..., str]:
@@ -56,8 +58,8 @@ def _refusing_files(original: Callable[..., Any]) -> Callable[..., Any]:
             for name in _words(value):
                 if is_name(kind, name) and Path(name).exists():
                     error = (
-                        f"{name!r} is the short name of a {kind}, and there is also a file {Path(name).absolute()}; rename "
-                        f"the file, run from another folder, or write {_path(resolve(kind, name))}"
+                        f"{name!r} is the short name of a {kind}, and there is also a file {Path(name).absolute()}; "
+                        f"rename the file, run from another folder, or write {_path(resolve(kind, name))}"
                     )
                     raise ShadowedNameError(f'Parser key "{self.dest}": {error}') from ShadowedNameError(error)
         return original(self, value, *args, **kwargs)

@@ -1,8 +1,8 @@
 """How a mistake is told: one line on stderr that names the place and the remedy, exit code 2, no traceback.
 
-A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a parser
-refused. Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows every
-traceback.
+A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a
+parser refused. Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows
+every traceback.
 """
 
 from __future__ import annotations

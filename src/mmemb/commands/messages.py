@@ -1,7 +1,7 @@
-"""Says in one line what jsonargparse (4.53) says in ten: place, what was expected, what was given, what to write instead.
+"""Says in one line what jsonargparse (4.53) says in ten: place, what was expected, what was given, what to write.
 
-A value that fits none of a union's types comes with an error for each type, nested as deep as the classes are; the innermost one
-that is not about ``None`` is the one worth reading.
+A value that fits none of a union's types comes with an error for each type, nested as deep as the classes are; the
+innermost one that is not about ``None`` is the one worth reading.
 """
 
 from __future__ import annotations
