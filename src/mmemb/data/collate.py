@@ -1,8 +1,4 @@
-"""From pairs to the identities a contrastive loss needs. Nothing here knows a model.
-
-A batch is cut into chunks, the rows of one backward pass. Its candidates stand chunk after chunk: the chunk's
-positives, then its hard negatives (`mmemb.types.TrainBatch`).
-"""
+"""From pairs to the identities a contrastive loss needs. Nothing here knows a model."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmemb.types import Item, Pair
+from mmemb.types import Pair
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,18 @@ def identity(text_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(text_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def chunked(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
-    """Pairs in chunks of `size`, the last one possibly shorter."""
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+def candidate_layout(pairs: Sequence[Pair], *, chunk_size: int) -> Layout:
+    """Identities of a batch cut into chunks, the rows of one backward pass.
 
+    Candidates stand chunk after chunk: the chunk's positives, then its hard negatives in row order.
 
-def targets(chunk: Sequence[Pair]) -> list[Item]:
-    """The candidates of one chunk: n positives, then every hard negative in row order."""
-    return [pair.positive for pair in chunk] + [item for pair in chunk for item in pair.hard_negatives]
-
-
-def lay_out(chunks: Sequence[Sequence[Pair]]) -> Layout:
-    """Identities of all chunks' queries and candidates, candidates in the order of `targets` chunk after chunk."""
+    Args:
+        pairs: N rows.
+        chunk_size: rows of a chunk; the last one may be shorter.
+    """
     layout = Layout([], [], [])
-    for chunk in chunks:
+    for start in range(0, len(pairs), chunk_size):
+        chunk = pairs[start : start + chunk_size]
         own = [identity(pair.positive_id) for pair in chunk]
         first = len(layout.candidate_id)
         layout.positive.extend(range(first, first + len(chunk)))
