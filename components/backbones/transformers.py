@@ -23,6 +23,7 @@ from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import Item, ModelInputs
 
 from . import loading, tuning
+from .patches import use_matrix_product
 from .processing import PromptProcessor
 from .tuning import LoraSettings, Quantization
 
@@ -109,6 +110,7 @@ class TransformersBackbone(Backbone, name="transformers"):
             ),
         )
         loading.fit_embeddings(network, length=len(tokenizer), added=loaded.added)
+        use_matrix_product(network)
         self.hidden_size = int(network.config.get_text_config().hidden_size)
         self._identity = f"{self.identity_origin}#{loading.digest(network.config)}"
         tuning.freeze(network, frozen, vision=family.vision)

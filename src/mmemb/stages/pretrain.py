@@ -36,13 +36,15 @@ class NextToken(Objective):
         augment: picture augmentation; null for none.
     """
 
-    def __init__(self, *, chunk_size: int = 64, augment: PictureAugment | None = None) -> None:
+    def __init__(self, *, chunk_size: int = 32, augment: PictureAugment | None = None) -> None:
         super().__init__()
         self.chunk_size = chunk_size
         self.augment = augment
 
     def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
         hook = augmenter(self.augment, seed)
+        # Rows of one task are of like length: sorted, a chunk wastes little on padding.
+        pairs = sorted(pairs, key=lambda pair: pair.task)
         chunks = []
         for start in range(0, len(pairs), self.chunk_size):
             rows = pairs[start : start + self.chunk_size]

@@ -1,0 +1,38 @@
+"""The patch embedding as one matrix product.
+
+The Qwen families project patches by a Conv3d whose kernel is its stride, so every patch meets the weights once: a linear
+map. Convolution libraries do not see that; on a CPU they take 5 times the time of the product, a fifth of a whole training
+step of the tiny model. Same parameters, same names, same result up to rounding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchProjection(nn.Module):
+    """Stands in for a Conv3d with kernel = stride, applied to patches of exactly the kernel's size.
+
+    Args:
+        convolution: the layer whose weight [O, C, T, P, P] and bias [O] it takes over.
+    """
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight = convolution.weight
+        self.bias = convolution.bias
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches [N, C, T, P, P] -> [N, O, 1, 1, 1]."""
+        projected = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return projected[:, :, None, None, None]
+
+
+def use_matrix_product(model: nn.Module) -> None:
+    """Replaces every patch-embedding convolution of a model in place."""
+    for name, module in list(model.named_modules()):
+        projection = getattr(module, "proj", None)
+        fits = isinstance(projection, nn.Conv3d) and projection.kernel_size == projection.stride
+        if fits and name.endswith("patch_embed"):
+            module.proj = PatchProjection(projection)
