@@ -1,0 +1,210 @@
+"""What an evaluation leaves behind: a table in the terminal, a summary as JSON and page, gallery, curves, TensorBoard.
+
+The schema of ``summary.json``::
+
+    {"settings": {...},
+     "modes": {mode: {"hit@1": x, "think_rate": x, "tokens_per_query": x,
+                      "by_task": {task: {"hit@1": x, "n": n, "candidates": m, ...}}}},
+     "versions": {...},
+     "seconds": x}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mmemb.evaluation.curves import draw_curves, write_curves
+from mmemb.evaluation.gallery import draw_gallery, write_gallery
+from mmemb.evaluation.runner import EvaluationResults, mode_scores
+
+_MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query")
+_PACKAGES = ("mmemb", "torch", "lightning", "transformers", "torchmetrics", "peft", "bitsandbytes", "triton", "pillow")
+CHANCE = "chance"
+
+
+def summary(results: EvaluationResults, *, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The content of ``summary.json``: see the module's docstring.
+
+    Args:
+        results: modes as evaluated; further ones (``pretrained``) may have been added by name. ``chance`` is added
+            here.
+        settings: what makes the numbers comparable, JSON-ready.
+        seconds: what the run took.
+    """
+    modes = dict(results.modes)
+    sized = next((scores["by_task"] for scores in modes.values() if _has_chance(scores["by_task"])), None)
+    if sized is not None:
+        modes[CHANCE] = mode_scores({task: _chance(scores) for task, scores in sized.items()})
+    return {
+        "settings": dict(settings),
+        "modes": {
+            mode: {**{key: scores[key] for key in _MODE_KEYS if key in scores}, "by_task": scores["by_task"]}
+            for mode, scores in modes.items()
+        },
+        "versions": versions(),
+        "seconds": seconds,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> list[Path]:
+    """Writes ``summary.json`` and ``summary.md``, each aside and moved into place; the folder is made."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "summary.json": json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "summary.md": markdown(summary),
+    }
+    for name, content in contents.items():
+        aside = folder / f".{name}.part"
+        aside.write_text(content, encoding="utf-8")
+        os.replace(aside, folder / name)
+    return [folder / name for name in contents]
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as a page: hit@1 by task and mode, cost by mode, settings and versions."""
+    header, rows = _grid(summary)
+    lines = ["# Evaluation", "", *_markdown_table(header, rows), ""]
+    lines += [f"Seconds: {summary['seconds']:.0f}", ""]
+    for title in ("settings", "versions"):
+        listed = [[str(key), f"`{value}`"] for key, value in summary[title].items()]
+        lines += [f"## {title.capitalize()}", "", *_markdown_table([title.rstrip("s"), "value"], listed), ""]
+    return "\n".join(lines)
+
+
+def print_table(summary: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """Prints hit@1, tasks as rows and modes as columns, with means and costs below."""
+    header, rows = _grid(summary)
+    table = Table(title="hit@1", title_justify="left", header_style="bold")
+    for index, title in enumerate(header):
+        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
+    costs = len(rows) - len(_COSTS) - 1
+    for index, row in enumerate(rows):
+        table.add_row(*row, end_section=index in (costs - 1, costs), style="bold" if index == costs else "")
+    (console or Console()).print(table)
+
+
+def publish(
+    folder: str | Path, summary: Mapping[str, Any], results: EvaluationResults, *, logger: Any = None, step: int = 0
+) -> list[Path]:
+    """Writes everything into a run's folder, prints the table, and logs to TensorBoard where the logger has a writer.
+
+    Args:
+        folder: the run's folder.
+        summary: as `summary` makes it.
+        results: what it was made of.
+        logger: a Lightning logger, or None; only one with a TensorBoard ``SummaryWriter`` as its ``experiment`` is
+            written to.
+        step: the step the results belong to.
+
+    Returns:
+        The files written.
+    """
+    folder = Path(folder)
+    files = write_summary(folder, summary)
+    if results.records:
+        files.append(write_gallery(folder / "gallery.png", results))
+        files += write_curves(folder, results)
+    print_table(summary)
+    writer = getattr(logger, "experiment", None)
+    if hasattr(writer, "add_figure"):
+        log_results(writer, summary, results, step=step)
+    return files
+
+
+def log_results(writer: Any, summary: Mapping[str, Any], results: EvaluationResults, *, step: int) -> None:
+    """Logs every score, the gallery and the curves to a TensorBoard ``SummaryWriter``."""
+    for mode, scores in summary["modes"].items():
+        for key in _MODE_KEYS:
+            if key in scores:
+                writer.add_scalar(f"evaluation/{mode}/{key}", scores[key], step)
+        for task, by_task in scores["by_task"].items():
+            writer.add_scalar(f"evaluation_{task}/{mode}/hit@1", by_task["hit@1"], step)
+    writer.add_text("evaluation/summary", markdown(summary), step)
+    if results.records:
+        writer.add_image("evaluation/gallery", np.asarray(draw_gallery(results)), step, dataformats="HWC")
+    figure = draw_curves(results)
+    if figure is not None:
+        writer.add_figure("evaluation/quality_tokens", figure, step)
+
+
+_COSTS = {"think rate": "think_rate", "tokens a query": "tokens_per_query"}
+
+
+def _grid(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table: a row a task, then the mean, then what it cost."""
+    modes = dict(summary["modes"])
+    chance = modes.pop(CHANCE, None)
+    if chance is not None:
+        modes[CHANCE] = chance  # beside the others, at the end
+    sizes = {task: (s["n"], s["candidates"]) for scores in modes.values() for task, s in scores["by_task"].items()}
+    rows = []
+    for task, (n, candidates) in sizes.items():
+        cells = [_percent(scores["by_task"].get(task, {}).get("hit@1")) for scores in modes.values()]
+        rows.append([task, f"{n} / {candidates}", *cells])
+    rows.append(["mean", "", *[_percent(scores.get("hit@1")) for scores in modes.values()]])
+    for title, key in _COSTS.items():
+        show = _percent if key == "think_rate" else _number
+        rows.append([title, "", *["" if mode == CHANCE else show(scores.get(key)) for mode, scores in modes.items()]])
+    return ["task", "queries / candidates", *modes], rows
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), line(["---"] + ["---:"] * (len(header) - 1)), *map(line, rows)]
+
+
+def _has_chance(by_task: Mapping[str, Mapping[str, float]]) -> bool:
+    return bool(by_task) and all("chance" in scores for scores in by_task.values())
+
+
+def _chance(scores: Mapping[str, float]) -> dict[str, float]:
+    hit = scores["chance"]
+    return {
+        "hit@1": hit,
+        "n": scores["n"],
+        "candidates": scores["candidates"],
+        "think_rate": 0.0,
+        "tokens_per_query": 0.0,
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
