@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,7 +153,9 @@ class EmbeddingModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        engine = Engine(backward=self.manual_backward, no_sync=self.trainer.strategy.block_backward_sync)  # type: ignore[attr-defined]
+        # Only strategies that reduce gradients have the context; the others have nothing to hold back.
+        no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        engine = Engine(backward=self.manual_backward, no_sync=no_sync)
         logs = self.objective.step(self.parts, batch, engine)
         if self.gradient_clip:
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
