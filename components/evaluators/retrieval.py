@@ -27,8 +27,8 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
     on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in every arm.
 
     Args:
-        embedder: a trained model's folder (as `Backbone.save` writes it) or hub id, read at ``<emb>``; None: the backbone
-            and pooler given to `bind`, as they are when scoring.
+        embedder: a trained model's folder (as `Backbone.save` writes it) or hub id, read at ``<emb>``; None: the
+            backbone and pooler given to `bind`, as they are when scoring.
         temperature: divides the cosines.
         negatives: most negatives a pair.
         batch_size: rows of one forward pass.

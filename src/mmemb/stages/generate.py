@@ -57,7 +57,7 @@ def generate(
         pairs: the pairs; workers see their queries only.
         workers: who proposes, in order.
         k: most candidates a worker and pair.
-        pool: the folder.
+        pool: the folder; a finished single-file pool is only compared with what is asked for.
         seed: derives every sampled candidate.
         progress: a bar with rate and time left, and a line at the end.
         shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
@@ -78,6 +78,8 @@ def generate(
     )
     if exists(pool):
         asked = _resume(folder, asked)
+        if folder.is_file():
+            return RationalePool.open(pool)
     else:
         write_manifest(folder, asked)
     settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
@@ -116,8 +118,6 @@ def _resume(folder: Path, asked: Manifest) -> Manifest:
                 f"{folder}: a pool made with other {what} is here (hash {there}, this run asks for {wanted}); "
                 f"name another path, or delete the pool to make it anew"
             )
-    if folder.is_file() and len(RationalePool.open(folder)) < stored.pairs:
-        raise ValueError(f"{folder}: a single-file pool is read-only and this one is incomplete; name a folder")
     return stored
 
 

@@ -1,0 +1,248 @@
+"""The pool reads back what was written, a row group at a time, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmemb.data import pool as pool_module
+from mmemb.data import pool_files
+from mmemb.data.pool import RationalePool, scored
+from mmemb.data.pool_files import Manifest, data_digest, read_manifest, resolve, write_shard
+from mmemb.stages.generate import generate
+from mmemb.stages.select import build_pool
+from mmemb.types import Candidates, Pair, Rationale
+from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
+
+Make = Callable[..., RationalePool]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def build(pairs: list[Pair], *, name: str = "pool", k: int = 3) -> RationalePool:
+        return build_pool(
+            pairs,
+            workers=[Numbered(), Numbered(label="b")],
+            evaluator=ByNumber(),
+            path=tmp_path / name,
+            k=k,
+            seed=0,
+            progress=False,
+        )
+
+    return build
+
+
+def everything(pool: RationalePool) -> list[Candidates]:
+    return [pool.candidates(pair_id) for pair_id in pool]
+
+
+def test_candidates_come_back_with_provenance_and_scores(make: Make) -> None:
+    pairs = make_pairs(13)
+    pool = make(pairs)
+    worker, evaluator = Numbered(), ByNumber()
+    other = Numbered(label="b")
+    for pair in pairs:
+        expected = [each for w in (worker, other) for each in w.propose([pair.query], 3, seed=0)[0]]
+        found = pool.candidates(pair.id)
+        assert list(found.rationales) == expected
+        assert found.scores == pytest.approx([evaluator.value(each.text) for each in expected])
+        assert found.score_none == pytest.approx(-0.5)
+    assert pool.pair_ids == [pair.id for pair in pairs]
+    assert len(pool) == 13
+    assert "pair-12" in pool
+    assert "pair-13" not in pool
+
+
+def test_a_pair_without_candidates_is_known_and_empty(tmp_path: Path) -> None:
+    class Silent(Numbered):
+        def propose(self, items, k, *, seed):  # type: ignore[no-untyped-def]
+            return [[] for _ in items]
+
+    pairs = make_pairs(3)
+    pool = build_pool(
+        pairs, workers=[Silent()], evaluator=ByNumber(), path=tmp_path / "pool", k=2, seed=0, progress=False
+    )
+    found = pool.candidates("pair-1")
+    assert found.rationales == ()
+    assert found.scores == ()
+    assert found.score_none == -0.5
+    assert pool.complete
+
+
+def test_scores_are_nan_before_scoring(tmp_path: Path) -> None:
+    pool = generate(make_pairs(4), [Numbered()], 3, pool=tmp_path / "pool", seed=0, progress=False)
+    found = [each for each in everything(pool) if each.rationales][0]
+    assert all(map(math.isnan, found.scores))
+    assert len(found.scores) == len(found.rationales)
+    assert math.isnan(found.score_none)
+    with pytest.raises(ValueError, match="have not been scored; run `mmemb rationales score`"):
+        scored(found)
+
+
+def test_pairs_that_straddle_row_groups_and_shards_read_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(601)
+    whole = everything(make(pairs))
+    monkeypatch.setattr(pool_files, "ROW_GROUP", 5)
+    monkeypatch.setattr(pool_module, "ROW_GROUP", 5)
+    small = make(pairs, name="small")
+    assert pq.ParquetFile(small.path / "candidates-000000000.parquet").num_row_groups > 50
+    assert everything(small) == whole
+
+
+def test_the_cache_of_row_groups_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_files, "ROW_GROUP", 5)
+    monkeypatch.setattr(pool_module, "ROW_GROUP", 5)
+    monkeypatch.setattr(pool_module, "_CACHE_BYTES", 4000)
+    pool = make(make_pairs(300))
+    first = everything(pool)
+    held = sum(table.nbytes for table in pool._groups.values())
+    assert held == pool._cached
+    assert held <= 4000
+    assert len(pool._groups) > 1
+    assert everything(pool) == first
+
+
+def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:
+    pairs = make_pairs(300)
+    pool = make(pairs)
+    path = pool.export(tmp_path / "deep" / "pool.parquet")
+    shipped = RationalePool.open(path)
+    assert everything(shipped) == everything(pool)
+    assert shipped.manifest == pool.manifest
+    assert shipped.evaluator == "ByNumber"
+    assert shipped.complete
+    assert [entry.name for entry in path.parent.iterdir()] == ["pool.parquet"]
+
+
+def test_an_unscored_pool_exports_too(tmp_path: Path) -> None:
+    pool = generate(make_pairs(4), [Numbered()], 3, pool=tmp_path / "pool", seed=0, progress=False)
+    shipped = RationalePool.open(pool.export(tmp_path / "pool.parquet"))
+    assert [each.rationales for each in everything(shipped)] == [each.rationales for each in everything(pool)]
+    assert shipped.evaluator is None
+
+
+def test_rows_keep_their_settings_and_hashes(make: Make) -> None:
+    pool = make(make_pairs(6))
+    table = pq.read_table(pool.path / "candidates-000000000.parquet")
+    row = next(row for row in table.to_pylist() if row["text"])
+    assert json.loads(row["settings"]) == {"worker": "Numbered", "label": row["text"][0]}
+    assert len(row["settings_hash"]) == 16
+    assert row["side"] == "query"
+    assert table.schema.names == pool_files.CANDIDATE_SCHEMA.names
+
+
+def test_a_pool_travels_to_other_processes(make: Make) -> None:
+    pool = make(make_pairs(20))
+    expected = everything(pool)
+    assert everything(pickle.loads(pickle.dumps(pool))) == expected
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        assert workers.map(pool.candidates, pool.pair_ids) == expected
+
+
+def test_check_accepts_a_subset_in_any_order(make: Make) -> None:
+    pairs = make_pairs(20)
+    pool = make(pairs)
+    pool.check(pairs)
+    pool.check(pairs[::-3])
+
+
+def test_check_names_hashes_and_pair_of_other_data(make: Make) -> None:
+    pairs = make_pairs(20)
+    pool = make(pairs)
+    more = make_pairs(21)
+    with pytest.raises(
+        ValueError, match=rf"hash {data_digest(pairs)}, this run asks for {data_digest(more)}"
+    ) as caught:
+        pool.check(more)
+    assert "no pair 'pair-20'" in str(caught.value)
+    assert "mmemb rationales generate" in str(caught.value)
+    changed = [*pairs[:7], make_pairs(1, first=99)[0], *pairs[8:]]
+    changed[7] = type(pairs[7])(**{**{n: getattr(pairs[7], n) for n in pairs[7].__slots__}, "query": changed[7].query})
+    with pytest.raises(ValueError, match="the pair 'pair-7' was another one"):
+        pool.check(changed)
+
+
+def test_check_names_what_differs_in_the_settings(make: Make) -> None:
+    pairs = make_pairs(5)
+    pool = make(pairs)
+    with pytest.raises(ValueError, match="made by workers with other settings .*differing: k, seed"):
+        pool.check(pairs, generation={**pool.manifest.generation, "k": 9, "seed": 1})
+    with pytest.raises(ValueError, match="scored by an evaluator with other settings .*differing: shift"):
+        pool.check(pairs, evaluator={"shift": 1.0})
+
+
+def test_an_unknown_pair_is_named(make: Make) -> None:
+    with pytest.raises(ValueError, match="no pair 'nobody' among 5"):
+        make(make_pairs(5)).candidates("nobody")
+
+
+def test_an_unknown_evaluator_is_named(make: Make) -> None:
+    pool = make(make_pairs(5))
+    with pytest.raises(ValueError, match="no scores by the evaluator 'judge', only by: ByNumber"):
+        RationalePool.open(pool.path, evaluator="judge")
+
+
+def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no rationale pool here; make one by `mmemb rationales generate`"):
+        RationalePool.open(tmp_path)
+    text = tmp_path / "a.parquet"
+    text.write_text("no parquet")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        RationalePool.open(text)
+    write_shard(tmp_path / "b.parquet", pa.table({"a": [1]}))
+    with pytest.raises(ValueError, match="a Parquet file but no rationale pool"):
+        RationalePool.open(tmp_path / "b.parquet")
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a rationale pool's manifest"):
+        RationalePool.open(tmp_path)
+
+
+def test_another_version_of_the_format_is_refused(tmp_path: Path) -> None:
+    pool_files.write_manifest(tmp_path, Manifest(data="0", pairs=1, generation={}, version=99))
+    with pytest.raises(ValueError, match="pool format 99, this version reads 1"):
+        read_manifest(tmp_path)
+
+
+def test_the_manifest_survives_its_file(tmp_path: Path) -> None:
+    manifest = Manifest(data="0", pairs=7, generation={"k": 2}, evaluators={"a": {"b": 1.5}}, shard_size=3)
+    pool_files.write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    assert json.loads((tmp_path / "manifest.json").read_text())["hash"] == manifest.hash
+    assert list(manifest.starts()) == [0, 3, 6]
+
+
+def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_shard(tmp_path / "a.parquet", pa.table({"a": [1]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bundled_names_a_file_of_the_package() -> None:
+    assert resolve("bundled:pool") == Path(pool_files.__file__).parent / "bundled" / "pool.parquet"
+
+
+def test_scored_wants_a_number_a_candidate() -> None:
+    good = Candidates("p", (Rationale("a"),), (-1.0,), -2.0)
+    assert scored(good) == (-1.0,)
+    assert scored(Candidates("p", ())) == ()
+    for bad in (
+        Candidates("p", (Rationale("a"),)),
+        Candidates("p", (Rationale("a"),), (math.nan,), -2.0),
+        Candidates("p", (Rationale("a"),), (-1.0,)),
+    ):
+        with pytest.raises(ValueError, match="pair 'p': its rationale candidates have not been scored"):
+            scored(bad)

@@ -1,0 +1,170 @@
+"""Generation resumes exactly, at any shard, and refuses what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+from mmemb.data.pool import RationalePool
+from mmemb.stages import generate as stage
+from mmemb.stages.generate import generate
+from mmemb.types import Candidates, Pair
+from tests.stages.rationale_fakes import Killed, Numbered, make_pairs
+
+
+def run(
+    pairs: list[Pair], path: Path, *workers: Numbered, shard_size: int = 4, k: int = 3, seed: int = 0
+) -> RationalePool:
+    return generate(pairs, workers, k, pool=path, seed=seed, progress=False, shard_size=shard_size)
+
+
+def rows(path: Path) -> dict[str, list[Candidates]]:
+    pool = RationalePool.open(path)
+    return {pair_id: pool.candidates(pair_id).rationales for pair_id in pool}  # type: ignore[misc]
+
+
+def test_a_shard_holds_its_pairs_in_order(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    worker = Numbered()
+    pool = run(pairs, tmp_path / "pool", worker)
+    assert worker.calls == [4, 4, 2]
+    assert pool.pair_ids == [pair.id for pair in pairs]
+    assert pool.complete
+    assert sorted(path.name for path in pool.path.glob("*.parquet")) == [
+        f"candidates-{start:09d}.parquet" for start in (0, 4, 8)
+    ]
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 2])
+def test_a_run_stopped_at_any_shard_and_resumed_equals_one_that_was_not(tmp_path: Path, die_at: int) -> None:
+    pairs = make_pairs(10)
+    run(pairs, tmp_path / "whole", Numbered(), Numbered(label="b"))
+    with pytest.raises(Killed):
+        run(pairs, tmp_path / "pool", Numbered(), Numbered(label="b", die_at=die_at))
+    resumed = Numbered()
+    run(pairs, tmp_path / "pool", resumed, Numbered(label="b"))
+    assert len(resumed.calls) == 3 - die_at
+    for path in sorted((tmp_path / "whole").iterdir()):
+        assert path.read_bytes() == (tmp_path / "pool" / path.name).read_bytes()
+    assert not list((tmp_path / "pool").glob("*.partial"))
+
+
+def test_a_finished_pool_is_left_alone(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    run(pairs, tmp_path / "pool", Numbered())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").iterdir()}
+    again = Numbered()
+    run(pairs, tmp_path / "pool", again, shard_size=99)
+    assert again.calls == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").iterdir()} == before
+
+
+def test_a_finished_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    path = run(pairs, tmp_path / "pool", Numbered()).export(tmp_path / "pool.parquet")
+    again = Numbered()
+    assert len(run(pairs, path, again, shard_size=10)) == 10
+
+
+_CHILD = """
+import sys, time
+from pathlib import Path
+from mmemb.stages.generate import generate
+from tests.stages.rationale_fakes import Numbered, make_pairs
+
+class Slow(Numbered):
+    def propose(self, items, k, *, seed):
+        time.sleep(0.05)
+        return super().propose(items, k, seed=seed)
+
+Slow.__qualname__ = "Numbered"
+generate(make_pairs(40), [Slow()], 3, pool=Path(sys.argv[1]), seed=0, progress=False, shard_size=4)
+"""
+
+
+@pytest.mark.parametrize("shards", [1, 4, 8])
+def test_a_process_killed_outright_loses_nothing(tmp_path: Path, shards: int) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool")], cwd=root, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "pool").glob("candidates-*.parquet"))) < shards:
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+    run(make_pairs(40), tmp_path / "whole", Numbered())
+    run(make_pairs(40), tmp_path / "pool", Numbered())
+    assert rows(tmp_path / "pool") == rows(tmp_path / "whole")
+
+
+def test_other_data_or_settings_are_refused_with_both_hashes(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    path = tmp_path / "pool"
+    manifest = run(pairs, path, Numbered()).manifest
+    for changed in (
+        lambda: run(make_pairs(11), path, Numbered()),
+        lambda: run(pairs[::-1], path, Numbered()),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"made with other data is here \(hash {manifest.data}, this run asks for"
+        ):
+            changed()
+    for changed in (
+        lambda: run(pairs, path, Numbered(label="b")),
+        lambda: run(pairs, path, Numbered(), Numbered(label="b")),
+        lambda: run(pairs, path, Numbered(), k=4),
+        lambda: run(pairs, path, Numbered(), seed=1),
+    ):
+        with pytest.raises(
+            ValueError, match="other workers, k or seed is here .*name another path, or delete the pool"
+        ):
+            changed()
+
+
+def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 pairs and 1 workers given"):
+        run([], tmp_path / "pool", Numbered())
+    with pytest.raises(ValueError, match="3 pairs and 0 workers given"):
+        run(make_pairs(3), tmp_path / "pool")
+
+
+def test_the_seed_moves_every_sample(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    run(pairs, tmp_path / "a", Numbered(), seed=0)
+    run(pairs, tmp_path / "b", Numbered(), seed=1)
+    assert rows(tmp_path / "a") != rows(tmp_path / "b")
+
+
+def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = make_pairs(10)
+    pool = generate(pairs, [Numbered()], 3, pool=tmp_path / "pool", seed=0, shard_size=4)
+    out, err = capsys.readouterr()
+    total = sum(len(pool.candidates(pair_id).rationales) for pair_id in pool)
+    assert out == ""
+    assert f"{total} new candidates, 0 of 10 pairs were there already" in err
+    generate(pairs, [Numbered()], 3, pool=tmp_path / "pool", seed=0)
+    assert "0 new candidates, 10 of 10 pairs were there already" in capsys.readouterr().err
+
+
+def test_a_bar_within_another_live_display_is_silent() -> None:
+    with Progress(), stage.bar("inner", 3, done=0, show=True) as advance:
+        advance(3)
+
+
+def test_settings_name_each_worker(tmp_path: Path) -> None:
+    pool = run(make_pairs(4), tmp_path / "pool", Numbered())
+    stored = json.loads((pool.path / "manifest.json").read_text())["generation"]
+    assert stored == {"workers": [{"worker": "Numbered", "label": "a"}], "k": 3, "seed": 0}
