@@ -86,7 +86,8 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
     axes.set_title("quality against tokens", loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.margins(x=0.14, y=0.1)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES))
     return figure
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -97,9 +98,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def print_table(summary: Mapping[str, Any], *, console: Console | None = None) -> None:
     """Prints hit@1, tasks as rows and modes as columns, with means and costs below."""
     header, rows = _grid(summary)
-    table = Table(title="hit@1", title_justify="left", header_style="bold")
+    table = Table(title="hit@1", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, title in enumerate(header):
-        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
+        # Blanks instead of underscores, so that a narrow terminal breaks titles between words.
+        table.add_column(title.replace("_", " "), justify="left" if index == 0 else "right", overflow="fold")
     costs = len(rows) - len(_COSTS) - 1
     for index, row in enumerate(rows):
         table.add_row(*row, end_section=index in (costs - 1, costs), style="bold" if index == costs else "")
@@ -163,12 +165,12 @@ def _grid(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for task, (n, candidates) in sizes.items():
         cells = [_percent(scores["by_task"].get(task, {}).get("hit@1")) for scores in modes.values()]
-        rows.append([task, f"{n} / {candidates}", *cells])
+        rows.append([task, f"{n}/{candidates}", *cells])
     rows.append(["mean", "", *[_percent(scores.get("hit@1")) for scores in modes.values()]])
     for title, key in _COSTS.items():
         show = _percent if key == "think_rate" else _number
         rows.append([title, "", *["" if mode == CHANCE else show(scores.get(key)) for mode, scores in modes.items()]])
-    return ["task", "queries / candidates", *modes], rows
+    return ["task", "n/M", *modes], rows
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -14,7 +14,6 @@ Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidd
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmemb.digests import seed_of
 from mmemb.interfaces import Backbone, Controller, Pooler, Prefix
 from mmemb.types import EMB, END_THINK, THINK, Decision, Encoded, Item, PrefillState, pictures
 
@@ -149,7 +149,7 @@ def sample(
             f"sample: temperature {temperature} and max_new_tokens {max_new_tokens} given; "
             "use temperature >= 0 and max_new_tokens >= 1"
         )
-    seeds = [_row_seed(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
+    seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
         raise ValueError(f"sample: {len(seeds)} seeds for {len(items)} items; give one seed, or one an item")
     sampled: list[Sampled | None] = [None] * len(items)
@@ -250,7 +250,7 @@ def adaptive_paths(
     if len(thinking):
         rows = thinking.tolist()
         budgets = decision.budget.to(device)[thinking].clamp(max=min(budget, backbone.max_rationale_tokens))
-        seeds = [_row_seed(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
+        seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
         pick = _picker(seeds, int(budgets.max()), temperature, device)
         if len(rows) < len(items):
             prefix = backbone.fork(prefix, thinking)
@@ -293,11 +293,6 @@ def _pool_last(pooler: Pooler, hidden: Tensor) -> Tensor:
     rows = len(hidden)
     mask = torch.ones(rows, 1, dtype=torch.int64, device=hidden.device)
     return pooler(hidden[:, None], mask, torch.zeros(rows, dtype=torch.int64, device=hidden.device))
-
-
-def _row_seed(seed: int, row: int) -> int:
-    """A seed for one row: neighbouring rows and neighbouring seeds must not share their streams, so it is a hash."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=7).digest(), "little")
 
 
 def _picker(seeds: Sequence[int], budget: int, temperature: float, device: torch.device) -> Pick:

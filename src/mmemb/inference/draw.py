@@ -95,9 +95,15 @@ def card(
         for index, source in enumerate(sources):
             _paste(sheet, source, (x + index * (side + GAP), y), side)
         y += side + 6
-    room = max(1, (bottom - y - 4) // 20)
-    if item.text:
-        write(pen, item.text, (x, y), width=width, size=15, lines=min(room, 5))
+    if not item.text:
+        return
+    size = 14 if sources else 17
+    step = round(size * 1.35)
+    most = max(1, (bottom - y - 4) // step)
+    if not sources:  # text alone stands in the middle
+        lines = len(wrap(item.text, width=width, size=size, lines=most))
+        y += max(0, (bottom - y - 10 - lines * step) // 2)
+    write(pen, item.text, (x, y), width=width, size=size, lines=most)
 
 
 def save(sheet: Image.Image, path: str | Path) -> Path:

@@ -1,0 +1,247 @@
+"""The public way to embed: load a trained model, give it anything, say whether it may think.
+
+embedder = Embedder.from_checkpoint("runs/r1/version_0")
+encoded = embedder.encode(["currency of chile", Path("flag.png")], reason="auto")
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from PIL.Image import Image as PILImage
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmemb.checkpoint import read_checkpoint, refuse_other_backbone
+from mmemb.inference.encoder import Encoder
+from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.registry import create
+from mmemb.types import Encoded, Image, Item, Page, Part, Text, Video
+
+Reason: TypeAlias = Literal["auto", "always", "never"]
+One: TypeAlias = str | Path | PILImage | Item | Sequence[Any]
+
+_SETTINGS, _BACKBONE, _POOLER = "embedder.json", "backbone", "pooler.safetensors"
+
+
+class Embedder:
+    """Items -> embeddings, with or without thinking.
+
+    Args:
+        backbone: the model.
+        pooler: reads the embedding; already built.
+        controller: decides under ``reason="auto"``; None follows the model's own decision token (`rl`).
+        batch_size: rows of one forward pass.
+        budget: most rationale tokens of a row.
+        progress: show a bar over batches.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooler: Pooler,
+        *,
+        controller: Controller | None = None,
+        batch_size: int = 64,
+        budget: int = 48,
+        progress: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.pooler = pooler
+        self.controller = controller or create("controller", "rl", budget=budget)
+        self.encoder = Encoder(backbone, pooler, batch_size=batch_size, budget=budget, progress=progress)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str | torch.device | None = None, **options: Any) -> Embedder:
+        """Loads a model without running code from the file: tensors and plain settings only.
+
+        Args:
+            path: a ``.ckpt`` that ``mmemb fit`` wrote, its run folder (the last checkpoint is taken), or a folder that
+                `save` wrote.
+            device: where the model goes; None: the GPU if there is one.
+            **options: further arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: there is no such file, or no model in the folder.
+            ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``.
+        """
+        path = Path(path)
+        if path.is_dir() and (path / _SETTINGS).is_file():
+            backbone, pooler = _read_folder(path)
+        else:
+            backbone, pooler = _read_lightning(_last_checkpoint(path) if path.is_dir() else path)
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(backbone.to(place), pooler.to(place), **options)
+
+    def encode(
+        self,
+        items: One,
+        reason: Reason = "auto",
+        *,
+        instruction: str = "",
+        bank: Tensor | None = None,
+    ) -> Encoded:
+        """Embeds one thing or a list of things.
+
+        Args:
+            items: a string (text), a path (picture), a PIL image or an `Item`; or a list of these. A list within the
+                list is one item of several parts, in order.
+            reason: ``auto`` lets the controller decide by row, ``always`` and ``never`` decide for it. Targets take
+                ``never``.
+            instruction: the task in words, for everything that is not an `Item` already.
+            bank: [M, D] reference embeddings, for a controller that asks for confidence.
+
+        Raises:
+            FileNotFoundError: a picture does not exist.
+            ValueError: something cannot be embedded, or ``reason`` is unknown.
+        """
+        things = list(items) if isinstance(items, list | tuple) else [items]
+        queries = [as_item(thing, instruction=instruction, place=f"items[{row}]") for row, thing in enumerate(things)]
+        return self.encoder.encode(queries, self._controller(reason), bank=bank)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes backbone, pooler and, last, the settings that make it whole; `from_checkpoint` reads them back.
+
+        Raises:
+            ValueError: the pooler keeps an argument of its constructor under another name.
+        """
+        folder = Path(folder)
+        settings = {
+            "format": 1,
+            "pooler": _describe(self.pooler),
+            "max_rationale_tokens": self.backbone.max_rationale_tokens,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backbone.save(folder / _BACKBONE)
+        aside = folder / f".{_POOLER}.part"
+        save_file({name: value.contiguous() for name, value in self.pooler.state_dict().items()}, aside)
+        os.replace(aside, folder / _POOLER)
+        aside = folder / f".{_SETTINGS}.part"
+        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, folder / _SETTINGS)
+        return folder
+
+    def _controller(self, reason: str) -> Controller:
+        if reason == "auto":
+            return self.controller
+        if reason == "always":
+            return create("controller", "always_reason", budget=self.encoder.budget)
+        if reason == "never":
+            return create("controller", "never")
+        raise ValueError(f"encode: reason is {reason!r}; give 'auto', 'always' or 'never'")
+
+
+def as_item(thing: One, *, instruction: str = "", place: str = "item") -> Item:
+    """An `Item` of whatever was given.
+
+    Args:
+        thing: as in `Embedder.encode`.
+        instruction: the task in words; an `Item` keeps its own.
+        place: names the thing in messages.
+
+    Raises:
+        FileNotFoundError: a picture does not exist.
+        ValueError: it is of no kind that can be embedded, or empty.
+    """
+    if isinstance(thing, Item):
+        return thing
+    parts = list(thing) if isinstance(thing, list | tuple) else [thing]
+    if not parts:
+        raise ValueError(f"{place}: an empty list cannot be embedded; give at least one part")
+    return Item(instruction, tuple(_part(part, place) for part in parts))
+
+
+def _part(thing: Any, place: str) -> Part:
+    if isinstance(thing, Text | Image | Video | Page):
+        return thing
+    if isinstance(thing, str):
+        return Text(thing)
+    if isinstance(thing, PILImage):
+        return Image(thing)
+    if isinstance(thing, Path):
+        if not thing.is_file():
+            raise FileNotFoundError(f"{place}: there is no picture {thing}; correct the path (a plain string is text)")
+        return Image(str(thing.resolve()))
+    kind = type(thing).__name__
+    raise ValueError(f"{place}: a {kind} cannot be embedded; give a string, a pathlib.Path, a PIL image or an Item")
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: neither {_SETTINGS} nor checkpoints/last.ckpt in it; give a run's folder or a .ckpt file"
+        )
+    return path
+
+
+def _read_lightning(path: Path) -> tuple[Backbone, Pooler]:
+    """Backbone and pooler of an `EmbeddingModule` checkpoint: built from its settings, then given its weights."""
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint.get("hyper_parameters", {})
+    if not all(isinstance(settings.get(part), Mapping) for part in ("backbone", "pooler")):
+        raise ValueError(f"{path}: the settings of backbone and pooler are not in it; give a checkpoint of `mmemb fit`")
+    parser = ArgumentParser(exit_on_error=False)
+    # The types keep a checkpoint from naming anything but a backbone and a pooler.
+    parser.add_argument("--backbone", type=Backbone)
+    parser.add_argument("--pooler", type=Pooler)
+    try:
+        built = parser.instantiate_classes(
+            parser.parse_object({part: _plain(settings[part]) for part in ("backbone", "pooler")})
+        )
+    except ArgumentError as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"{path}: its settings do not build a model here: {first}") from error
+    backbone, pooler = built.backbone, built.pooler
+    refuse_other_backbone(checkpoint, identity=backbone.identity, path=path)
+    pooler.build(backbone.hidden_size)
+    _load(backbone, checkpoint["state_dict"], "backbone.", path)
+    _load(pooler, checkpoint["state_dict"], "pooler.", path)
+    return backbone, pooler
+
+
+def _read_folder(folder: Path) -> tuple[Backbone, Pooler]:
+    settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    model, most = str(folder / _BACKBONE), settings["max_rationale_tokens"]
+    backbone = create("backbone", "transformers", model=model, max_rationale_tokens=most)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--pooler", type=Pooler)
+    pooler = parser.instantiate_classes(parser.parse_object({"pooler": settings["pooler"]})).pooler
+    pooler.build(backbone.hidden_size)
+    pooler.load_state_dict(load_file(folder / _POOLER))
+    return backbone, pooler
+
+
+def _load(part: nn.Module, state: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    try:
+        part.load_state_dict(own)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit the {prefix[:-1]} of its settings: {first}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Settings as plain containers: checkpoints keep them as mappings of several kinds."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    """Class path and arguments of a part that keeps every argument under its own name, as ours do."""
+    path = f"{type(part).__module__}.{type(part).__qualname__}"
+    names = [
+        name for name in inspect.signature(type(part).__init__).parameters if name not in ("self", "args", "kwargs")
+    ]
+    missing = [name for name in names if not hasattr(part, name)]
+    if missing:
+        raise ValueError(f"{path} does not keep its argument {missing[0]!r} as an attribute; it cannot be saved")
+    return {"class_path": path, "init_args": {name: getattr(part, name) for name in names}}
