@@ -233,10 +233,17 @@ class _TrainRows(Sequence[Pair]):
         self._parts = [read_pairs(source, seed=seed) for source in sources]
         self._starts: list[int] = []
         self._length = 0
+        owners: dict[str, Source] = {}
         for source, pairs in zip(sources, self._parts, strict=True):
             if source.bundled == "pretrain":  # computed on access: nothing to list, and random in itself
                 found: dict[str, Sequence[int]] = {"pretrain": range(self._length, self._length + len(pairs))}
             else:
+                for pair in pairs:
+                    if (owner := owners.setdefault(pair.id, source)) is not source:
+                        raise ValueError(
+                            f"{source.path}: the pair id {pair.id!r} stands in {owner.path} too; rationales are kept "
+                            f"by id, so name each row once, or give rows ids of their own"
+                        )
                 found = dict(rows_by_task([pair.task for pair in pairs], offset=self._length))
             for task, rows in found.items():
                 self.rows[task] = [*self.rows[task], *rows] if task in self.rows else rows

@@ -91,9 +91,7 @@ def read_tasks(source: Source) -> list[EvaluationTask]:
     if source.bundled is not None:
         from mmemb.data.bundled import evaluation_tasks
 
-        tasks = evaluation_tasks(source.bundled)
-        _refuse_unknown_tasks(source, {task.name for task in tasks})
-        tasks = [task for task in tasks if source.tasks is None or task.name in source.tasks]
+        tasks = evaluation_tasks(source.bundled, tasks=source.tasks)
         return [
             EvaluationTask(task.name, task.queries[: source.limit], task.candidates, task.candidate_ids)
             for task in tasks
@@ -140,8 +138,8 @@ def read_items(path: str | Path, *, image_root: str | None = None, limit: int | 
             if limit is not None and len(items) >= limit:
                 break
             try:
-                identity = _string(row.pop("id", None) or str(number), "id")
-                item = parse_item(row, field="row", find=find)
+                identity = _name(row.pop("id", number), "id")
+                item = parse_item(row, field="item", find=find)
             except (ValueError, FileNotFoundError) as error:
                 raise located(error, path, number) from None
             items.append(Item(item.instruction, item.parts, {**item.fields, "id": identity}))
@@ -238,6 +236,10 @@ def _string(value: Any, field: str) -> str:
     return value
 
 
+def _name(value: Any, field: str) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _string(value, field)
+
+
 def _fields(value: Any, field: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise FieldError(field, f"expected an object of names and values, got {kind_of(value)}")
@@ -299,11 +301,11 @@ def _pair(row: dict[str, Any], number: int, source: Source, path: Path, find: mm
         raise FieldError("hard_negatives", f"expected a list of items, got {kind_of(hard)}")
     negatives = tuple(parse_item(item, field=f"hard_negatives[{index}]", find=find) for index, item in enumerate(hard))
     return Pair(
-        id=_string(row.get("id", f"{task}/{path.stem}:{number}"), "id"),
+        id=_name(row.get("id", f"{task}/{path.stem}:{number}"), "id"),
         task=task,
         query=parse_item(row["query"], field="query", find=find),
         positive=positive,
-        positive_id=_string(row.get("positive_id", content_identity(positive)), "positive_id"),
+        positive_id=_name(row.get("positive_id", content_identity(positive)), "positive_id"),
         hard_negatives=negatives,
         hard_negative_ids=tuple(content_identity(item) for item in negatives),
     )
@@ -314,12 +316,7 @@ def _bundled_pairs(source: Source, seed: int) -> Sequence[Pair]:
 
     if source.bundled == "pretrain":
         return cast(Sequence[Pair], bundled.PretrainingSamples(seed))  # map-style: only indexed and measured
-    if source.bundled not in bundled.SPLITS:
-        raise ValueError(
-            f"{source.path}: there is no such bundled data; there are "
-            f"{', '.join(BUNDLED + split for split in (*bundled.SPLITS, 'pretrain'))}"
-        )
-    return _kept(source, bundled.load_pairs(source.bundled, seed=seed))
+    return _kept(source, bundled.load_pairs(source.bundled or "", tasks=source.tasks, seed=seed))
 
 
 def _kept(source: Source, pairs: Sequence[Pair]) -> list[Pair]:

@@ -9,6 +9,9 @@ from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 4096
+_NESTED = {"query": dict, "positive": dict, "hard_negatives": list, "parts": list, "fields": dict}
+"""Columns that hold objects or lists, and may hold them as JSON text in Parquet. No other text is ever decoded: a
+target may well be the text ``[1]``."""
 
 
 class FieldError(ValueError):
@@ -27,8 +30,7 @@ def located(error: Exception, path: Path, number: int) -> Exception:
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row) of a JSONL, JSON (a list of objects) or Parquet file; numbers count lines or rows from 1.
 
-    Blank lines are passed over. In Parquet, text that is a JSON object or list is decoded, so that nested fields may be
-    stored either way.
+    Blank lines are passed over. In Parquet, nested columns may be stored as such or as JSON text.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,16 +97,19 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {key: _decoded(value) for key, value in row.items()}
+                    yield number, {key: _decoded(key, value) for key, value in row.items()}
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: is not a readable Parquet file ({reason}); write it again") from None
 
 
-def _decoded(value: Any) -> Any:
-    if isinstance(value, str) and value[:1] in ("{", "["):
+def _decoded(column: str, value: Any) -> Any:
+    if column == "hard_negatives" and isinstance(value, list):
+        return [_decoded("positive", item) for item in value]
+    if column in _NESTED and isinstance(value, str):
         try:
-            return json.loads(value)
+            decoded = json.loads(value)
         except json.JSONDecodeError:
-            return value  # text that only looks like JSON
+            return value
+        return decoded if isinstance(decoded, _NESTED[column]) else value
     return value
