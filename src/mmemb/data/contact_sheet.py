@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from mmemb.types import Item, Pair
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-CARD_WIDTH, CARD_HEIGHT, GAP, MARGIN, HEADER = 430, 218, 18, 40, 58
-PICTURE = 112
+CARD_WIDTH, CARD_HEIGHT, GAP, MARGIN, HEADER = 430, 236, 18, 40, 58
+PICTURE, ARROW, PAD = 112, 44, 16
 INK, GREY, LINE, PAPER, CARD = "#1c2733", "#66727f", "#d9dfe5", "#f4f6f8", "#ffffff"
 KIND_COLOURS = {"easy": "#2e7d5b", "hop": "#b2621b", "spatial": "#3f5fb5"}
 
@@ -89,13 +90,15 @@ def _card(sheet: PILImage.Image, pair: Pair, corner: tuple[int, int]) -> None:
     x, y = corner
     box = (x, y, x + CARD_WIDTH, y + CARD_HEIGHT)
     pen.rounded_rectangle(box, radius=10, fill=CARD, outline=LINE, width=1)
-    half = (CARD_WIDTH - 48) // 2
-    _item(sheet, pair.query, (x + 14, y + 12), half, "query")
-    arrow = (x + CARD_WIDTH // 2, y + 12 + 20 + PICTURE // 2)
-    pen.line((arrow[0] - 9, arrow[1], arrow[0] + 9, arrow[1]), fill=GREY, width=2)
-    pen.polygon([(arrow[0] + 10, arrow[1]), (arrow[0] + 3, arrow[1] - 5), (arrow[0] + 3, arrow[1] + 5)], fill=GREY)
-    _item(sheet, pair.positive, (x + 34 + half, y + 12), half, "target")
-    _write(pen, pair.query.fields["rationale"], (x + 14, y + 166), CARD_WIDTH - 28, 14, lines=2, fill=GREY)
+    half = (CARD_WIDTH - ARROW - 2 * PAD) // 2
+    _item(sheet, pair.query, (x + PAD, y + 12), half, "query")
+    _item(sheet, pair.positive, (x + PAD + half + ARROW, y + 12), half, "target")
+    tip, level = x + PAD + half + ARROW // 2 + 2, y + 12 + 18 + PICTURE // 2
+    pen.line((tip - 16, level, tip, level), fill=GREY, width=2)
+    pen.polygon([(tip + 2, level), (tip - 5, level - 5), (tip - 5, level + 5)], fill=GREY)
+    pen.line((x + PAD, y + 168, x + CARD_WIDTH - PAD, y + 168), fill=LINE)
+    pen.text((x + PAD, y + 174), "rationale", font=_font(12), fill=GREY)
+    _write(pen, pair.query.fields["rationale"], (x + PAD, y + 191), CARD_WIDTH - 2 * PAD, 14, lines=2, fill=INK)
 
 
 def _item(sheet: PILImage.Image, item: Item, corner: tuple[int, int], width: int, label: str) -> None:
@@ -114,7 +117,7 @@ def _item(sheet: PILImage.Image, item: Item, corner: tuple[int, int], width: int
     if text and pictures:
         _write(pen, text, (x, y + side + 5), width, 14, lines=2, fill=INK)
     elif text:
-        _write(pen, text, (x, y + 30), width, 17, lines=3, fill=INK)
+        _write(pen, text, (x, y + PICTURE // 2 - 18), width, 17, lines=3, fill=INK)
 
 
 def _write(
@@ -128,7 +131,8 @@ def wrap(pen: ImageDraw.ImageDraw, text: str, width: int, size: int, lines: int)
     """Breaks a text into at most so many lines of at most ``width`` pixels; a cut text ends in an ellipsis."""
     font = _font(size)
     wrapped: list[str] = []
-    for word in text.split():
+    # Punctuation stands apart in the data; no line may begin with it.
+    for word in re.sub(r" (?=[?:;,])", "\u00a0", text).split(" "):
         longer = f"{wrapped[-1]} {word}" if wrapped else word
         if wrapped and pen.textlength(longer, font=font) <= width:
             wrapped[-1] = longer

@@ -57,7 +57,7 @@ def load_pairs(
         scenes_per_task: queries each scene task draws; by default `QUERIES` of the split.
 
     Raises:
-        ValueError: unknown split or task.
+        ValueError: unknown split or task, or more scenes asked for than a split has.
     """
     check_split(split)
     count = QUERIES[split] if scenes_per_task is None else scenes_per_task
@@ -223,65 +223,80 @@ def _cells(scene: Scene) -> str:
     return caption([entity.name for entity in scene])
 
 
+def _distinct(task: str, split: str, count: int, draw: Callable[[], Pair | None]) -> Iterator[Pair]:
+    """So many different pairs of those drawn; None is a draw that was refused."""
+    seen = set[str]()
+    for _ in range(1000 + 200 * count):
+        if len(seen) == count:
+            return
+        pair = draw()
+        if pair is not None and pair.id not in seen:
+            seen.add(pair.id)
+            yield pair
+    if len(seen) < count:
+        raise ValueError(
+            f"scenes_per_task: task {task!r} found only {len(seen)} different queries in split {split!r}, "
+            f"asked for {count}; ask for fewer"
+        )
+
+
 def _scene_matches(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    things, seen = scene_vocabulary(), set[tuple[str, ...]]()
-    while len(seen) < count:
+    things = scene_vocabulary()
+
+    def draw() -> Pair:
         scene = draw_scene(rng, things, split)
         keys = tuple(entity.key for entity in scene)
-        if keys in seen:
-            continue
-        seen.add(keys)
         source, target = rng.sample(VENDORS, 2)
         shown, found = scene_name(source, keys), scene_name(target, keys)
-        yield _pair("scenematch", split, shown, (Image(PREFIX + shown),), {"cells": _cells(scene)}, found, True)
+        return _pair("scenematch", split, shown, (Image(PREFIX + shown),), {"cells": _cells(scene)}, found, True)
+
+    return _distinct("scenematch", split, count, draw)
 
 
 def _find_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    things = scene_vocabulary()
-    seen, shown_pairs, asked = set[str](), set[frozenset[str]](), set[frozenset[str]]()
-    while len(seen) < count:
+    things, shown, asked = scene_vocabulary(), set[frozenset[str]](), set[frozenset[str]]()
+
+    def draw() -> Pair | None:
         first, second = rng.sample(things, 2)
         if mention_split(first, second) != split:
-            continue
+            return None
         scene = draw_scene(rng, things, split, fixed=(first, second))
         name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
         words = frozenset((first.key, second.key))
         held = {frozenset((a.key, b.key)) for a in scene for b in scene if a is not b}
         # Held out, the positive alone shows both things; in training that would leave too few scenes.
-        if name in seen or (split != "train" and (words in shown_pairs or held & asked)):
-            continue
-        seen.add(name)
+        if split != "train" and (words in shown or held & asked):
+            return None
         asked.add(words)
-        shown_pairs |= held
+        shown.update(held)
         fields = {"first": first.name, "second": second.name}
         text = find_question(first.name, second.name)
-        yield _pair("findscene", split, f"{len(seen)}/{name}", (Text(text),), fields, name, True)
+        return _pair("findscene", split, f"{name}/{first.key}+{second.key}", (Text(text),), fields, name, True)
+
+    return _distinct("findscene", split, count, draw)
 
 
 def _left_neighbours(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    things, seen = scene_vocabulary(), set[str]()
-    while len(seen) < count:
-        scene = draw_scene(rng, things, split)
-        right = rng.choice((1, 3))
+    things = scene_vocabulary()
+
+    def draw() -> Pair:
+        scene, right = draw_scene(rng, things, split), rng.choice((1, 3))
         name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
-        if name in seen:
-            continue
-        seen.add(name)
         anchor, answer = scene[right].name, scene[right - 1].name
         fields = {"cells": _cells(scene), "anchor": anchor, "answer": answer}
         parts = (Image(PREFIX + name), Text(left_question(anchor)))
-        yield _pair("left1", split, f"{name}/{right}", parts, fields, answer, False)
+        return _pair("left1", split, f"{name}/{right}", parts, fields, answer, False)
+
+    return _distinct("left1", split, count, draw)
 
 
 def _flag_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    things, flags, seen = scene_vocabulary(), countries(split), set[str]()
-    while len(seen) < count:
+    things, flags = scene_vocabulary(), countries(split)
+
+    def draw() -> Pair:
         country, attribute = rng.choice(flags), rng.choice(ATTRIBUTES)
         scene = draw_scene(rng, things, split, fixed=(country,), at_left=True)
         name = scene_name(rng.choice(country.train_vendors()), tuple(entity.key for entity in scene))
-        if name in seen:
-            continue
-        seen.add(name)
         anchor, answer = scene[scene.index(country) + 1].name, country.attributes[attribute]
         fields = {
             "cells": _cells(scene),
@@ -291,7 +306,9 @@ def _flag_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
             "answer": answer,
         }
         parts = (Image(PREFIX + name), Text(flag_scene_question(attribute, anchor)))
-        yield _pair("flagscene", split, f"{name}/{attribute}", parts, fields, answer, False)
+        return _pair("flagscene", split, f"{name}/{attribute}", parts, fields, answer, False)
+
+    return _distinct("flagscene", split, count, draw)
 
 
 _BUILDERS: dict[str, Callable[[str, random.Random, int], Iterator[Pair]]] = {
