@@ -164,9 +164,9 @@ def test_ids_are_unique(split: str) -> None:
 
 def test_asking_for_more_scenes_than_there_are_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match=r"scenes_per_task: task 'findscene' found only \d+ .*'validation', asked for 500"
+        ValueError, match=r"scenes_per_task: task 'findscene' found only \d+ .*'validation', asked for 250"
     ):
-        load_pairs("validation", tasks=["findscene"], scenes_per_task=500)
+        load_pairs("validation", tasks=["findscene"], scenes_per_task=250)
 
 
 def test_only_the_chosen_tasks_are_loaded() -> None:
