@@ -15,6 +15,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import get_scheduler
@@ -25,7 +26,7 @@ from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
 from mmemb.stages.objective import Engine, Objective, Parts
-from mmemb.stages.pools import PoolSettings, rationale_choice
+from mmemb.stages.pools import PoolSettings
 from mmemb.types import EvaluationTask, Item, Pair
 
 
@@ -69,7 +70,10 @@ class EmbeddingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters()
+        # Under LightningCLI these are class paths and plain values, from which a checkpoint rebuilds the parts. Built
+        # in Python they would be the parts themselves, which belong in no checkpoint.
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
         self.backbone = backbone
         self.objective = objective
         self.pooler = pooler
@@ -91,6 +95,7 @@ class EmbeddingModule(L.LightningModule):
         self.before_training: dict[str, Any] | None = None
         self._started = time.monotonic()
         self._results: list[EvaluationResults] = []
+        self._random_state: dict[str, Any] | None = None
 
     # -- composition -------------------------------------------------------------------------------------------------
 
@@ -114,15 +119,13 @@ class EmbeddingModule(L.LightningModule):
         if stage != "fit":
             return
         if self.objective.needs_rationales and self.selector is not None and self.pool is not None:
-            choose = rationale_choice(
+            pool = self.pool.open(
                 self.datamodule.train_pairs,
-                settings=self.pool,
-                selector=self.selector,
                 parts=self.parts,
-                barrier=self.trainer.strategy.barrier,
                 is_builder=self.trainer.is_global_zero,
+                barrier=self.trainer.strategy.barrier,
             )
-            self.objective.prepare_choice(choose)
+            self.objective.prepare_choice(self.pool.choice(pool, self.selector))
 
         def collate(pairs: list[Pair], seed: int) -> Any:
             return self.objective.collate(self.parts, pairs, seed)
@@ -150,6 +153,12 @@ class EmbeddingModule(L.LightningModule):
                 results = evaluate(self.encoder(), tasks, controllers=never, true_rationale=None, progress=False)
                 self.before_training = results.modes.get("never")
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # As late as can be: making loaders and sanity checks draw random numbers that the uninterrupted run did not.
+        if self._random_state is not None:
+            _restore_random_state(self._random_state)
+            self._random_state = None
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
@@ -170,6 +179,7 @@ class EmbeddingModule(L.LightningModule):
         checkpoint["backbone_identity"] = self.backbone.identity
         checkpoint["trained_seconds"] = self.trained_seconds + time.monotonic() - self._started
         checkpoint["before_training"] = self.before_training
+        checkpoint["random_state"] = _random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get("backbone_identity")
@@ -180,6 +190,7 @@ class EmbeddingModule(L.LightningModule):
             )
         self.trained_seconds = checkpoint["trained_seconds"]
         self.before_training = checkpoint["before_training"]
+        self._random_state = checkpoint["random_state"]
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -241,3 +252,14 @@ class EmbeddingModule(L.LightningModule):
     def predict_step(self, items: Sequence[Item], batch_idx: int) -> Tensor:
         """Embeddings [B, D] of a batch of items, direct path."""
         return self.encoder().encode_targets(items)
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of torch's generators on this rank (dropout draws from them); the data draws from seeds of its own."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

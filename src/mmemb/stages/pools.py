@@ -38,46 +38,49 @@ class PoolSettings:
         self.candidates = candidates
         self.seed = seed
 
-    def open(self, pairs: Sequence[Pair], *, parts: Parts) -> RationalePool:
-        """The pool for these pairs: reused if it matches, made if workers are named and it is missing.
+    def open(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        parts: Parts,
+        is_builder: bool = True,
+        barrier: Callable[[], object] = lambda: None,
+    ) -> RationalePool:
+        """The pool for these pairs: reused if it matches; made first if workers are named and it is missing.
+
+        Args:
+            pairs: the training pairs.
+            parts: the model as it is, which workers and evaluator may use.
+            is_builder: whether this process makes a missing pool (rank zero); the others wait at the barrier.
+            barrier: where all processes meet.
 
         Raises:
             FileNotFoundError: there is no pool and no worker to make one.
             ValueError: the pool was made from other data or settings.
         """
         if not self.workers:
-            return RationalePool.open(self.path)
-        for worker in self.workers:
-            if hasattr(worker, "bind"):
-                worker.bind(parts.backbone)
-        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
-            self.evaluator.bind(parts.backbone, parts.pooler)
+            pool = RationalePool.open(self.path)
+            pool.check(pairs)
+            return pool
+        bindings = [*((worker, (parts.backbone,)) for worker in self.workers), (self.evaluator, parts.both)]
+        for part, bound in bindings:
+            if hasattr(part, "bind"):
+                part.bind(*bound)
         return build_pool(
             pairs,
             workers=self.workers,
             evaluator=self.evaluator,
-            path=Path(self.path),
+            path=Path(self.path) if "bundled:" not in self.path else self.path,
             k=self.candidates,
             seed=self.seed,
+            is_builder=is_builder,
+            barrier=barrier,
         )
 
+    def choice(self, pool: RationalePool, selector: Selector) -> Choose:
+        """What the objective asks for each pair of a batch."""
 
-def rationale_choice(
-    pairs: Sequence[Pair],
-    *,
-    settings: PoolSettings,
-    selector: Selector,
-    parts: Parts,
-    barrier: Callable[[], object],
-    is_builder: bool,
-) -> Choose:
-    """Makes or opens the pool (rank zero first, the others after it) and returns the per-pair choice."""
-    if is_builder:
-        settings.open(pairs, parts=parts)
-    barrier()
-    pool = settings.open(pairs, parts=parts)
+        def choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:
+            return choose(pool, selector, pair.id, seed)
 
-    def choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:
-        return choose(pool, selector, pair.id, seed)
-
-    return choice
+        return choice

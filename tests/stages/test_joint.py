@@ -1,0 +1,144 @@
+"""The joint objective: its cached gradients are the plain ones, on one rank and on two, and every term trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from mmemb.components.workers.metadata import MetadataWorker
+from mmemb.data.bundled import load_pairs
+from mmemb.kernels import infonce
+from mmemb.stages.objective import Choose, Engine, next_token_loss
+from mmemb.types import TrainBatch
+from tests.stages.small import (
+    largest_difference,
+    small_data,
+    small_module,
+    small_trainer,
+    weights,
+)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list:
+    found = load_pairs("train", tasks=["name", "flagattr"], scenes_per_task=1)
+    return found[:7] + found[-6:]
+
+
+def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
+    """The objective written down in one piece: one chunk, autograd through everything."""
+    (chunk,) = batch.chunks
+    parts, objective = module.parts, module.objective
+
+    def embed(inputs):
+        hidden = parts.backbone(inputs)
+        return hidden, parts.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
+
+    hidden, direct = embed(chunk.query)
+    reasoned_hidden, reasoned = embed(chunk.reasoned)
+    _, target = embed(chunk.target)
+    temperature = objective.infonce.temperature
+    loss = torch.zeros(())
+    for queries, rows in ((direct, torch.arange(len(direct))), (reasoned, chunk.reasoned_rows)):
+        loss = loss + infonce(
+            queries,
+            target,
+            temperature=temperature,
+            positive=batch.positive[rows],
+            query_id=batch.query_id[rows],
+            candidate_id=batch.candidate_id,
+        )
+    skipped = torch.ones(len(direct), dtype=torch.bool)
+    skipped[chunk.reasoned_rows] = False
+    nll = next_token_loss(parts.backbone, hidden, chunk.query, skipped)
+    nll = nll + next_token_loss(parts.backbone, reasoned_hidden, chunk.reasoned)
+    tokens = int((chunk.reasoned.labels != -100).sum()) + int(skipped.sum())
+    return loss + objective.next_token_weight * nll / tokens
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk_size", [13, 5, 1])
+def test_cached_step_has_the_gradients_of_the_plain_loss(pairs: list, chunk_size: int) -> None:
+    module = small_module()
+    module.objective.augment = None  # chunks draw their augmentation by their own rows
+    module.objective.chunk_size = len(pairs)
+    whole = module.objective.collate(module.parts, pairs, 0)
+    expected_loss = plain_loss(module, whole)
+    expected_loss.backward()
+    expected = gradients(module)
+    module.zero_grad()
+    module.objective.chunk_size = chunk_size
+    logs = module.objective.step(module.parts, module.objective.collate(module.parts, pairs, 0), Engine())
+    assert float(logs["loss"]) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    found = gradients(module)
+    assert found.keys() == expected.keys()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    assert largest_difference(found, expected) <= 1e-5 * scale
+    assert "objective.infonce.log_temperature" in found
+
+
+def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_against_thinking(pairs: list) -> None:
+    module = small_module()
+    module.objective.prepare_choice(lambda pair, seed: (None, 1.0))
+    batch = module.objective.collate(module.parts, pairs, 0)
+    assert all(chunk.reasoned is None for chunk in batch.chunks)
+    logs = module.objective.step(module.parts, batch, Engine())
+    assert "infonce_reasoned" not in logs
+    # One label a row, <emb>, against a vocabulary of random weights: near log V.
+    assert float(logs["next_token"]) == pytest.approx(
+        float(torch.tensor(module.backbone.logits(torch.zeros(1, module.backbone.hidden_size)).shape[-1]).log()),
+        rel=0.2,
+    )
+
+
+def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
+    rows = pairs[:4]
+    texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
+
+    def weighted(heavy: float) -> Choose:
+        return lambda pair, seed: (texts[rows.index(pair)], heavy if pair is rows[0] else 1.0)
+
+    results = []
+    for heavy in (1.0, 5.0):
+        module = small_module()
+        module.objective.prepare_choice(weighted(heavy))
+        batch = module.objective.collate(module.parts, rows, 0)
+        results.append(float(module.objective.step(module.parts, batch, Engine())["infonce_reasoned"]))
+    assert results[0] != pytest.approx(results[1], rel=1e-6)
+
+
+def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> None:
+    module = small_module()
+    first, again, other = (module.objective.collate(module.parts, pairs, seed) for seed in (3, 3, 4))
+    pixels = [batch.chunks[0].query.tensors["pixel_values"] for batch in (first, again, other)]
+    assert torch.equal(pixels[0], pixels[1])
+    assert not torch.equal(pixels[0], pixels[2])
+
+
+def test_duplicated_targets_are_no_negatives(pairs: list) -> None:
+    module = small_module()
+    module.objective.prepare_choice(lambda pair, seed: (None, 1.0))
+    module.objective.next_token_weight = 0.0
+    twice = [pairs[0], pairs[0]]
+    logs = module.objective.step(module.parts, module.objective.collate(module.parts, twice, 0), Engine())
+    assert float(logs["infonce_direct"]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+    one = small_module()
+    small_trainer(tmp_path / "one").fit(one, datamodule=small_data(batch_size=16))
+    two = small_module()
+    start = weights(two)
+    strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True)
+    trainer = small_trainer(tmp_path / "two", devices=2, strategy=strategy)
+    trainer.fit(two, datamodule=small_data(batch_size=8))
+    moved = largest_difference(start, weights(one))
+    assert moved > 1e-3
+    assert largest_difference(weights(one), weights(two)) <= 1e-5 * max(1.0, moved)

@@ -1,0 +1,62 @@
+"""The module under a real trainer: resume is exact, runs with one seed are equal, other backbones are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mmemb.components.backbones.tiny import TinyBackbone
+from mmemb.components.backbones.tuning import LoraSettings
+from mmemb.stages.module import EmbeddingModule
+from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
+
+
+def with_dropout() -> EmbeddingModule:
+    """A module whose steps draw random numbers."""
+    torch.manual_seed(1)
+    return small_module(backbone=TinyBackbone(weights="random", lora=LoraSettings(rank=4, dropout=0.3)))
+
+
+def train(folder: Path, *, steps: int, ckpt_path: Path | None = None, make: Any = with_dropout) -> EmbeddingModule:
+    module = make()
+    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    trainer = small_trainer(folder, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(module, datamodule=small_data(batch_size=8), ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_dropout_included(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", steps=6)
+    train(tmp_path / "part", steps=4)
+    torch.manual_seed(99)  # whatever happened before the resume must not matter
+    resumed = train(tmp_path / "part", steps=6, ckpt_path=tmp_path / "part" / "step=2.ckpt")
+    assert largest_difference(weights(whole), weights(resumed)) == 0.0
+    left, right = (torch.load(tmp_path / run / "step=6.ckpt", weights_only=True) for run in ("whole", "part"))
+    for state in ("optimizer_states", "lr_schedulers", "PairDataModule"):
+        assert str(left[state]) == str(right[state])
+    assert torch.equal(left["random_state"]["cpu"], right["random_state"]["cpu"])
+
+
+def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
+    left, right = (train(tmp_path / name, steps=2, make=small_module) for name in "ab")
+    assert largest_difference(weights(left), weights(right)) == 0.0
+
+
+def test_a_checkpoint_of_another_backbone_is_refused_with_both_identities(tmp_path: Path) -> None:
+    trained = train(tmp_path, steps=2, make=small_module)
+    module = small_module()
+    module.backbone._identity = "another#0"
+    checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="another#0") as caught:
+        module.on_load_checkpoint(checkpoint)
+    assert trained.backbone.identity in str(caught.value)
+
+
+def test_a_checkpoint_made_in_python_holds_plain_values_only(tmp_path: Path) -> None:
+    train(tmp_path, steps=2, make=small_module)
+    checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    assert "hyper_parameters" not in checkpoint
