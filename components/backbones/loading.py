@@ -181,9 +181,11 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForImageTextToText.from_config(config, dtype=kind, attn_implementation=attention)
-    extra = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    extra: dict[str, Any] = (
+        {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    )
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
             revision=revision,
@@ -191,6 +193,7 @@ def load_model(
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **extra,
         )
     except Exception as error:
@@ -198,6 +201,13 @@ def load_model(
             f"backbone model {model!r}: its weights cannot be read ({_one_line(error)}); "
             f"it needs model.safetensors, or say weights: random"
         ) from error
+    network, report = loaded
+    if missing := sorted(report["missing_keys"]):  # the library would fill them with random numbers
+        raise ValueError(
+            f"backbone model {model!r}: {len(missing)} weights are missing from its safetensors (first {missing[0]}); "
+            f"complete the folder or drop config_overrides"
+        )
+    return network
 
 
 def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """The patch embedding as one matrix product.
 
 The Qwen families project patches by a Conv3d whose kernel is its stride, so every patch meets the weights once: a
-linear map. Convolution libraries do not see that; on a CPU they take 5 times the time of the product, a fifth of a whole
-training step of the tiny model. Same parameters, same names, same result up to rounding.
+linear map. Convolution libraries do not see that; on a CPU they take 5 times the time of the product, a fifth of a
+whole training step of the tiny model. Same parameters, same names, same result up to rounding.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def use_matrix_product(model: nn.Module) -> None:
     """Replaces every patch-embedding convolution of a model in place."""
     for name, module in list(model.named_modules()):
         projection = getattr(module, "proj", None)
-        fits = isinstance(projection, nn.Conv3d) and projection.kernel_size == projection.stride
-        if fits and name.endswith("patch_embed"):
+        if name.endswith("patch_embed") and isinstance(projection, nn.Conv3d):
+            assert projection.kernel_size == projection.stride
             module.proj = PatchProjection(projection)

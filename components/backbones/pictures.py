@@ -135,7 +135,7 @@ class IdeficsPictures:
 
     def placeholder(self, shape: Shape) -> str:
         """Every tile's tokens with its row and column, then the whole picture's."""
-        from transformers.models.idefics3.processing_idefics3 import get_image_prompt_string
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
         return get_image_prompt_string(
             *shape,

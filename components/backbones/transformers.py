@@ -120,7 +120,8 @@ class TransformersBackbone(Backbone, name="transformers"):
         if gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
-        self.model = network
+        tuning.keep_trainable_on_cpu(network)
+        self.model = network.train()  # the library hands models out in evaluation mode, where checkpointing is off
 
     def prepare(
         self,
@@ -234,7 +235,8 @@ class TransformersBackbone(Backbone, name="transformers"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            self.model.save_pretrained(aside, state_dict=tuning.merged_state(self.model))
+            with tuning.merged(self.model) as state:
+                self.model.save_pretrained(aside, state_dict=state)
             self.processor.tokenizer.chat_template = self.processor.chat_template
             self.processor.tokenizer.save_pretrained(aside)
             self.image_processor.save_pretrained(aside)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -48,6 +49,7 @@ def quantization_config(quantization: Quantization, *, compute_dtype: torch.dtyp
 
 def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_tokens: Sequence[int]) -> None:
     """Freezes the model and puts adapters on its decoder; the rows of newly added tokens learn too."""
+    tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     model.add_adapter(
         LoraConfig(
             r=settings.rank,
@@ -55,7 +57,7 @@ def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_
             lora_dropout=settings.dropout,
             target_modules=list(settings.targets),
             exclude_modules="|".join(rf"{prefix}\..*" for prefix in exclude),
-            trainable_token_indices=list(new_tokens) or None,
+            trainable_token_indices={table: list(new_tokens) for table in tables} if new_tokens else None,
         )
     )
 
@@ -78,17 +80,43 @@ def freeze(model: nn.Module, prefixes: Sequence[str], *, vision: Sequence[str]) 
             parameter.requires_grad_(False)
 
 
-def merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """The model's parameters by their plain names, adapters added in; without adapters just its state."""
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return model.state_dict()
-    merged = copy.deepcopy(model)
-    for module in merged.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    plain = {}
-    for name, value in merged.state_dict().items():
-        if ".lora_" in name or ".token_adapter." in name:
-            continue
-        plain[name.replace(".base_layer.", ".")] = value
-    return plain
+def keep_trainable_on_cpu(model: nn.Module) -> None:
+    """Stops bitsandbytes from re-packing 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    Re-packed weights pass no gradient (a validation would end training) and need widths that are multiples of 64.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def merged(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, adapters are added into the weights; yields the parameters by the plain model's names.
+
+    Afterwards the weights are what they were, bit for bit (from copies: subtracting would round).
+    """
+    if not model._hf_peft_config_loaded:
+        yield model.state_dict()
+        return
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    copies = [weight.detach().to("cpu", copy=True) for weight in weights]
+    model._hf_peft_config_loaded = False  # else the library saves the adapters alone
+    try:
+        for layer in layers:
+            layer.merge()
+        yield {
+            _plain_name(name): value
+            for name, value in model.state_dict().items()
+            if ".lora_" not in name and "trainable_tokens_" not in name
+        }
+    finally:
+        for layer, weight, copy in zip(layers, weights, copies, strict=True):
+            layer.unmerge()
+            weight.data.copy_(copy)
+        model._hf_peft_config_loaded = True
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
