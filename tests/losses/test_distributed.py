@@ -84,6 +84,14 @@ def train(module: nn.Module, whole: Whole, x: Tensor, y: Tensor, chunk: int, *, 
     cached_step(pieces, forward, loss, no_sync=no_sync)
 
 
+def refusal(arguments: dict[str, Any]) -> str:
+    try:
+        distributed_infonce_with_grads(**arguments, temperature=0.1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -96,6 +104,18 @@ def worker(rank: int, folder: str) -> None:
                 result[f"{averaged} {symmetric}"] = list(grads)
         diagonal = {name: local[name] for name in ("query", "candidate")}
         result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
+        # One rank without queries, and one whose weights are all 0.
+        first = rank == 0
+        lone = local | {name: local[name][:0] for name in ("query", "positive", "query_id", "weight")}
+        for symmetric in (False, True):
+            grads = distributed_infonce_with_grads(**(lone if first else local), temperature=0.1, symmetric=symmetric)
+            result[f"lone {symmetric}"] = list(grads)
+        unweighted = local | {"weight": local["weight"] * rank}
+        result["unweighted"] = list(distributed_infonce_with_grads(**unweighted, temperature=0.1))
+        result["errors"] = [
+            refusal(local | {"weight": local["weight"] * 0}),
+            refusal(local | {"positive": local["positive"] + 9}),  # rows of the other rank's candidates
+        ]
         result["rows"] = gather_rows(local["query_id"])
         result["empty"] = gather_rows(local["query"][: 2 * rank])
         result["sum"] = all_sum(torch.tensor(float(rank + 1)))
@@ -131,6 +151,33 @@ def test_two_ranks_equal_one_process(ranks: list[dict[str, Any]], averaged: bool
     torch.testing.assert_close(torch.cat(query), factor * expected.query_grad, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(torch.cat(candidate), factor * expected.candidate_grad, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(sum(temperature), factor * expected.temperature_grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_rank_may_have_no_queries(ranks: list[dict[str, Any]], symmetric: bool) -> None:
+    values = joined_positive(batch())
+    kept = {name: value if name.startswith("candidate") else value[3:] for name, value in values.items()}
+    expected = infonce_with_grads(**kept, temperature=0.1, symmetric=symmetric)
+    loss, query, candidate, _ = zip(*(rank[f"lone {symmetric}"] for rank in ranks), strict=True)
+    for value in loss:
+        torch.testing.assert_close(value, expected.loss)
+    assert len(query[0]) == 0
+    torch.testing.assert_close(query[1], 2 * expected.query_grad)
+    torch.testing.assert_close(torch.cat(candidate), 2 * expected.candidate_grad)
+
+
+def test_a_ranks_weights_may_all_be_zero_but_not_everyones(ranks: list[dict[str, Any]]) -> None:
+    values = joined_positive(batch())
+    values["weight"][:3] = 0
+    expected = infonce_with_grads(**values, temperature=0.1)
+    for rank in ranks:
+        torch.testing.assert_close(rank["unweighted"][0], expected.loss)
+        assert rank["errors"][0].startswith("the weights of all ranks' queries sum to 0")
+
+
+def test_a_positive_is_a_row_of_the_ranks_own_candidates(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["errors"][1] == "positive has values 9 to 12; allowed are rows of candidate, 0 to 3"
+    assert ranks[1]["errors"][1] == "positive has values 9 to 17; allowed are rows of candidate, 0 to 8"
 
 
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]]) -> None:

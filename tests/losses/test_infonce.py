@@ -14,8 +14,8 @@ from mmemb.losses import InfoNCE
 def test_the_temperature_is_stored_as_its_logarithm() -> None:
     loss = InfoNCE(temperature=0.07)
     assert set(loss.state_dict()) == {"log_temperature"}
-    assert float(loss.log_temperature) == pytest.approx(math.log(0.07))
-    assert float(loss.temperature) == pytest.approx(0.07)
+    assert loss.log_temperature.item() == pytest.approx(math.log(0.07))
+    assert loss.temperature.item() == pytest.approx(0.07)
 
 
 def test_a_fixed_temperature_is_no_parameter_but_is_saved() -> None:
@@ -29,7 +29,7 @@ def test_a_temperature_that_left_its_range_is_clamped_and_can_come_back() -> Non
     loss = InfoNCE(temperature=0.05, minimum=0.02, maximum=0.5)
     with torch.no_grad():
         loss.log_temperature.fill_(math.log(0.001))
-    assert float(loss.temperature) == pytest.approx(0.02)
+    assert loss.temperature.item() == pytest.approx(0.02)
     loss(-torch.eye(3), torch.eye(3)).backward()  # wrong answers: a higher temperature lowers the loss
     assert loss.log_temperature.grad is not None
     assert float(loss.log_temperature.grad) < 0

@@ -217,12 +217,19 @@ def prepare(
     weight: Tensor | None,
     symmetric: bool,
     reduction: Reduction,
+    *,
+    own: range | None = None,
 ) -> tuple[Problem, Tensor | None]:
-    """Checks the input of `infonce` and returns it in the engines' form, with the weights in the work dtype."""
+    """Checks the input of `infonce` and returns it in the engines' form, with the weights in the work dtype.
+
+    ``own`` says that the queries are one rank's share: their positives are among these rows of ``candidate``,
+    there may be no queries at all, and all their weights may be 0.
+    """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; allowed are 'mean' and 'none'")
     for name, tensor in (("query", query), ("candidate", candidate)):
-        if tensor.ndim != 2 or 0 in tensor.shape:
+        may_be_empty = name == "query" and own is not None
+        if tensor.ndim != 2 or tensor.shape[1] == 0 or (len(tensor) == 0 and not may_be_empty):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; allowed is [rows, width] with at least one of each"
             )
@@ -262,15 +269,24 @@ def prepare(
         scale = temperature.detach().to(query.device, work).reshape(()).reciprocal()
         index = torch.arange(n, device=query.device) if positive is None else positive
         weight = None if weight is None else weight.detach().to(work)
-        bound = _check_values(query, candidate, scale, positive, weight, distinct=symmetric)
+        bound = _check_values(query, candidate, scale, positive, weight, distinct=symmetric, own=own)
     return Problem(query.detach(), candidate.detach(), scale, index, query_id, candidate_id, bound), weight
 
 
 def _check_values(
-    query: Tensor, candidate: Tensor, scale: Tensor, positive: Tensor | None, weight: Tensor | None, *, distinct: bool
+    query: Tensor,
+    candidate: Tensor,
+    scale: Tensor,
+    positive: Tensor | None,
+    weight: Tensor | None,
+    *,
+    distinct: bool,
+    own: range | None,
 ) -> float:
     """Checks what shapes do not show and returns a bound of all logits; one transfer from the device in all."""
     work = scale.dtype
+    if len(query) == 0:
+        query, positive, weight = query.new_zeros(1, query.shape[1]), None, None
     facts = [torch.linalg.vector_norm(x, dim=1, dtype=work).amax().double() for x in (query, candidate)]
     facts.append(scale.double())
     if positive is not None:
@@ -291,10 +307,12 @@ def _check_values(
     if bound > torch.finfo(work).max / 4:
         raise ValueError(f"logits may reach {bound:.3g}; query, candidate or 1 / temperature is too large for {work}")
     if positive is not None:
+        rows = range(len(candidate)) if own is None else own
         low, high, repeated_value = values[3:6]
-        if low < 0 or high >= len(candidate):
+        if low < rows.start or high >= rows.stop:
             raise ValueError(
-                f"positive has values {low:.0f} to {high:.0f}; allowed are rows of candidate, 0 to {len(candidate) - 1}"
+                f"positive has values {low - rows.start:.0f} to {high - rows.start:.0f}; "
+                f"allowed are rows of candidate, 0 to {len(rows) - 1}"
             )
         if repeated_value:
             raise ValueError(
@@ -302,7 +320,7 @@ def _check_values(
             )
     if weight is not None:
         low, total = values[-2:]
-        if not (low >= 0 and 0 < total < float("inf")):
+        if not (low >= 0 and (total > 0 or own is not None) and total < float("inf")):
             raise ValueError(
                 f"weight has minimum {low} and sum {total}; allowed are finite numbers of at least 0, not all 0"
             )

@@ -92,8 +92,8 @@ def distributed_infonce_with_grads(
     Every rank must call it, with the same optional arguments.
 
     Args:
-        query: [n, D] this rank's queries.
-        candidate: [m, D] this rank's candidates.
+        query: [n, D] this rank's queries; a rank may have none.
+        candidate: [m, D] this rank's candidates; a rank may have none.
         temperature: equal on all ranks.
         positive: [n] int64, rows of this rank's ``candidate``; default the diagonal.
         query_id: [n] int64, comparable across ranks.
@@ -124,17 +124,30 @@ def distributed_infonce_with_grads(
             symmetric=symmetric,
         )
     n = len(query)
-    positive = torch.arange(n, device=query.device) if positive is None else positive
+    if positive is None:
+        positive = torch.arange(n, device=query.device)
     counts = row_counts(len(candidate), device=query.device)
     offset = sum(counts[: dist.get_rank()])
     candidates = gather_rows(candidate, counts=counts)
     candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
     scale = torch.as_tensor(temperature, device=query.device)
     problem, weights = prepare(
-        query, candidates, scale, positive + offset, query_id, candidate_ids, weight, symmetric, "mean"
+        query,
+        candidates,
+        scale,
+        positive + offset,
+        query_id,
+        candidate_ids,
+        weight,
+        symmetric,
+        "mean",
+        own=range(offset, offset + len(candidate)),
     )
     weights = problem.scale.new_ones(n) if weights is None else weights
-    weights = weights / all_sum(weights.sum())
+    total = all_sum(weights.sum())
+    if not total > 0:
+        raise ValueError("the weights of all ranks' queries sum to 0; at least one query needs a weight above 0")
+    weights = weights / total
     losses, gradients = solve(problem, coefficient=weights, symmetric=symmetric, merge=_merge_columns)
     assert gradients is not None
     factor = world_size() if averaged else 1
