@@ -69,8 +69,7 @@ def table(summaries: Sequence[Summary]) -> str:
     ]
     for task, scores in first.items():
         cells = [cell([summary["modes"][mode]["by_task"][task]["hit@1"] for summary in summaries]) for mode in modes]
-        candidates = scores["candidates"]
-        lines.append(f"| {task} | {candidates} | {1 / candidates:.3f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {task} | {scores['candidates']} | {scores['chance']:.3f} | " + " | ".join(cells) + " |")
     for key, title in (("hit@1", "mean"), ("think_rate", "think rate"), ("tokens_per_query", "tokens a query")):
         cells = [cell([summary["modes"][mode][key] for summary in summaries]) for mode in modes]
         lines.append(f"| **{title}** | | | " + " | ".join(cells) + " |")

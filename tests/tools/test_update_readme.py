@@ -17,7 +17,7 @@ def summary(seed: int, hit: float, modes: tuple[str, ...] = ("never", "always_re
         "hit@1": hit,
         "think_rate": 0.0,
         "tokens_per_query": 0.0,
-        "by_task": {"name": {"hit@1": hit, "n": 10, "candidates": 50}},
+        "by_task": {"name": {"hit@1": hit, "n": 10, "candidates": 50, "chance": 0.02}},
     }
     return {"settings": {"seed": seed}, "modes": dict.fromkeys(modes, row), "versions": {}, "seconds": 60.0 * seed}
 
