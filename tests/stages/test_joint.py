@@ -136,7 +136,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     small_trainer(tmp_path / "one").fit(one, datamodule=small_data(batch_size=16))
     two = small_module()
     start = weights(two)
-    strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True)
+    strategy = DDPStrategy(start_method="spawn")
     trainer = small_trainer(tmp_path / "two", devices=2, strategy=strategy)
     trainer.fit(two, datamodule=small_data(batch_size=8))
     moved = largest_difference(start, weights(one))

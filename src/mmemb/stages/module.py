@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import get_scheduler
@@ -118,6 +119,9 @@ class EmbeddingModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if self.objective.needs_rationales and self.selector is not None and self.pool is not None:
             pool = self.pool.open(
                 self.datamodule.train_pairs,
