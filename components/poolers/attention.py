@@ -21,6 +21,9 @@ class Attention(ProjectedPooler, name="attention"):
         dim: embedding width: the first entries of the pooled state (Matryoshka); None: all.
     """
 
+    needs_all_states = True
+    """Adaptive inference keeps only the state at ``<emb>``; for this pooler it encodes a row again."""
+
     def __init__(self, *, heads: int = 1, projection: int | None = None, dim: int | None = None) -> None:
         super().__init__(projection=projection, dim=dim)
         if heads < 1:

@@ -15,6 +15,9 @@ class Mean(ProjectedPooler, name="mean"):
         dim: embedding width: the first entries of the pooled state (Matryoshka); None: all.
     """
 
+    needs_all_states = True
+    """Adaptive inference keeps only the state at ``<emb>``; for this pooler it encodes a row again."""
+
     def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
         super().__init__(projection=projection, dim=dim)
 
