@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mmemb import __version__
 from mmemb.commands.errors import EXIT_MISTAKE, guarded, tell
+from mmemb.commands.quiet import quiet
 
 COMMANDS = {
     "fit": ("train, validate on the way, and evaluate on the test split at the end", "mmemb.cli"),
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         tell(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)} (`mmemb --help`)")
         return EXIT_MISTAKE
+    quiet()
     module = COMMANDS[words[0]][1]
     return guarded(lambda: importlib.import_module(module).main(words), debug=debug)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,8 +135,9 @@ class MmembCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=[*callbacks, self.interrupt], plugins=plugins, **kwargs)
 
     def after_fit(self) -> None:
-        """Evaluates on the test split."""
-        if self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Evaluates on the test split, if there is one (pretraining has none)."""
+        has_test = getattr(self.datamodule, "sources", {}).get("test", True)
+        if has_test and self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 
@@ -182,7 +181,6 @@ def main(
     Returns:
         0, or 128 plus the signal that stopped it.
     """
-    _quiet()
     interrupt = InterruptCheckpoint()
     try:
         with interrupt.listening():
@@ -227,21 +225,3 @@ def _descriptions() -> dict[str, dict[str, str]]:
         }
         for command, text in about.items()
     }
-
-
-def _quiet() -> None:
-    """Leaves out messages that our users can do nothing about, each named."""
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")  # small data; set by data.num_workers
-    warnings.filterwarnings("ignore", message=r".*`srun` command is available.*")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")  # torch inside Lightning
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
-    # bitsandbytes looks for an optional faster kernel at import; its own one works
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_no_optional_kernel)
-
-
-def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
-
-
-def _no_optional_kernel(record: logging.LogRecord) -> bool:
-    return "kernels-community" not in record.getMessage()

@@ -2,7 +2,7 @@
 
 This is the one place that changes a private part of jsonargparse (4.53): the function by which it turns a name into a
 class path, and the check of a typed value, before which a name that is also a file is refused (the file would be read
-as settings). There is no public way that sees both YAML and flags. `tests/test_cli_shortnames.py` holds each behaviour
+as settings). There is no public way that sees both YAML and flags. `tests/cli/test_shortnames.py` holds each behaviour
 that rests on it.
 """
 

@@ -113,7 +113,8 @@ def _reworded(line: str, given: str | None, class_path: str | None) -> str:
     if contract := re.match(r"Not a valid subclass of (\w+)", line):
         line = f"expected the short name or class path of a {contract[1]}"
     if expected := re.match(r"Expected an? (.*)", _TYPE.sub(r"\1", line)):
-        line = f"expected {expected[1]}"
+        what = expected[1]
+        line = f"expected {'one of ' + what[15:-1] if what.startswith('typing.Literal[') else what}"
     if class_path and ("No module named" in line or "has no attribute" in line):
         return f"{class_path!r} cannot be imported: {line}; is the file on PYTHONPATH?"
     return f"{line}, got {given!r}" if given is not None and line.startswith("expected") else line
