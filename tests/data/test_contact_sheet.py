@@ -52,7 +52,11 @@ def test_long_text_is_wrapped_and_marked_where_cut() -> None:
     assert lines[-1].endswith(" ...")
     assert all(pen.textlength(line) <= 120 for line in lines)
     assert wrap(pen, "short", 120, 14, 2) == ["short"]
-    assert not any(line.lstrip().startswith("?") for line in wrap(pen, "what is left of the soda cup ?", 170, 14, 3))
+    question = "what is left of the soda cup ?"
+    for width in range(60, 240, 20):
+        lines = wrap(pen, question, width, 14, 9)
+        assert " ".join(lines) == question
+        assert not any(line.startswith("?") for line in lines)
 
 
 def test_no_rows_and_unknown_tasks_are_errors(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def wrap(pen: ImageDraw.ImageDraw, text: str, width: int, size: int, lines: int)
     font = _font(size)
     wrapped: list[str] = []
     # Punctuation stands apart in the data; no line may begin with it.
-    for word in re.sub(r" (?=[?:;,])", "\u00a0", text).split(" "):
+    for word in re.split(r" (?![?:;,])", text):
         longer = f"{wrapped[-1]} {word}" if wrapped else word
         if wrapped and pen.textlength(longer, font=font) <= width:
             wrapped[-1] = longer
