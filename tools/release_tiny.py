@@ -52,8 +52,8 @@ def card(settings: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]
         "`mmemb fit --config recipes/pretrain_tiny.yaml` on the bundled data (see NOTICE for its sources): "
         f"{settings['steps']} steps of {settings['batch_size']} rows, next-token loss, seed {settings['seed']}. "
         "Shipped in half precision. It names pictures, recalls facts about countries and captions scenes of the "
-        "bundled kind, in lower-case English; it knows nothing else. It was never shown a withheld picture, scene or phrasing, "
-        "nor a flag together with its country's attributes.",
+        "bundled kind, in lower-case English; it knows nothing else. It was never shown a withheld picture, scene or "
+        "phrasing, nor a flag together with its country's attributes.",
         "",
         "Greedy answers that are exactly right, as shipped "
         "(`python tools/release_tiny.py`; a prompt as in pretraining, a held-out input):",

@@ -10,6 +10,7 @@ last chunk) and one backward; memory is that of one chunk plus O((N + M) D).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
 from mmemb.stages.objective import Choose, Engine, Objective, Parts, augmenter, next_token_loss
-from mmemb.types import ModelInputs, Pair, TrainBatch, TrainChunk
+from mmemb.types import ModelInputs, Pair, Rationale, TrainBatch, TrainChunk
 
 
 class Joint(Objective):
@@ -60,34 +61,45 @@ class Joint(Objective):
         self._choose = choose
 
     def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> TrainBatch:
-        layout = candidate_layout(pairs, chunk_size=self.chunk_size)
-        starts = range(0, len(pairs), self.chunk_size)
-        chunks = [self._chunk(parts, pairs[start : start + self.chunk_size], seed + start) for start in starts]
+        rows = []
+        for number, pair in enumerate(pairs):
+            rationale, weight = self._choose(pair, seed + number) if self._choose else (None, 1.0)
+            rows.append(_Row(pair, rationale, weight, seed + number))
+        # Rows of like length share a chunk, which saves padding; the loss does not depend on the order.
+        rows.sort(key=lambda row: len(row.rationale.text) if row.rationale is not None else 0)
+        layout = candidate_layout([row.pair for row in rows], chunk_size=self.chunk_size)
+        starts = range(0, len(rows), self.chunk_size)
         return TrainBatch(
-            chunks=chunks,
+            chunks=[self._chunk(parts, rows[start : start + self.chunk_size]) for start in starts],
             query_id=torch.tensor(layout.query_id),
             candidate_id=torch.tensor(layout.candidate_id),
             positive=torch.tensor(layout.positive),
-            tasks=[pair.task for pair in pairs],
+            tasks=[row.pair.task for row in rows],
         )
 
-    def _chunk(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> TrainChunk:
-        """Prepares n pairs; a row's picture is augmented alike on both query paths, its target's otherwise."""
-        hook, target_hook = augmenter(self.augment, 2 * seed), augmenter(self.augment, 2 * seed + 1)
-        chosen = [self._choose(pair, seed + row) if self._choose else (None, 1.0) for row, pair in enumerate(pairs)]
-        rows = [row for row, (rationale, _) in enumerate(chosen) if rationale is not None]
+    def _chunk(self, parts: Parts, rows: Sequence[_Row]) -> TrainChunk:
+        """Prepares n rows; a row's picture is augmented alike on both query paths, its target's otherwise."""
+        pairs = [row.pair for row in rows]
+        reasoned_rows = [number for number, row in enumerate(rows) if row.rationale is not None]
         reasoned = None
-        if rows:
-            texts = [rationale.text for rationale, _ in chosen if rationale is not None]
-            row_hook = None if hook is None else lambda image, row: hook(image, rows[row])
-            reasoned = parts.backbone.prepare([pairs[row].query for row in rows], rationales=texts, augment=row_hook)
+        if reasoned_rows:
+            reasoned = parts.backbone.prepare(
+                [pairs[number].query for number in reasoned_rows],
+                rationales=[row.rationale.text for row in rows if row.rationale is not None],
+                augment=augmenter(self.augment, [2 * rows[number].seed for number in reasoned_rows]),
+            )
+        owners = [*range(len(rows)), *(number for number, pair in enumerate(pairs) for _ in pair.hard_negatives)]
         targets = [pair.positive for pair in pairs] + [item for pair in pairs for item in pair.hard_negatives]
         return TrainChunk(
-            query=parts.backbone.prepare([pair.query for pair in pairs], augment=hook),
+            query=parts.backbone.prepare(
+                [pair.query for pair in pairs], augment=augmenter(self.augment, [2 * row.seed for row in rows])
+            ),
             reasoned=reasoned,
-            reasoned_rows=torch.tensor(rows, dtype=torch.int64),
-            reasoned_weight=torch.tensor([chosen[row][1] for row in rows], dtype=torch.float32),
-            target=parts.backbone.prepare(targets, augment=target_hook),
+            reasoned_rows=torch.tensor(reasoned_rows, dtype=torch.int64),
+            reasoned_weight=torch.tensor([rows[number].weight for number in reasoned_rows], dtype=torch.float32),
+            target=parts.backbone.prepare(
+                targets, augment=augmenter(self.augment, [2 * rows[number].seed + 1 for number in owners])
+            ),
         )
 
     def step(self, parts: Parts, batch: TrainBatch, engine: Engine) -> dict[str, Tensor]:
@@ -162,6 +174,16 @@ class Joint(Objective):
             total = total + scale * result.loss
             logs[f"infonce_{label}"] = result.loss
         return CachedLoss(loss=total, gradients=gradients, term=torch.stack(terms).sum() if terms else None, logs=logs)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A pair on its way into a chunk, with the selector's choice and a seed of its own."""
+
+    pair: Pair
+    rationale: Rationale | None
+    weight: float
+    seed: int
 
 
 def _pool(parts: Parts, hidden: Tensor, inputs: ModelInputs) -> Tensor:

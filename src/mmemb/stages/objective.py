@@ -63,13 +63,13 @@ class Objective(nn.Module, ABC):
         """Accumulates gradients for one batch; returns scalars to log, ``loss`` among them."""
 
 
-def augmenter(augment: PictureAugment | None, seed: int) -> Callable[[Any, int], Any] | None:
-    """The picture hook of `Backbone.prepare`: each row's pictures change by a seed of their own."""
+def augmenter(augment: PictureAugment | None, seeds: Sequence[int]) -> Callable[[Any, int], Any] | None:
+    """The picture hook of `Backbone.prepare`: each row's pictures change by the row's own seed."""
     if augment is None:
         return None
 
     def apply(image: Any, row: int) -> Any:
-        return augment(image, seed * 1_000_003 + row)
+        return augment(image, seeds[row])
 
     return apply
 

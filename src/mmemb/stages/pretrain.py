@@ -42,14 +42,17 @@ class NextToken(Objective):
         self.augment = augment
 
     def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
-        hook = augmenter(self.augment, seed)
         # Rows of one task are of like length: sorted, a chunk wastes little on padding.
-        pairs = sorted(pairs, key=lambda pair: pair.task)
+        rows = sorted(enumerate(pairs), key=lambda row: row[1].task)
         chunks = []
-        for start in range(0, len(pairs), self.chunk_size):
-            rows = pairs[start : start + self.chunk_size]
-            items, responses = [pair.query for pair in rows], [pair.positive.text for pair in rows]
-            chunks.append(parts.backbone.prepare_response(items, responses, augment=hook))
+        for start in range(0, len(rows), self.chunk_size):
+            chunk = rows[start : start + self.chunk_size]
+            inputs = parts.backbone.prepare_response(
+                [pair.query for _, pair in chunk],
+                [pair.positive.text for _, pair in chunk],
+                augment=augmenter(self.augment, [seed + number for number, _ in chunk]),
+            )
+            chunks.append(inputs)
         return ResponseBatch(chunks)
 
     def step(self, parts: Parts, batch: ResponseBatch, engine: Engine) -> dict[str, Tensor]:
