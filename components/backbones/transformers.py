@@ -118,7 +118,7 @@ class TransformersBackbone(Backbone, name="transformers"):
         if lora is not None:
             tuning.add_lora(network, lora, exclude=family.vision, new_tokens=loaded.added)
         if gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.activation_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
         tuning.keep_trainable_on_cpu(network)
         self.model = network.train()  # the library hands models out in evaluation mode, where checkpointing is off
