@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,7 +178,16 @@ def test_a_mistake_found_by_a_worker_is_still_one_line(source: Source, num_worke
     data.setup("fit")
     with pytest.raises(FileNotFoundError) as caught:
         next(iter(data.train_dataloader()))
+    data.teardown("fit")
     assert str(caught.value) == "picture x.png: there is no such file"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_workers_end_with_the_fit(tmp_path: Path, source: Source, killed: bool) -> None:
+    data, calls = make(source, num_workers=1), [Interrupt(tmp_path, 2)] if killed else []
+    with pytest.raises(RuntimeError, match="killed") if killed else nullcontext():
+        trainer(tmp_path, *calls, max_epochs=1).fit(Module(), datamodule=data)
+    assert not multiprocessing.active_children()
 
 
 def as_rank(data: PairDataModule, rank: int, world_size: int) -> PairDataModule:
@@ -221,8 +232,9 @@ class Ranked(Module):
         path.write_text(json.dumps({"seen": self.seen, "tasks": self.tasks}))
 
 
-@pytest.mark.slow
 def test_in_a_real_group_lightning_leaves_the_shares_as_they_are(tmp_path: Path, source: Source) -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used CUDA cannot be forked")
     data = PairDataModule([source], [source], batch_size=2, sub_batch_size=2, steps_per_epoch=4, seed=3)
     trainer(tmp_path, max_epochs=1, devices=2, strategy="ddp_fork", num_sanity_val_steps=0).fit(Ranked(tmp_path), data)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

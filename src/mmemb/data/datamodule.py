@@ -162,6 +162,10 @@ class PairDataModule(L.LightningDataModule):
         if stage == "fit" and self._loader is not None:
             self._loader.close()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the workers of the training loader."""
+        self.teardown("fit")
+
     # -- resume ------------------------------------------------------------------------------------------------------
 
     @property
@@ -324,6 +328,7 @@ class _TrainLoader:
         self._window = _Window(length)
         self._num_workers = num_workers
         self._loader: DataLoader[Any] | None = None
+        self._running: Any = None
 
     def __len__(self) -> int:
         return len(self._window)
@@ -331,7 +336,9 @@ class _TrainLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing starts before the first batch is asked for, when progress is restored and collate is set.
         self._window.start = self._position()
-        for batch in self._open():
+        self._running = iter(self._open())
+        for _ in range(len(self)):
+            batch = next(self._running)
             if isinstance(batch, _Failure):
                 raise batch.family(batch.message)
             yield batch
@@ -344,8 +351,8 @@ class _TrainLoader:
         """See `state_dict`."""
 
     def close(self) -> None:
-        """Forgets the DataLoader; its workers end with it."""
-        self._loader = None
+        """Forgets the DataLoader and its iterator, which nothing else holds; workers end with them."""
+        self._loader = self._running = None
 
     def _open(self) -> DataLoader[Any]:
         if self._loader is None:
