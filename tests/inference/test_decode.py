@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 
 from mmemb.inference.decode import adaptive_encode, adaptive_paths, confidence_over, length_order, sample
 from mmemb.inference.encoder import Everyone
 from mmemb.interfaces import Controller, Pooler
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text
+from tests.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 
 
 def items(count: int = 11) -> list[Item]:

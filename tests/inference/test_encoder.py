@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import WORDS, FakeBackbone, FakePooler
 from rich.progress import Progress
 
 from mmemb.inference.encoder import Encoder, Everyone
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, Item, PrefillState, Text
+from tests.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
 def items(count: int = 9) -> list[Item]:

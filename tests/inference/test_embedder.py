@@ -1,0 +1,167 @@
+"""The public embedder: anything in, embeddings out; checkpoints and saved folders come back as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from mmemb.checkpoint import write_checkpoint
+from mmemb.inference.embedder import Embedder, as_item
+from mmemb.interfaces import Backbone, Pooler
+from mmemb.registry import create
+from mmemb.types import Image, Item, Text
+from tests.inference.fakes import FakeBackbone, FakePooler
+
+
+def embedder(**options: Any) -> Embedder:
+    pooler = FakePooler()
+    pooler.build(16)
+    return Embedder(FakeBackbone(), pooler, **options)
+
+
+def test_strings_pictures_paths_items_and_lists_are_taken(tmp_path: Path) -> None:
+    picture = PILImage.new("RGB", (4, 4))
+    picture.save(tmp_path / "a.png")
+    item = Item("own", (Text("red"),))
+    assert as_item("red", instruction="find") == Item("find", (Text("red"),))
+    assert as_item(picture).parts == (Image(picture),)
+    assert as_item(tmp_path / "a.png").parts == (Image(str(tmp_path / "a.png")),)
+    assert as_item(item, instruction="other") is item
+    assert as_item(["red", picture, Text("dog")]).parts == (Text("red"), Image(picture), Text("dog"))
+    out = embedder().encode(["red apple", item, ["blue", tmp_path / "a.png"]], "never", instruction="what is")
+    assert out.embedding.shape == (3, 16)
+    single = embedder().encode("red apple", "never", instruction="what is")
+    torch.testing.assert_close(single.embedding, out.embedding[:1], atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_embedded_is_named() -> None:
+    with pytest.raises(ValueError, match=r"items\[1\]: a int cannot be embedded"):
+        embedder().encode(["red", 3], "never")
+    with pytest.raises(FileNotFoundError, match=r"items\[0\]: there is no picture /gone\.png"):
+        embedder().encode(Path("/gone.png"), "never")
+    with pytest.raises(ValueError, match="an empty list"):
+        as_item([])
+    with pytest.raises(ValueError, match="reason is 'maybe'; give 'auto', 'always' or 'never'"):
+        embedder().encode("red", "maybe")  # type: ignore[arg-type]
+
+
+def test_reason_decides_who_thinks() -> None:
+    both = embedder(budget=5)
+    texts = ["red apple", "what is the capital of chile", "left"]
+    assert not both.encode(texts, "never").thought.any()
+    always = both.encode(texts, "always")
+    assert always.thought.all()
+    assert always.tokens.max() <= 7
+    auto = both.encode(texts, "auto")
+    assert auto.thought.tolist() == (auto.probability > 0.5).tolist()
+    given = embedder(controller=create("controller", "always_reason", budget=2))
+    assert given.encode(texts).thought.all()
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Backbone, Pooler]:
+    backbone = create("backbone", "tiny", weights="random", seed=5)
+    pooler = create("pooler", "attention", projection=24, dim=12)
+    pooler.build(backbone.hidden_size)
+    with torch.no_grad():
+        pooler.query.normal_()
+    return backbone, pooler
+
+
+def checkpoint(parts: tuple[Backbone, Pooler]) -> dict[str, Any]:
+    """As `mmemb fit` writes it: settings by class path, weights by part. Another seed: only the weights can explain."""
+    backbone, pooler = parts
+    base = "mmemb.components"
+    return {
+        "hyper_parameters": {
+            "backbone": {
+                "class_path": f"{base}.backbones.tiny.TinyBackbone",
+                "init_args": {"weights": "random", "seed": 6},
+            },
+            "pooler": {
+                "class_path": f"{base}.poolers.attention.Attention",
+                "init_args": {"heads": 1, "projection": 24, "dim": 12},
+            },
+        },
+        "state_dict": {
+            **{f"backbone.{name}": value for name, value in backbone.state_dict().items()},
+            **{f"pooler.{name}": value for name, value in pooler.state_dict().items()},
+            "objective.infonce.log_scale": torch.zeros(()),
+        },
+        "backbone_identity": backbone.identity,
+    }
+
+
+def test_a_checkpoint_gives_the_model_that_wrote_it(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    write_checkpoint(checkpoint(parts), path)
+    expected = Embedder(*parts, budget=3).encode(["red apple", "dog"], "always")
+    for source in (path, tmp_path):
+        loaded = Embedder.from_checkpoint(source, device="cpu", budget=3)
+        out = loaded.encode(["red apple", "dog"], "always")
+        assert out.rationale == expected.rationale
+        torch.testing.assert_close(out.embedding, expected.embedding, atol=1e-6, rtol=0)
+
+
+def test_a_saved_folder_comes_back(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    own = Embedder(*parts, budget=3)
+    own.save(tmp_path / "model")
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "backbone",
+        "embedder.json",
+        "pooler.safetensors",
+    ]
+    loaded = Embedder.from_checkpoint(tmp_path / "model", device="cpu", budget=3)
+    expected, out = (each.encode(["red apple", "dog"], "always") for each in (own, loaded))
+    torch.testing.assert_close(out.embedding, expected.embedding, atol=1e-6, rtol=0)
+    assert loaded.backbone.identity == own.backbone.identity
+    assert loaded.backbone.max_rationale_tokens == own.backbone.max_rationale_tokens
+
+
+def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"give a run's folder or a \.ckpt file"):
+        Embedder.from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        Embedder.from_checkpoint(tmp_path / "none.ckpt")
+    path, whole = tmp_path / "a.ckpt", checkpoint(parts)
+    write_checkpoint({**whole, "hyper_parameters": {}}, path)
+    with pytest.raises(ValueError, match="settings of backbone and pooler are not in it"):
+        Embedder.from_checkpoint(path)
+    write_checkpoint({**whole, "backbone_identity": "other@1#2"}, path)
+    with pytest.raises(ValueError, match=r"written by the backbone 'other@1#2'"):
+        Embedder.from_checkpoint(path)
+    lost = {name: value for name, value in whole["state_dict"].items() if not name.startswith("pooler.")}
+    write_checkpoint({**whole, "state_dict": lost}, path)
+    with pytest.raises(ValueError, match="its weights do not fit the pooler"):
+        Embedder.from_checkpoint(path)
+
+
+def test_a_checkpoint_cannot_name_another_class(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    settings = checkpoint(parts)
+    settings["hyper_parameters"]["pooler"] = {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}
+    write_checkpoint(settings, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="its settings do not build a model here"):
+        Embedder.from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_part_that_hides_an_argument_cannot_be_saved(tmp_path: Path) -> None:
+    class Hiding(FakePooler):
+        def __init__(self, secret: int = 1) -> None:
+            super().__init__()
+
+    pooler = Hiding()
+    pooler.build(16)
+    with pytest.raises(ValueError, match="does not keep its argument 'secret'"):
+        Embedder(FakeBackbone(), pooler).save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_saved_settings_are_plain_json(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    folder = Embedder(*parts).save(tmp_path / "m")
+    settings = json.loads((folder / "embedder.json").read_text())
+    assert settings["pooler"]["init_args"] == {"heads": 1, "projection": 24, "dim": 12}
