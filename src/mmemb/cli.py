@@ -64,28 +64,33 @@ class MmembCLI(LightningCLI):
             model_class, datamodule_class = model_class or EmbeddingModule, datamodule_class or PairDataModule
         self.interrupt = interrupt or InterruptCheckpoint()
         self.run_name = _run_name(args)
-        words = list(args)
+        self.command = args[0]
         super().__init__(
             model_class,
             datamodule_class,
             parser_class=Parser,
-            parser_kwargs={"prog": "mmemb", "formatter_class": HelpFormatter, **_descriptions()},
+            parser_kwargs={"prog": "mmemb", "formatter_class": HelpFormatter, self.command: _help(self.command)},
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            args=words,
+            args=list(args),
         )
 
     # -- parsing -----------------------------------------------------------------------------------------------------
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command given alone: the parsers of all four would take four times as long."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
         """Adds ``--evaluate`` to `fit`, which alone has a training to evaluate."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
-        self._subcommand_parsers["fit"].add_argument(
-            "--evaluate", type=bool, default=True, help="Whether to evaluate on the test split when training is done."
-        )
+        if self.command == "fit":
+            self._subcommand_parsers["fit"].add_argument(
+                "--evaluate", type=bool, default=True, help="Whether to evaluate on the test split at the end."
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that a config can override: where a run goes, what is kept of it, how much is said."""
@@ -210,18 +215,16 @@ def _run_name(args: Sequence[str]) -> str:
     return "+".join(path.stem for path in config_paths(args)) or "default"
 
 
-def _descriptions() -> dict[str, dict[str, str]]:
-    """Help of each command."""
-    about = {
+def _help(command: str) -> dict[str, str]:
+    """Description and examples of a command."""
+    descriptions = {
         "fit": f"Trains, then evaluates on the test split. A run's folder is {RUNS}/<config names>/version_<n>.",
         "validate": "Evaluates a checkpoint on the validation split.",
         "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
         "predict": "Embeds a data set with a checkpoint.",
     }
+    checkpoint = "" if command == "fit" else " --ckpt_path last.ckpt"
     return {
-        command: {
-            "description": text,
-            "epilog": _EPILOG.format(command=command, checkpoint="" if command == "fit" else " --ckpt_path last.ckpt"),
-        }
-        for command, text in about.items()
+        "description": descriptions[command],
+        "epilog": _EPILOG.format(command=command, checkpoint=checkpoint),
     }

@@ -91,7 +91,8 @@ def _detail(message: str) -> str:
             lines.append(line.rstrip("."))
     if not lines:
         return one_line(message)
-    return _reworded(lines[0], given, classes[-1] if classes else None)
+    first = lines[0] if len(lines) < len(message.split("\n")) else one_line(message)
+    return _reworded(first, given, classes[-1] if classes else None)
 
 
 def _plain(value: str) -> str:
