@@ -394,3 +394,19 @@ def test_the_signature_is_the_configuration(source: Source, capsys: pytest.Captu
         parser.parse_args(["--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "rows that share a task, so that in-batch negatives are of the query's own kind" in words
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_a_run_resumed_from_a_checkpoint_of_a_validation_goes_on_exactly(
+    tmp_path: Path, source: Source, stop: int
+) -> None:
+    def run(module: Module, keep: ModelCheckpoint | None = None, **options: Any) -> None:
+        data = PairDataModule([source], [source], batch_size=4, sub_batch_size=2, steps_per_epoch=5, seed=3)
+        callbacks = [keep] if keep else []
+        trainer(tmp_path, *callbacks, max_epochs=2, val_check_interval=2).fit(module, datamodule=data, **options)
+
+    whole, resumed = Module(), Module()
+    run(whole, ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=False))
+    run(resumed, ckpt_path=tmp_path / f"step={stop}.ckpt", weights_only=True)
+    assert resumed.seen == whole.seen[stop:]
+    assert torch.equal(resumed.weight, whole.weight)
