@@ -22,7 +22,7 @@ from mmemb.registry import create
 from mmemb.types import Decision, EvaluationTask, Item, Pair, PrefillState, Rationale, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakePooler
 
-# Candidate i is the i-th unit vector; a query's text says what each path finds, and the tokens: "direct reasoned true n".
+# Candidate i is the i-th unit vector; a query's text says what its paths find, and its tokens: "direct reasoned true n"
 WIDTH = 4
 
 
