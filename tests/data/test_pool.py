@@ -112,6 +112,21 @@ def test_the_cache_of_row_groups_is_bounded(make: Make, monkeypatch: pytest.Monk
     assert everything(pool) == first
 
 
+def test_a_pool_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(30)
+    path = tmp_path / "pool"
+    generate(pairs, [Numbered()], 3, pool=path, seed=0, progress=False, shard_size=1)
+    pool = build_pool(pairs, workers=[Numbered()], evaluator=ByNumber(), path=path, k=3, seed=0, progress=False)
+    expected = everything(pool)
+    monkeypatch.setattr(pool_module, "_OPEN_FILES", 4)
+    monkeypatch.setattr(pool_module, "_CACHE_BYTES", 0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    frugal = RationalePool.open(path)
+    assert everything(frugal) == expected == everything(frugal)
+    assert len(frugal._files) <= 4
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
+
+
 def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:
     pairs = make_pairs(300)
     pool = make(pairs)

@@ -159,7 +159,7 @@ def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: p
     assert "0 new candidates, 10 of 10 pairs were there already" in capsys.readouterr().err
 
 
-def test_a_bar_within_another_live_display_is_silent() -> None:
+def test_a_bar_works_within_another_live_display() -> None:
     with Progress(), stage.bar("inner", 3, done=0, show=True) as advance:
         advance(3)
 

@@ -1,4 +1,4 @@
-"""Scores are made once and resume exactly; a pool that matches is reused, another refused; the choice is reproducible."""
+"""Scores are made once and resume exactly; a matching pool is reused, any other refused; choices are reproducible."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
-from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -134,7 +133,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over pairs, with rate and time left; silent where another live display owns the terminal.
+    """A progress bar over pairs, with rate and time left.
 
     Args:
         title: what is done.
@@ -143,17 +142,10 @@ def bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[
         show: False for no bar.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), disable=not show)
-    try:
-        progress.start()
-    except LiveError:
-        yield lambda pairs: None
-        return
-    try:
+    # A console of its own: one console shows one live display, and a trainer's bar may be up.
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
         task = progress.add_task(title, total=total, completed=done)
         yield lambda pairs: progress.advance(task, pairs)
-    finally:
-        progress.stop()
 
 
 def say(line: str) -> None:
