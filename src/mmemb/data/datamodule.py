@@ -8,25 +8,19 @@ Lightning therefore puts no sampler of its own into them, and each rank's share 
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, get_worker_info
 
+from mmemb.data.loaders import Batches, Box, Collate, Shard, TrainLoader, TrainRows, in_box, in_list
 from mmemb.data.records import Source, read_items, read_pairs, read_tasks
-from mmemb.data.sampler import TaskBatchSampler, rows_by_task
+from mmemb.data.sampler import TaskBatchSampler
 from mmemb.types import EvaluationTask, Item, Pair
 
 __all__ = ["Collate", "PairDataModule", "Source"]
-
-Collate = Callable[[list[Pair], int], Any]
-"""(pairs of a batch, seed) -> what the module trains on; runs in data-loader workers. Row r may use ``seed + r``: seeds
-differ between the rows of a global batch, and do not depend on how many ranks share it."""
 
 
 class PairDataModule(L.LightningDataModule):
@@ -79,10 +73,10 @@ class PairDataModule(L.LightningDataModule):
         self.seed = seed
         self.bundled_seed = bundled_seed
         self._collate: Collate | None = None
-        self._train: _TrainRows | None = None
+        self._train: TrainRows | None = None
         self._tasks: dict[str, list[EvaluationTask]] = {}
         self._items: list[Item] = []
-        self._loader: _TrainLoader | None = None
+        self._loader: TrainLoader | None = None
         self._restored: dict[str, Any] = {"batches": 0}
 
     # -- what there is -----------------------------------------------------------------------------------------------
@@ -95,7 +89,7 @@ class PairDataModule(L.LightningDataModule):
             ValueError: the stage has no source, or a row is wrong.
         """
         if stage == "fit":
-            self._train = self._train or _TrainRows(self._named("train"), self.bundled_seed)
+            self._train = self._train or TrainRows(self._named("train"), self.bundled_seed)
             self._sampler()
             self.evaluation_tasks("validation")
         elif stage in ("validate", "test"):
@@ -124,36 +118,36 @@ class PairDataModule(L.LightningDataModule):
 
     # -- loaders -----------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> _TrainLoader:
+    def train_dataloader(self) -> TrainLoader:
         sampler, rows = self._sampler(), self.train_pairs
         if self._restored.get("stream", self._stream()) != self._stream():
             rank_zero_warn(
                 "The checkpoint was trained on other data, seed or batch size: training goes on at the same batch "
                 "number, but not with the batches of an uninterrupted run."
             )
-        keep = _in_list if self.trainer is None else _in_box
-        self._loader = _TrainLoader(
-            lambda: _Batches(rows, sampler, self._collate or keep, self.seed),
+        keep = in_list if self.trainer is None else in_box
+        self._loader = TrainLoader(
+            lambda: Batches(rows, sampler, self._collate or keep, self.seed),
             position=lambda: self.batches_trained,
             length=self.steps_per_epoch or -(-len(rows) // (self.batch_size * self._world()[1])),
             num_workers=self.num_workers,
         )
         return self._loader
 
-    def val_dataloader(self) -> _Shard | list[Any]:
+    def val_dataloader(self) -> Shard | list[Any]:
         tasks = self.evaluation_tasks("validation")
         return self._shard(tasks) if tasks else []  # the empty list is how Lightning is told that there is nothing
 
-    def test_dataloader(self) -> _Shard:
+    def test_dataloader(self) -> Shard:
         return self._shard(self.evaluation_tasks("test"))
 
-    def predict_dataloader(self) -> _Shard:
+    def predict_dataloader(self) -> Shard:
         size = self.batch_size
         return self._shard([self._items[start : start + size] for start in range(0, len(self._items), size)])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves tensors; pairs, items and retrieval tasks have none and come through as they are."""
-        if isinstance(batch, _Box):
+        if isinstance(batch, Box):
             return batch.value
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
@@ -223,172 +217,6 @@ class PairDataModule(L.LightningDataModule):
             "seed": self.seed,
         }
 
-    def _shard(self, values: Sequence[Any]) -> _Shard:
+    def _shard(self, values: Sequence[Any]) -> Shard:
         rank, world_size = self._world()
-        return _Shard(values[rank::world_size], boxed=self.trainer is not None)
-
-
-class _TrainRows(Sequence[Pair]):
-    """Pairs of several sources as one sequence, each source read once and never copied."""
-
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
-        self.weights: dict[str, float] = {}
-        self.rows: dict[str, Sequence[int]] = {}
-        self._parts = [read_pairs(source, seed=seed) for source in sources]
-        self._starts: list[int] = []
-        self._length = 0
-        owners: dict[str, Source] = {}
-        for source, pairs in zip(sources, self._parts, strict=True):
-            if source.bundled == "pretrain":  # computed on access: nothing to list, and random in itself
-                found: dict[str, Sequence[int]] = {"pretrain": range(self._length, self._length + len(pairs))}
-            else:
-                for pair in pairs:
-                    if (owner := owners.setdefault(pair.id, source)) is not source:
-                        raise ValueError(
-                            f"{source.path}: the pair id {pair.id!r} stands in {owner.path} too; rationales are kept "
-                            f"by id, so name each row once, or give rows ids of their own"
-                        )
-                found = dict(rows_by_task([pair.task for pair in pairs], offset=self._length))
-            for task, rows in found.items():
-                self.rows[task] = [*self.rows[task], *rows] if task in self.rows else rows
-                self.weights[task] = self.weights.get(task, 0.0) + source.weight
-            self._starts.append(self._length)
-            self._length += len(pairs)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, row: int) -> Pair:  # type: ignore[override]
-        if not 0 <= row < self._length:
-            raise IndexError(row)
-        part = bisect_right(self._starts, row) - 1
-        return self._parts[part][row - self._starts[part]]
-
-
-class _Batches:
-    """Map-style data set of whole batches by number; what workers hold."""
-
-    def __init__(self, rows: Sequence[Pair], sampler: TaskBatchSampler, collate: Collate, seed: int) -> None:
-        self.rows = rows
-        self.sampler = sampler
-        self.collate = collate
-        self.seed = seed
-
-    def __getitem__(self, index: int) -> Any:
-        pairs = [self.rows[number] for number in self.sampler.batch(index)]
-        try:
-            return self.collate(pairs, self._seed(index) + self.sampler.rank * len(pairs))
-        except (ValueError, FileNotFoundError) as error:
-            if get_worker_info() is None:
-                raise
-            # Raised here it would reach the main process wrapped in a traceback of many lines.
-            return _Failure(FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError, str(error))
-
-    def _seed(self, index: int) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=6).digest(), "big")
-
-
-class _Failure:
-    """A user's mistake found while a batch was made, on its way to the main process."""
-
-    def __init__(self, family: type[Exception], message: str) -> None:
-        self.family = family
-        self.message = message
-
-
-class _Box:
-    """Carries frozen dataclasses past the trainer's precision plugin, which refuses them; opened on transfer."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class _Window:
-    """Batch numbers of the epoch at hand: the sampler of a DataLoader that outlives epochs (its workers persist)."""
-
-    def __init__(self, length: int) -> None:
-        self.start = 0
-        self.length = length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.start + self.length))
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class _TrainLoader:
-    """An epoch of batches from where the trainer stands; Lightning ends a resumed epoch where it should end."""
-
-    def __init__(
-        self, batches: Callable[[], _Batches], *, position: Callable[[], int], length: int, num_workers: int
-    ) -> None:
-        self._make = batches
-        self._position = position
-        self._window = _Window(length)
-        self._num_workers = num_workers
-        self._loader: DataLoader[Any] | None = None
-        self._running: Any = None
-
-    def __len__(self) -> int:
-        return len(self._window)
-
-    def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing starts before the first batch is asked for, when progress is restored and collate is set.
-        self._window.start = self._position()
-        self._running = iter(self._open())
-        for _ in range(len(self)):
-            batch = next(self._running)
-            if isinstance(batch, _Failure):
-                raise batch.family(batch.message)
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own: the position is the trainer's. Tells Lightning that the loader resumes."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
-
-    def close(self) -> None:
-        """Forgets the DataLoader and its iterator, which nothing else holds; workers end with them."""
-        self._loader = self._running = None
-
-    def _open(self) -> DataLoader[Any]:
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._make(),  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=self._window,
-                collate_fn=_unchanged,
-                num_workers=self._num_workers,
-                persistent_workers=self._num_workers > 0,
-                generator=torch.Generator(),  # its own: the global one must not depend on how often an epoch is entered
-            )
-        return self._loader
-
-
-class _Shard:
-    """This rank's share of something already in memory."""
-
-    def __init__(self, values: Sequence[Any], *, boxed: bool) -> None:
-        self._values = values
-        self._boxed = boxed
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (_Box(value) if self._boxed else value for value in self._values)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _in_list(pairs: list[Pair], seed: int) -> list[Pair]:
-    return pairs
-
-
-def _in_box(pairs: list[Pair], seed: int) -> _Box:
-    return _Box(pairs)
+        return Shard(values[rank::world_size], boxed=self.trainer is not None)

@@ -1,0 +1,200 @@
+"""What a data module's loaders are made of: rows of several sources, numbered batches, an endless training stream.
+
+Loaders are plain iterables, not torch DataLoaders: Lightning therefore puts no sampler of its own into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from mmemb.data.records import Source, read_pairs
+from mmemb.data.sampler import TaskBatchSampler, rows_by_task
+from mmemb.types import Pair
+
+Collate = Callable[[list[Pair], int], Any]
+"""(pairs of a batch, seed) -> what the module trains on; runs in data-loader workers. Row r may use ``seed + r``: seeds
+differ between the rows of a global batch, and do not depend on how many ranks share it."""
+
+
+class TrainRows(Sequence[Pair]):
+    """Pairs of several sources as one sequence, each source read once and never copied.
+
+    Attributes:
+        rows: row numbers of each task.
+        weights: draw weight of each task: that of its source, of its sources together where several have it.
+
+    Raises:
+        ValueError: an id stands in two sources; and what `read_pairs` raises.
+    """
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        self.weights: dict[str, float] = {}
+        self.rows: dict[str, Sequence[int]] = {}
+        self._parts = [read_pairs(source, seed=seed) for source in sources]
+        self._starts: list[int] = []
+        self._length = 0
+        owners: dict[str, Source] = {}
+        for source, pairs in zip(sources, self._parts, strict=True):
+            stream = source.bundled == "pretrain"  # computed on access: nothing to list, and random in itself
+            for name in (source.path,) if stream else (pair.id for pair in pairs):
+                if (owner := owners.setdefault(name, source)) is not source:
+                    raise ValueError(
+                        f"{source.path}: the pair id {name!r} stands in {owner.path} too; rationales are kept by id, "
+                        f"so name each row once, or give rows ids of their own"
+                    )
+            found: dict[str, Sequence[int]] = (
+                {"pretrain": range(self._length, self._length + len(pairs))}
+                if stream
+                else dict(rows_by_task([pair.task for pair in pairs], offset=self._length))
+            )
+            for task, rows in found.items():
+                self.rows[task] = [*self.rows[task], *rows] if task in self.rows else rows
+                self.weights[task] = self.weights.get(task, 0.0) + source.weight
+            self._starts.append(self._length)
+            self._length += len(pairs)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> Pair:  # type: ignore[override]
+        if not 0 <= row < self._length:
+            raise IndexError(row)
+        part = bisect_right(self._starts, row) - 1
+        return self._parts[part][row - self._starts[part]]
+
+
+class Batches:
+    """Map-style data set of whole batches by number; what workers hold."""
+
+    def __init__(self, rows: Sequence[Pair], sampler: TaskBatchSampler, collate: Collate, seed: int) -> None:
+        self.rows = rows
+        self.sampler = sampler
+        self.collate = collate
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Any:
+        pairs = [self.rows[number] for number in self.sampler.batch(index)]
+        try:
+            return self.collate(pairs, self._seed(index) + self.sampler.rank * len(pairs))
+        except (ValueError, FileNotFoundError) as error:
+            if get_worker_info() is None:
+                raise
+            # Raised here it would reach the main process wrapped in a traceback of many lines.
+            return Failure(FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError, str(error))
+
+    def _seed(self, index: int) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=6).digest(), "big")
+
+
+class Failure:
+    """A user's mistake found while a batch was made, on its way to the main process."""
+
+    def __init__(self, family: type[Exception], message: str) -> None:
+        self.family = family
+        self.message = message
+
+
+class Box:
+    """Carries frozen dataclasses past the trainer's precision plugin, which refuses them; opened on transfer."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Window:
+    """Batch numbers of the epoch at hand: the sampler of a DataLoader that outlives epochs (its workers persist)."""
+
+    def __init__(self, length: int) -> None:
+        self.start = 0
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.start + self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class TrainLoader:
+    """An epoch of batches from where the trainer stands; Lightning ends a resumed epoch where it should end."""
+
+    def __init__(
+        self, batches: Callable[[], Batches], *, position: Callable[[], int], length: int, num_workers: int
+    ) -> None:
+        self._make = batches
+        self._position = position
+        self._window = Window(length)
+        self._num_workers = num_workers
+        self._loader: DataLoader[Any] | None = None
+        self._running: Any = None
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing starts before the first batch is asked for, when progress is restored and collate is set.
+        self._window.start = self._position()
+        self._running = iter(self._open())
+        for _ in range(len(self)):
+            batch = next(self._running)
+            if isinstance(batch, Failure):
+                raise batch.family(batch.message)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own: the position is the trainer's. Tells Lightning that the loader resumes."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+    def close(self) -> None:
+        """Forgets the DataLoader and its iterator, which nothing else holds; workers end with them."""
+        self._loader = self._running = None
+
+    def _open(self) -> DataLoader[Any]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._make(),  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=self._window,
+                collate_fn=_unchanged,
+                num_workers=self._num_workers,
+                persistent_workers=self._num_workers > 0,
+                generator=torch.Generator(),  # its own: the global one must not depend on how often an epoch is entered
+            )
+        return self._loader
+
+
+class Shard:
+    """This rank's share of something already in memory."""
+
+    def __init__(self, values: Sequence[Any], *, boxed: bool) -> None:
+        self._values = values
+        self._boxed = boxed
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (Box(value) if self._boxed else value for value in self._values)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def in_list(pairs: list[Pair], seed: int) -> list[Pair]:
+    """Collates nothing: the pairs as they are."""
+    return pairs
+
+
+def in_box(pairs: list[Pair], seed: int) -> Box:
+    """Collates nothing, for a trainer."""
+    return Box(pairs)
