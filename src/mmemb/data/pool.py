@@ -11,7 +11,7 @@ that is missing. A pair that no worker had a word for keeps one row whose text i
 
 Reading costs an index of the pair ids, the row groups last used (at most 64 MiB) and the footers of the files last
 used: 170 MiB in all for a million pairs of five candidates, opened in 2 s. Rows become Python objects when they are
-asked for. A look-up takes 1 to 2 ms at random, where it decodes a row group, and 0.1 ms where that is cached (one core).
+asked for. A look-up takes 1 to 2 ms at random, where it decodes a row group, and 0.1 ms where that is cached.
 """
 
 from __future__ import annotations
