@@ -30,31 +30,31 @@ class Every(Controller):
 
     def decide(self, state: PrefillState) -> Decision:
         think = torch.arange(len(state.direct)) % 2 == 0
-        return Decision(think, think.float(), torch.where(think, 6, 0))
+        return Decision(think, think.float(), torch.where(think, 12, 0))
 
 
 @pytest.mark.parametrize("name", ["embed_token", "last_token", "mean", "attention"])
-def test_cache_and_plain_encoding_agree(backbone: Backbone, items: list[Item], name: str) -> None:
+def test_cache_and_plain_encoding_agree(
+    backbone: Backbone, items: list[Item], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Random weights write bytes that a tokenizer would cut otherwise; words come back as the tokens they were.
+    words = backbone.prepare([items[0]], rationales=["the currency of chile is the chilean peso"])
+    allowed = torch.zeros(backbone.logits(torch.zeros(1, backbone.hidden_size)).shape[-1], dtype=torch.bool)
+    allowed[words.labels[0][words.labels[0] >= 0]] = True
+    logits = type(backbone).logits
+    monkeypatch.setattr(
+        type(backbone), "logits", lambda self, hidden: logits(self, hidden).masked_fill(~allowed, -torch.inf)
+    )
     pooler = create("pooler", name)
     pooler.build(backbone.hidden_size)
     with evaluating(backbone, pooler):
-        paths = adaptive_paths(backbone, pooler, items, Every(), budget=6)
-    encoder = Encoder(backbone, pooler, batch_size=4)
+        paths = adaptive_paths(backbone, pooler, items, Every(), budget=12, temperature=1.0, seed=1)
     texts = [text if tokens else None for text, tokens in zip(paths.rationale, paths.tokens.tolist(), strict=True)]
-    again = encoder.encode_queries(items, texts)
-    # A text may be cut into other tokens than those written; only rows whose tokens survive can be compared.
-    written = zip(texts, paths.token_ids, strict=True)
-    same = torch.tensor([text is None or _survives(backbone, text, ids) for text, ids in written])
-    assert (same & paths.decision.think).any()
-    torch.testing.assert_close(paths.embedding[same], again[same], atol=1e-4, rtol=0)
+    assert [len(ids) for ids in paths.token_ids] == [backbone.count_tokens(text or "") for text in texts]
+    assert len({len(ids) for ids in paths.token_ids}) > 2
+    encoder = Encoder(backbone, pooler, batch_size=4)
+    torch.testing.assert_close(paths.embedding, encoder.encode_queries(items, texts), atol=1e-4, rtol=0)
     torch.testing.assert_close(paths.state.direct, encoder.encode_queries(items), atol=1e-4, rtol=0)
-
-
-def _survives(backbone: Backbone, text: str, ids: tuple[int, ...]) -> bool:
-    inputs = backbone.prepare([Item("", (Text("x"),))], rationales=[text])
-    written = inputs.tensors["input_ids"][0].tolist()
-    end = written.index(backbone.token_id("</think>"))
-    return written[end - len(ids) : end] == list(ids) and backbone.count_tokens(text) == len(ids)
 
 
 def test_rows_do_not_see_their_neighbours(backbone: Backbone, items: list[Item]) -> None:
