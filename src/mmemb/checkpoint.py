@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from lightning.fabric.plugins.io import CheckpointIO
 
 IDENTITY_KEY = "backbone_identity"
 """Where a checkpoint keeps `Backbone.identity` of the model that wrote it."""
@@ -140,29 +139,3 @@ def refuse_other_backbone(
             f"{path} was written by the backbone {written!r}, but this run has {identity!r}; give the config that the "
             "checkpoint was trained with (config.yaml in its run folder), or another checkpoint"
         )
-
-
-class SafeCheckpointIO(CheckpointIO):
-    """Lightning's way of writing and reading checkpoints, made safe as the module docstring says."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Writes whole or not at all; `storage_options` is not supported."""
-        if storage_options is not None:
-            raise TypeError("SafeCheckpointIO writes to a local or mounted folder: storage_options is not supported")
-        write_checkpoint(checkpoint, path)
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads tensors and plain containers; ``weights_only=False`` is refused."""
-        if weights_only is False:
-            raise ValueError(
-                "mmemb reads checkpoints with weights_only=True alone: another way could run code from the file"
-            )
-        return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Removes a checkpoint file, if it is there."""
-        Path(path).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mmemb import shortnames
-from mmemb.checkpoint import SafeCheckpointIO
+from mmemb.checkpoint_io import SafeCheckpointIO
 from mmemb.commands.configs import check_yaml, config_paths
 from mmemb.commands.parser import HelpFormatter, OneLineErrors
 from mmemb.interrupt import InterruptCheckpoint, Interrupted

@@ -1,0 +1,159 @@
+"""Names, listings and plug-ins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmemb import registry
+from mmemb.registry import (
+    KINDS,
+    Component,
+    PluginError,
+    UnknownComponentError,
+    available,
+    create,
+    is_name,
+    listings,
+    resolve,
+)
+
+
+@pytest.fixture(autouse=True)
+def _registry_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", {kind: dict(parts) for kind, parts in registry._REGISTRY.items()})
+
+
+class Base(Component, kind="selector"):
+    """A contract."""
+
+
+def test_a_class_registers_itself_under_its_kind() -> None:
+    class Longest(Base, name="longest"):
+        """Takes the longest. More words."""
+
+        def __init__(self, least: int = 0) -> None:
+            self.least = least
+
+    assert resolve("selector", "longest") is Longest
+    assert create("selector", "longest", least=2).least == 2
+    assert Longest.name == "longest"
+    assert "longest" in available("selector")
+    assert is_name("selector", "longest")
+    assert not is_name("pooler", "longest")
+
+
+def test_a_class_without_a_name_registers_nothing() -> None:
+    before = available("selector")
+
+    class Unnamed(Base):
+        """Named by class path only."""
+
+    assert available("selector") == before
+    assert Unnamed.name == ""
+
+
+def test_a_name_is_given_once_a_kind() -> None:
+    class First(Base, name="first"):
+        """One."""
+
+    with pytest.raises(ValueError, match="selector name 'first' is taken by .*First; give .*Second another name"):
+
+        class Second(Base, name="first"):
+            """Two."""
+
+
+def test_a_kind_must_exist() -> None:
+    with pytest.raises(ValueError, match="unknown component kind 'sorter'; the kinds are backbone"):
+
+        class Sorter(Component, kind="sorter"):
+            """No such kind."""
+
+
+def test_every_built_in_part_has_a_line_and_resolves_to_what_is_listed() -> None:
+    found = listings()
+    assert {item.kind for item in found} == set(KINDS)
+    for item in found:
+        assert item.summary, f"{item.path} has no doc line"
+        if item.path.startswith("mmemb."):
+            cls = resolve(item.kind, item.name)
+            assert f"{cls.__module__}.{cls.__qualname__}" == item.path
+            assert cls.kind == item.kind  # type: ignore[attr-defined]
+            assert cls.name == item.name  # type: ignore[attr-defined]
+
+
+def test_an_unknown_name_says_what_is_near_and_what_exists() -> None:
+    with pytest.raises(UnknownComponentError, match="no selector named 'randm': did you mean 'random'.*counterfactual"):
+        resolve("selector", "randm")
+    with pytest.raises(UnknownComponentError, match="no selector named 'embed_token': that is a pooler"):
+        resolve("selector", "embed_token")
+    with pytest.raises(UnknownComponentError, match="named 'zzz': Registered: .*`mmemb components` lists them"):
+        resolve("selector", "zzz")
+
+
+def distribution(folder: Path, *, target: str, code: str) -> None:
+    """An installed distribution with one entry point, made by hand."""
+    info = folder / "their_parts-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-parts\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[mmemb.components]\nselector.theirs = {target}\n", encoding="utf-8")
+    (folder / "their_parts.py").write_text(code, encoding="utf-8")
+
+
+GOOD = """
+from mmemb.registry import Component
+
+class Contract(Component, kind="selector"):
+    pass
+
+class Theirs(Contract, name="theirs"):
+    '''Takes theirs.'''
+"""
+
+
+def in_another_process(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); "
+        f"from mmemb.__main__ import main; sys.exit(main({list(words)}))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_plug_in_joins_by_entry_point(tmp_path: Path) -> None:
+    distribution(tmp_path, target="their_parts:Theirs", code=GOOD)
+    done = in_another_process(tmp_path, "components", "--kind", "selector", "--json")
+    assert done.returncode == 0, done.stderr
+    found = {item["name"]: item for item in json.loads(done.stdout)}
+    assert found["theirs"] == {
+        "kind": "selector",
+        "name": "theirs",
+        "summary": "Takes theirs.",
+        "path": "their_parts.Theirs",
+    }
+    assert "counterfactual" in found
+
+
+def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distribution(tmp_path, target="their_parts", code="import nothing_of_that_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        PluginError, match="'selector.theirs' .their_parts. of their-parts cannot be loaded: .*repair or un"
+    ):
+        available("selector")
+
+
+def test_a_plug_in_that_fails_is_one_line_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    distribution(tmp_path, target="their_parts", code="1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = cli("components")
+    assert code == 2
+    assert err.startswith("mmemb: error: the plug-in 'selector.theirs'")
+    assert err.count("\n") == 1
