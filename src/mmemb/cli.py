@@ -175,6 +175,32 @@ def check_config(args: Sequence[str]) -> Namespace:
     return cli.config[cli.config.subcommand]
 
 
+class _Build(MmembCLI):
+    """Builds model and data, without a trainer."""
+
+    def instantiate_classes(self) -> None:
+        """Model and data only."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves the running to the caller."""
+
+
+def build(args: Sequence[str]) -> tuple[Any, Any]:
+    """Model and data module of a command's settings: for commands that need the parts of a training, not the training.
+
+    Args:
+        args: as `check_config` takes them.
+
+    Raises:
+        ValueError: as `check_config`, and whatever the parts refuse.
+    """
+    cli = _Build(args=args)
+    return cli.model, cli.datamodule
+
+
 def main(
     argv: Sequence[str],
     *,

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mmemb.cli import MmembCLI
 from mmemb.commands.errors import UsageError
 
 _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's place are those of the training config:
@@ -24,19 +23,6 @@ Every other option is a setting of `mmemb fit` (`mmemb fit --help`).
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (`{self.prog} --help` lists the options)")
-
-
-class _Parts(MmembCLI):
-    """Builds model and data from the settings of `mmemb fit`, without a trainer."""
-
-    def instantiate_classes(self) -> None:
-        """Model and data only."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves the running to the command."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,20 +44,21 @@ def main(argv: Sequence[str]) -> int:
     if not options.config:
         raise UsageError(f"rationales {options.action}: give the training settings by --config, e.g. recipes/r1.yaml")
     configs = [word for path in options.config for word in ("--config", path)]
-    cli = _Parts(args=["fit", *configs, *rest])
-    pool = cli.model.pool
-    if pool is None:
+    from mmemb.cli import build
+
+    model, datamodule = build(["fit", *configs, *rest])
+    if model.pool is None:
         raise UsageError("the config has no model.pool: say there where the candidates are kept and who writes them")
-    cli.datamodule.setup("fit")
-    pairs = list(cli.datamodule.train_pairs)
+    datamodule.setup("fit")
+    pairs = datamodule.train_pairs
     if options.action == "show":
-        _show(cli.model, pairs, limit=options.limit, task=options.task, pair_id=options.pair)
+        _show(model, pairs, limit=options.limit, task=options.task, pair_id=options.pair)
     else:
-        _make(options.action, cli.model, pairs)
+        _make(options.action, model, pairs)
     return 0
 
 
-def _make(action: str, model: Any, pairs: list[Any]) -> None:
+def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
     """Writes candidates, or their scores."""
     from mmemb.stages.generate import generate
     from mmemb.stages.select import score
@@ -92,7 +79,7 @@ def _make(action: str, model: Any, pairs: list[Any]) -> None:
     score(pairs, settings.evaluator, settings.path)
 
 
-def _show(model: Any, pairs: list[Any], *, limit: int, task: str | None, pair_id: str | None) -> None:
+def _show(model: Any, pairs: Sequence[Any], *, limit: int, task: str | None, pair_id: str | None) -> None:
     """Prints pairs with their candidates, gains and the selector's choice."""
     from mmemb.data.pool import RationalePool
     from mmemb.stages.select import show

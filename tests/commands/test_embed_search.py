@@ -1,0 +1,122 @@
+"""`mmemb embed` and `mmemb search` over a model of random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmemb.inference.embedder import Embedder
+from mmemb.registry import create
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model."""
+    pooler = create("pooler", "embed_token")
+    backbone = create("backbone", "tiny", weights="random")
+    pooler.build(backbone.hidden_size)
+    return Embedder(backbone, pooler).save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three plain pictures, one in a sub-folder; the test runs beside them."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name, colour in (("red.png", "red"), ("blue.png", "blue"), ("more/green.png", "green")):
+        Image.new("RGB", (64, 64), colour).save(folder / name)
+    return folder
+
+
+def embed(cli: Cli, model: Path, *words: str) -> Any:
+    return cli("embed", "--checkpoint", str(model), "--output", "all.parquet", "--device", "cpu", *words)
+
+
+def search(cli: Cli, model: Path, *words: str) -> Any:
+    return cli("search", "--checkpoint", str(model), "--index", "all.parquet", "--device", "cpu", *words)
+
+
+def test_a_folder_is_embedded_and_a_picture_finds_itself(cli: Cli, model: Path, pictures: Path) -> None:
+    code, out, _ = embed(cli, model, "--input", str(pictures))
+    assert code == 0
+    assert out.strip().startswith("all.parquet: 3 embeddings of ")
+    table = pq.read_table("all.parquet")
+    assert table["id"].to_pylist() == ["blue.png", "more/green.png", "red.png"]
+    assert [path for path in os.listdir() if path.endswith(".part")] == []
+
+    code, out, _ = search(cli, model, "--image", str(pictures / "red.png"), "--reason", "never", "--top", "2")
+    assert code == 0
+    rows = [line.split() for line in out.split("\n")[1:3]]
+    assert rows[0][:3] == ["1", "1.000", "red.png"]
+    assert rows[1][0] == "2"
+    assert Image.open("results.png").size[0] > 200
+
+
+def test_a_file_of_items_is_embedded_and_searched_by_text(cli: Cli, model: Path, pictures: Path) -> None:
+    rows = [{"id": "a", "text": "apple"}, {"text": "chair", "image": "red.png"}, {"text": "tiger"}]
+    (pictures / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, _, _ = embed(cli, model, "--input", "pictures/items.jsonl", "--limit", "2", "--batch_size", "1")
+    assert code == 0
+    assert pq.read_table("all.parquet")["id"].to_pylist() == ["a", "2"]
+    code, out, _ = search(cli, model, "--query", "apple", "--output", "found/here.png", "--reason", "always")
+    assert code == 0
+    assert "found/here.png" in out
+    assert Path("found/here.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--input", "pictures", "--output", "a.txt"], "a name that ends in .parquet"),
+        (["--input", "none"], "none"),
+        (["--input", "pictures", "--checkpoint", "none"], "none"),
+        (["--input", "pictures", "--reason", "sometimes"], "reason: expected one of 'never', 'always', 'auto'"),
+        (["--input", "pictures", "--inputs", "x"], "there is no option --inputs; did you mean input?"),
+        (["--input", "empty"], "holds nothing to embed"),
+        (["--input", "broken"], "broken.png"),
+        (["--input", "rows.jsonl"], "rows.jsonl, line 1"),
+        (["--input", "out.jsonl"], "outside"),
+    ],
+)
+def test_mistakes_of_embed(cli: Cli, model: Path, pictures: Path, words: list[str], part: str) -> None:
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/broken.png").write_bytes(b"no picture")
+    Path("rows.jsonl").write_text('{"txt": "apple"}\n', encoding="utf-8")
+    Path("deep").mkdir()
+    Path("out.jsonl").write_text('{"image": "../outside.png"}\n', encoding="utf-8")
+    code, _, err = embed(cli, model, *words)
+    assert code == 2, err
+    told = err.strip().split("\n")[-1]  # a bar of the model's loading may come before
+    assert told.startswith("mmemb: error: ")
+    assert part in told
+    assert not Path("all.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "nothing to search for"),
+        (["--query", "a", "--top", "0"], "--top 0"),
+        (["--query", "a"], "all.parquet: no such index; make it by `mmemb embed`"),
+        (["--query", "a", "--index", "bad.parquet"], "bad.parquet: not a readable Parquet file"),
+        (["--image", "none.png", "--index", "bad.parquet"], "there is no picture none.png"),
+    ],
+)
+def test_mistakes_of_search(cli: Cli, model: Path, pictures: Path, words: list[str], part: str) -> None:
+    Path("bad.parquet").write_bytes(b"no parquet")
+    code, _, err = search(cli, model, *words)
+    assert code == 2, err
+    told = err.strip().split("\n")[-1]  # a bar of the model's loading may come before
+    assert told.startswith("mmemb: error: ")
+    assert part in told

@@ -1,0 +1,102 @@
+"""`mmemb rationales` over a small file of pairs and a model of random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Cli = Callable[..., Any]
+
+SETTINGS: dict[str, Any] = {
+    "seed_everything": 1,
+    "model": {
+        "backbone": {"class_path": "tiny", "init_args": {"weights": "random"}},
+        "pooler": "embed_token",
+        "objective": {"class_path": "mmemb.stages.joint.Joint", "init_args": {"chunk_size": 2}},
+        "selector": "counterfactual",
+        "pool": {"path": "pool", "workers": ["metadata"], "evaluator": "retrieval", "candidates": 2},
+    },
+    "data": {"train": [{"path": "pairs.jsonl"}], "batch_size": 2, "sub_batch_size": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "id": f"pair{number}",
+            "task": "capital" if number % 2 else "colour",
+            "query": {"text": f"number {number}", "fields": {"rationale": f"after {number - 1} comes {number}"}},
+            "positive": {"text": word},
+        }
+        for number, word in enumerate(("zero", "one", "two", "three", "four", "five"))
+    ]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("a.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+
+
+def rationales(cli: Cli, action: str, *words: str) -> Any:
+    return cli("rationales", action, "--config", "a.yaml", *words)
+
+
+def test_generate_score_show(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, _, err = rationales(cli, "show")
+    assert code == 2
+    assert "mmemb rationales generate" in err
+
+    assert rationales(cli, "generate").code == 0
+    code, out, _ = rationales(cli, "show", "--pair", "pair3")
+    assert code == 0
+    assert "after 2 comes 3" in out
+    assert "▶" not in out  # nothing is chosen before it is scored
+
+    assert rationales(cli, "score").code == 0
+    code, out, _ = rationales(cli, "show", "--limit", "1")
+    assert code == 0
+    assert out.count("╭") == 2  # one pair of each task
+    assert "+" in out or "-" in out
+    code, out, _ = rationales(cli, "show", "--task", "colour", "--limit", "9")
+    assert "pair0" in out
+    assert "pair4" in out
+    assert "pair1" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["score"], "mmemb rationales generate"),
+        (["show", "--limit", "few"], "--limit"),
+        (["generate", "--model.pool.workers=[]"], "model.pool.workers is empty"),
+        (["score", "--model.pool.evaluator=null"], "model.pool.evaluator is missing"),
+        (["generate", "--model.pool=null"], "no model.pool"),
+        (["generate", "--model.pool.workers=[metdata]"], "did you mean 'metadata'?"),
+        (["generate", "--data.train=[{path: none.jsonl}]"], "none.jsonl"),
+        (["make"], "invalid choice: 'make'"),
+    ],
+)
+def test_mistakes(cli: Cli, words: list[str], part: str) -> None:
+    code, _, err = rationales(cli, *words)
+    assert code == 2, err
+    told = err.strip().split("\n")[-1]
+    assert told.startswith("mmemb: error: ")
+    assert part in told
+    assert not Path("pool").exists()
+
+
+def test_mistakes_in_what_to_show(cli: Cli) -> None:
+    assert rationales(cli, "generate").code == 0
+    assert "the data has the tasks capital, colour" in rationales(cli, "show", "--task", "nope").err
+    assert "there is no such pair among 6; e.g. pair0" in rationales(cli, "show", "--pair", "nope").err
+
+
+def test_settings_are_asked_for(cli: Cli) -> None:
+    code, _, err = cli("rationales", "generate")
+    assert code == 2
+    assert "by --config, e.g. recipes/r1.yaml" in err
