@@ -56,9 +56,9 @@ def test_a_folder_is_embedded_and_a_picture_finds_itself(cli: Cli, model: Path, 
 
     code, out, _ = search(cli, model, "--image", str(pictures / "red.png"), "--reason", "never", "--top", "2")
     assert code == 0
-    rows = [line.split() for line in out.split("\n")[1:3]]
-    assert rows[0][:3] == ["1", "1.000", "red.png"]
-    assert rows[1][0] == "2"
+    rows = [line.split() for line in out.split("\n")]
+    assert ["1", "1.000", "red.png"] in [row[:3] for row in rows]
+    assert [row[0] for row in rows if row and row[0].isdigit()] == ["1", "2"]
     assert Image.open("results.png").size[0] > 200
 
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if model.pool is None:
         raise UsageError("the config has no model.pool: say there where the candidates are kept and who writes them")
     datamodule.setup("fit")
-    pairs = datamodule.train_pairs
+    pairs = list(datamodule.train_pairs)
     if options.action == "show":
         _show(model, pairs, limit=options.limit, task=options.task, pair_id=options.pair)
     else:
