@@ -201,6 +201,13 @@ class TransformersBackbone(Backbone, name="transformers"):
         """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
         return self.processor.ids[token]
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
+        own = set(self.processor.ids.values())
+        known = self.processor.tokenizer.added_tokens_decoder.items()
+        return tuple(number for number, token in known if token.special and number not in own)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, outer blanks stripped."""
         return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

@@ -136,14 +136,16 @@ class PairDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Shard | list[Any]:
         tasks = self.evaluation_tasks("validation")
-        return self._shard(tasks) if tasks else []  # the empty list is how Lightning is told that there is nothing
+        return self._boxed(tasks) if tasks else []  # the empty list is how Lightning is told that there is nothing
 
     def test_dataloader(self) -> Shard:
-        return self._shard(self.evaluation_tasks("test"))
+        return self._boxed(self.evaluation_tasks("test"))
 
     def predict_dataloader(self) -> Shard:
         size = self.batch_size
-        return self._shard([self._items[start : start + size] for start in range(0, len(self._items), size)])
+        rank, world_size = self._world()
+        batches = [self._items[start : start + size] for start in range(0, len(self._items), size)]
+        return self._boxed(batches[rank::world_size])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves tensors; pairs, items and retrieval tasks have none and come through as they are."""
@@ -217,6 +219,5 @@ class PairDataModule(L.LightningDataModule):
             "seed": self.seed,
         }
 
-    def _shard(self, values: Sequence[Any]) -> Shard:
-        rank, world_size = self._world()
-        return Shard(values[rank::world_size], boxed=self.trainer is not None)
+    def _boxed(self, values: Sequence[Any]) -> Shard:
+        return Shard(values, boxed=self.trainer is not None)

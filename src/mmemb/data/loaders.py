@@ -173,7 +173,7 @@ class TrainLoader:
 
 
 class Shard:
-    """This rank's share of something already in memory."""
+    """Something already in memory, one entry a step."""
 
     def __init__(self, values: Sequence[Any], *, boxed: bool) -> None:
         self._values = values

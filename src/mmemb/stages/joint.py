@@ -143,7 +143,9 @@ class Joint(Objective):
     def _contrast(self, embeddings: dict[str, Tensor], batch: TrainBatch) -> CachedLoss:
         """Both InfoNCE terms over the global batch, with the gradient of every embedding and of the temperature."""
         query, target, device = embeddings["query"], embeddings["target"], embeddings["query"].device
-        paths = [("direct", "query", self.direct_weight, torch.arange(len(query), device=device), None)]
+        paths: list[tuple[str, str, float, Tensor, Tensor | None]] = [
+            ("direct", "query", self.direct_weight, torch.arange(len(query), device=device), None)
+        ]
         offsets = torch.tensor([0, *[len(chunk.query) for chunk in batch.chunks]]).cumsum(0)
         rows = torch.cat(
             [chunk.reasoned_rows + int(start) for chunk, start in zip(batch.chunks, offsets, strict=False)]

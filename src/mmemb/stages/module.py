@@ -18,6 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -138,7 +139,7 @@ class EmbeddingModule(L.LightningModule):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self.optimizer(parameters)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -171,10 +172,10 @@ class EmbeddingModule(L.LightningModule):
         engine = Engine(backward=self.manual_backward, no_sync=no_sync)
         logs = self.objective.step(self.parts, batch, engine)
         if self.gradient_clip:
-            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+            self.clip_gradients(optimizer, self.gradient_clip, "norm")
         optimizer.step()
         scheduler = self.lr_schedulers()
-        scheduler.step()  # type: ignore[union-attr, call-arg]
+        scheduler.step()  # type: ignore[union-attr]
         logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
         self.log_dict({f"train/{key}": value for key, value in logs.items()})
         self.log("loss", logs["loss"], prog_bar=True, logger=False)

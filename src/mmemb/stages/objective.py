@@ -26,11 +26,6 @@ class Parts:
     backbone: Backbone
     pooler: Pooler
 
-    @property
-    def both(self) -> tuple[Backbone, Pooler]:
-        """Backbone and pooler."""
-        return self.backbone, self.pooler
-
 
 @dataclass
 class Engine:

@@ -62,10 +62,11 @@ class PoolSettings:
             pool = RationalePool.open(self.path)
             pool.check(pairs)
             return pool
-        bindings = [*((worker, (parts.backbone,)) for worker in self.workers), (self.evaluator, parts.both)]
-        for part, bound in bindings:
-            if hasattr(part, "bind"):
-                part.bind(*bound)
+        for worker in self.workers:
+            if hasattr(worker, "bind"):
+                worker.bind(parts.backbone)
+        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
+            self.evaluator.bind(parts.backbone, parts.pooler)
         return build_pool(
             pairs,
             workers=self.workers,

@@ -11,6 +11,8 @@ from importlib import resources
 
 SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
+FLUENT = "fluent"
+"""A third style, shown in training only: it has no withheld pictures and no place in a held-out query or candidate."""
 ATTRIBUTES = ("currency", "language", "region")
 
 
@@ -27,6 +29,7 @@ class Entity:
         scene: scenes may show it (both vendors' pictures are training pictures).
         split: of a country: where its flag -> attribute compositions belong; ``train`` otherwise.
         attributes: of a country: currency, language, region.
+        fluent: the third style draws it, too.
     """
 
     key: str
@@ -37,10 +40,15 @@ class Entity:
     scene: bool = False
     split: str = "train"
     attributes: Mapping[str, str] = field(default_factory=dict)
+    fluent: bool = False
 
     def train_vendors(self) -> tuple[str, ...]:
         """Vendors whose picture every split may show: one or two."""
         return tuple(vendor for vendor in VENDORS if vendor not in self.withheld)
+
+    def train_styles(self) -> tuple[str, ...]:
+        """Styles that training may show it in: the vendors not withheld, and the third style where it exists."""
+        return (*self.train_vendors(), *([FLUENT] if self.fluent else []))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 
 from mmemb.data.bundled.entities import (
     ATTRIBUTES,
@@ -28,7 +29,7 @@ from mmemb.data.bundled.tasks import (
 )
 from mmemb.types import EvaluationTask, Image, Item, Pair, Text
 
-QUERIES = {"train": 3000, "control": 300, "validation": 60, "test": 150}
+QUERIES = {"train": 2000, "control": 300, "validation": 60, "test": 150}
 """Scene queries a task draws in each split; in held-out splits also the most queries of any other task."""
 NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
 """Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
@@ -179,24 +180,26 @@ def _pair(
 
 def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
     for entity in entities().values():
-        for vendor in VENDORS:
-            if entity.withheld.get(vendor, "train") == split:
-                name = f"{vendor}/{entity.key}"
-                yield _pair("name", split, name, (Image(PREFIX + name),), {"name": entity.name}, entity.name, False)
+        held_out = [vendor for vendor in VENDORS if entity.withheld.get(vendor) == split]
+        for vendor in entity.train_styles() if split == "train" else held_out:
+            name = f"{vendor}/{entity.key}"
+            yield _pair("name", split, name, (Image(PREFIX + name),), {"name": entity.name}, entity.name, False)
 
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    # Train: entities with both pictures, in both directions. Held out: the withheld picture is query or target, in one
-    # direction an entity: with both, a query's own picture would stand among the candidates.
+    # Train: every two pictures of an entity that training may show, in both directions. Held out: the withheld picture
+    # is query or target, in one direction an entity: with both, a query's own picture would stand among the candidates.
     for entity in entities().values():
-        if split not in (set(entity.withheld.values()) or {"train"}):
+        if split == "train":
+            directions = list(permutations(entity.train_styles(), 2))
+        elif split in entity.withheld.values():
+            directions = [(VENDORS, VENDORS[::-1])[order("direction", entity.key) % 2]]
+        else:
             continue
-        directions = [VENDORS, VENDORS[::-1]]
-        if split != "train":
-            directions = [directions[order("direction", entity.key) % 2]]
         for source, target in directions:
             shown, found = f"{source}/{entity.key}", f"{target}/{entity.key}"
-            yield _pair("vendor", split, shown, (Image(PREFIX + shown),), {"name": entity.name}, found, True)
+            key = f"{source}-{target}/{entity.key}"
+            yield _pair("vendor", split, key, (Image(PREFIX + shown),), {"name": entity.name}, found, True)
 
 
 def _facts(split: str, rng: random.Random, count: int) -> Iterator[Pair]:

@@ -58,10 +58,10 @@ class PretrainingSamples:
         self,
         seed: int = 0,
         *,
-        pictures: float = 0.4,
-        scenes: float = 0.35,
-        facts: float = 0.15,
-        text_scenes: float = 0.1,
+        pictures: float = 0.5,
+        scenes: float = 0.3,
+        facts: float = 0.12,
+        text_scenes: float = 0.08,
     ) -> None:
         weights = (pictures, scenes, facts, text_scenes)
         if min(weights) < 0 or sum(weights) <= 0:
@@ -81,7 +81,7 @@ class PretrainingSamples:
 
     @cached_property
     def _train_pictures(self) -> list[tuple[str, Entity]]:
-        return [(vendor, entity) for entity in entities().values() for vendor in entity.train_vendors()]
+        return [(vendor, entity) for entity in entities().values() for vendor in entity.train_styles()]
 
     @cached_property
     def _things(self) -> list[Entity]:
