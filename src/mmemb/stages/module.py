@@ -6,6 +6,7 @@ precision, callbacks, loggers, resume) keeps working. The module knows contracts
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -234,7 +235,7 @@ class EmbeddingModule(L.LightningModule):
             return
         if self.before_training:
             results.modes["pretrained"] = self.before_training
-        settings = {"step": self.global_step, "seed": torch.initial_seed(), "split": "test", **self._settings()}
+        settings = {"step": self.global_step, "split": "test", **self._settings()}
         seconds = self.trained_seconds + time.monotonic() - self._started
         summary = report.summary(results, settings=settings, seconds=seconds)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
@@ -244,7 +245,10 @@ class EmbeddingModule(L.LightningModule):
 
     def _settings(self) -> dict[str, Any]:
         """What makes a result comparable: the parts by class, the data seed, budgets."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
         return {
+            "seed": None if seed is None else int(seed),
+            "data_seed": self.datamodule.seed,
             "backbone": self.backbone.identity,
             "pooler": type(self.pooler).__name__,
             "selector": type(self.selector).__name__ if self.selector else None,
