@@ -162,4 +162,6 @@ def test_lightning_reads_and_writes_through_it(tmp_path: Path) -> None:
         plugin.save_checkpoint({}, path, storage_options={})
     plugin.remove_checkpoint(path)
     plugin.remove_checkpoint(path)
-    assert names(tmp_path) == []
+    (tmp_path / "sharded.ckpt").mkdir()
+    plugin.remove_checkpoint(tmp_path / "sharded.ckpt")
+    assert list(tmp_path.iterdir()) == []

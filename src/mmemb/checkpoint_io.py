@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +34,8 @@ class SafeCheckpointIO(CheckpointIO):
         return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Removes a checkpoint file, if it is there."""
-        Path(path).unlink(missing_ok=True)
+        """Removes a checkpoint, if it is there; a sharded one, which its strategy wrote, is a folder."""
+        if Path(path).is_dir():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)

@@ -122,7 +122,7 @@ class MmembCLI(LightningCLI):
         """
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
-        if path is not None and path not in _KNOWN_CHECKPOINTS and "://" not in path and not Path(path).is_file():
+        if path is not None and path not in _KNOWN_CHECKPOINTS and "://" not in path and not Path(path).exists():
             raise FileNotFoundError(2, "--ckpt_path names no file; give a .ckpt file of an earlier run", path)
 
     # -- building and running ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ end, so that one rank's signal stops all of them at the same step.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class InterruptCheckpoint(L.Callback):
         self.path: Path | None = None
         self._requested: int | None = None
         self._training = False
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,6 +58,12 @@ class InterruptCheckpoint(L.Callback):
                 signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked loader process: Ctrl-C in a terminal reaches it too, but the batch it prepares is still wanted;
+            # SIGTERM is how its parent ends it.
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
         if self._training and self._requested is None:
             self._requested = signum
             return
