@@ -125,6 +125,9 @@ class EmbeddingModule(L.LightningModule):
             # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if self.objective.needs_rationales and self.selector is not None and self.pool is not None:
+            if self.pool.workers:
+                # The trainer moves the model only after this hook; a pool is made where the model will train.
+                self.to(self.trainer.strategy.root_device)
             pool = self.pool.open(
                 self.datamodule.train_pairs,
                 parts=self.parts,
