@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
         "pooler": "embed_token",
         "objective": {"class_path": "mmemb.stages.joint.Joint", "init_args": {"chunk_size": 2}},
     },
-    "data": {"train": [{"path": "data/pairs.jsonl"}], "batch_size": 2, "sub_batch_size": 2},
+    "data": {"batch_size": 2, "sub_batch_size": 2},
 }
 GOOD: dict[str, Any] = {"query": {"text": "a", "image": "good.png"}, "positive": "b"}
 
@@ -30,15 +30,16 @@ GOOD: dict[str, Any] = {"query": {"text": "a", "image": "good.png"}, "positive":
 @pytest.fixture(autouse=True)
 def _files(tmp_path: Path) -> None:
     Path("data").mkdir()
-    Path("a.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    data = {**SETTINGS["data"], "train": [{"path": str(tmp_path / "data" / "pairs.jsonl")}]}
+    Path("a.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": data}), encoding="utf-8")
     Image.new("RGB", (64, 64), "red").save("data/good.png")
     Image.new("RGB", (64, 64), "red").save("outside.png")
     Path("data/broken.png").write_bytes(Path("data/good.png").read_bytes()[:60])
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    Path("data/bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    )
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"0"))]
+    coded = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    Path("data/bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
 
 
 def rows(*content: dict[str, Any]) -> None:
