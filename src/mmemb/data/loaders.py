@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -62,7 +62,13 @@ class TrainRows(Sequence[Pair]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, row: int) -> Pair:  # type: ignore[override]
+    @overload
+    def __getitem__(self, row: int) -> Pair: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Pair]: ...
+    def __getitem__(self, row: int | slice) -> Pair | list[Pair]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(self._length))]
         if not 0 <= row < self._length:
             raise IndexError(row)
         part = bisect_right(self._starts, row) - 1
