@@ -33,7 +33,7 @@ def config(**content: Any) -> str:
         (["--model.selector.seed=3"], ["model.selector: say first which one", "mmemb components"]),
         (["--model.selector=none.Such"], ["'none.Such' cannot be imported", "PYTHONPATH"]),
         (["--model.width=wide"], ["model.width: expected int, got 'wide'"]),
-        (["--model.widht=3"], ["there is no option --model.widht; did you mean model.width?"]),
+        (["--model.widht=3"], ["there is no option '--model.widht'; did you mean '--model.width'?"]),
         (["--config=none.yaml"], ["there is no config file none.yaml"]),
         (["--ckpt_path=none.ckpt"], ["none.ckpt: ", "--ckpt_path"]),
         (["--model.selector.help=conterfactual"], ["did you mean 'counterfactual'?"]),
@@ -65,7 +65,7 @@ def test_flags(mistake: Mistake, words: list[str], parts: list[str]) -> None:
         ),
         ({"model": {"selector": "mmemb.components.selectors.random.Rndom"}}, ["Rndom' cannot be imported"]),
         ({"model": {"optimizer": "torch.optim.AdmW"}}, ["model.optimizer: ", "no attribute 'AdmW'"]),
-        ({"model": {"optimizer": "AdamW8bit"}}, ["'AdamW8bit' names nothing", "dotted path"]),
+        ({"model": {"optimizer": "AdmW"}}, ["'AdmW' names nothing", "dotted path"]),
         (
             {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": "fast"}}}},
             ["model.optimizer.lr: expected float, got 'fast'"],

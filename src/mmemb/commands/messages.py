@@ -70,7 +70,7 @@ def condense(message: str, error: BaseException | None, keys: Sequence[str]) -> 
     found = re.match(r"unrecognized arguments: (\S+)", one_line(message))
     if found:
         option = found[1].split("=", 1)[0]
-        return f"there is no option {option}{nearest(option.lstrip('-'), keys).replace(chr(39), '')}"
+        return f"there is no option {option!r}{nearest(option, [f'--{key}' for key in keys])}"
     where = place(message)
     detail = _detail(message)
     return one_line(f"{where}: {detail}" if where else detail)
