@@ -46,6 +46,7 @@ class MmembCLI(LightningCLI):
         model_class: what trains; by default `mmemb.stages.module.EmbeddingModule`.
         datamodule_class: what it trains on; by default `mmemb.data.datamodule.PairDataModule`.
         args: the words after ``mmemb``, the command first.
+        interrupt: what stops a run on a signal; the caller makes it listen.
     """
 
     def __init__(
@@ -82,18 +83,12 @@ class MmembCLI(LightningCLI):
         """The command given alone: the parsers of all four would take four times as long."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
-        """Adds ``--evaluate`` to `fit`, which alone has a training to evaluate."""
-        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
-        if self.command == "fit":
-            self._subcommand_parsers["fit"].add_argument(
-                "--evaluate", type=bool, default=True, help="Whether to evaluate on the test split at the end."
-            )
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults that a config can override: where a run goes, what is kept of it, how much is said."""
+        """``--evaluate``, and defaults that a config can override: where a run goes and what is kept of it."""
+        # every command knows it, so that the config.yaml of a `fit` serves `test` too
+        parser.add_argument(
+            "--evaluate", type=bool, default=True, help="fit only: whether to evaluate on the test split at the end"
+        )
         parser.set_defaults(
             {
                 "trainer.logger": {

@@ -132,7 +132,9 @@ def test_the_test_command_reads_a_checkpoint(fit: Fit) -> None:
     assert fit() == 0
     trained = {name: value.clone() for name, value in module().state_dict().items()}
     words = [word for word in QUIET if "max_epochs" not in word]
-    argv = ["test", *words, "--ckpt_path", "runs/default/version_0/checkpoints/last.ckpt", "--seed_everything=5"]
+    run = "runs/default/version_0"
+    argv = ["test", *words, "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
+    argv += ["--seed_everything=5"]
     assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
     for name, value in module().state_dict().items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=0)

@@ -84,7 +84,6 @@ def test_the_trainers_commands_explain_themselves_with_examples(cli: Cli, comman
     assert "examples:" in out
     assert f"mmemb {command} --config recipes/r1.yaml" in out
     assert "--model.selector" in out
-    assert ("--evaluate" in out) == (command == "fit")
 
 
 def test_the_real_command_reports_a_mistake_by_exit_code_and_one_line() -> None:
