@@ -1,4 +1,4 @@
-"""The build tool on a tiny stand-in for its four npm archives."""
+"""The build tool on a tiny stand-in for its five npm archives and for the program that draws SVG."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def tool() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The SVG texts given to the renderer, which draws a purple picture of each."""
+    texts: list[str] = []
+
+    def svg_to_bytes(*, svg_string: str) -> bytes:
+        texts.append(svg_string)
+        return png("purple")
+
+    monkeypatch.setitem(sys.modules, "resvg_py", SimpleNamespace(svg_to_bytes=svg_to_bytes))
+    return texts
+
+
+def archive(name: str, version: str) -> str:
+    """What `npm pack` calls its file."""
+    return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
 def emoji(image: str, sub: str, order: int, unified: str = "") -> dict[str, Any]:
@@ -104,9 +122,17 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
             "supplemental/territoryInfo.json": {"supplemental": {"territoryInfo": info}},
             "supplemental/territoryContainment.json": {"supplemental": {"territoryContainment": containment}},
         },
+        tool.FLUENT: {
+            # Of the cat there is a picture, of the dog an alias of one, of the countries none.
+            "chars.json": {"1f431": "cat", "1f436": "puppy", "1f9ff": "amulet"},
+            "icons.json": {
+                "icons": {"cat": {"body": "<cat/>"}, "dog": {"body": "<dog/>"}, "amulet": {"body": "<amulet/>"}},
+                "aliases": {"puppy": {"parent": "dog"}},
+            },
+        },
     }
     for name, files in contents.items():
-        pack(folder / f"{name}-{tool.PACKAGES[name]}.tgz", files)
+        pack(folder / archive(name, tool.PACKAGES[name]), files)
     return folder
 
 
@@ -119,7 +145,17 @@ def test_entities_are_those_drawn_by_both_vendors_and_told_apart(tool: ModuleTyp
         "1f1f9-1f1e9": "chad",
         "1f1e8-1f1f1": "chile",
     }
-    assert sorted(pictures) == sorted(f"{vendor}/{key}.webp" for vendor in tool.VENDORS for key in content["entities"])
+    by_vendors = [f"{vendor}/{key}.webp" for vendor in tool.VENDORS for key in content["entities"]]
+    assert sorted(pictures) == sorted([*by_vendors, "fluent/1f431.webp", "fluent/1f436.webp"])
+
+
+def test_third_style_is_drawn_of_the_kept_entities_that_it_has(
+    tool: ModuleType, packages: Path, drawn: list[str]
+) -> None:
+    content, _ = tool.build(tool.fetch(packages), ENGLISH)
+    assert sorted(svg[svg.index("><") + 1 : -len("</svg>")] for svg in drawn) == ["<cat/>", "<dog/>"]
+    fluent = {entity["name"]: entity["fluent"] for entity in content["entities"].values()}
+    assert fluent == {"dog": True, "cat": True, "chad": False, "chile": False}
 
 
 def test_country_facts_are_current_and_official(tool: ModuleType, packages: Path) -> None:
@@ -172,16 +208,22 @@ def test_command_writes_into_the_folder_it_is_given(
 ) -> None:
     monkeypatch.setitem(sys.modules, "babel", SimpleNamespace(Locale=lambda name: ENGLISH))
     assert tool.main(["--packages", str(packages), "--output", str(tmp_path)]) == 0
-    assert "2 emoji, 2 flags, 8 pictures" in capsys.readouterr().out
+    assert "2 emoji, 2 flags, 10 pictures" in capsys.readouterr().out
     assert json.loads((tmp_path / "entities.json").read_text())["sources"] == tool.PACKAGES
 
 
-def test_command_without_babel_says_what_to_install(
-    tool: ModuleType, packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("library", ["babel", "resvg_py"])
+def test_command_without_a_library_says_what_to_install(
+    library: str,
+    tool: ModuleType,
+    packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "babel", None)
+    monkeypatch.setitem(sys.modules, "babel", SimpleNamespace(Locale=lambda name: ENGLISH))
+    monkeypatch.setitem(sys.modules, library, None)
     assert tool.main(["--packages", str(packages)]) == 2
-    assert "pip install 'mmemb[tools]'" in capsys.readouterr().err
+    assert f"{library} is missing: pip install 'mmemb[tools]'" in capsys.readouterr().err
 
 
 def test_missing_archives_are_fetched_by_name_and_version(
@@ -192,7 +234,7 @@ def test_missing_archives_are_fetched_by_name_and_version(
     def run(command: list[str], *, cwd: Path, **rest: Any) -> None:
         asked.append(command)
         name, _, version = command[-1].rpartition("@")
-        (cwd / f"{name}-{version}.tgz").write_bytes((packages / f"{name}-{version}.tgz").read_bytes())
+        (cwd / archive(name, version)).write_bytes((packages / archive(name, version)).read_bytes())
 
     monkeypatch.setattr(tool.subprocess, "run", run)
     assert set(tool.fetch(tmp_path)) == set(tool.PACKAGES)

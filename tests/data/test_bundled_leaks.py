@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from mmemb.data.bundled import DESCRIBE, SPLITS, PretrainingSamples, evaluation_tasks, load_pairs, probe_samples
-from mmemb.data.bundled.entities import VENDORS, countries, entities
+from mmemb.data.bundled.entities import FLUENT, countries, entities
 from mmemb.data.bundled.pretraining import SIZE, all_texts
 from mmemb.types import Image, Item, Pair
 
@@ -72,6 +72,14 @@ def test_picture_of_a_held_out_name_is_never_shown_in_training(
         shown = {(vendor, key) for vendor, keys in sources(sides(found)) for key in keys}
         assert len(shown) > 500
         assert not shown & withheld
+
+
+def test_third_style_is_shown_in_training_alone(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
+    for found in (pairs["train"], pretraining):
+        assert FLUENT in {style for style, _ in sources(sides(found))}
+    for split in HELD_OUT:
+        candidates = [item for task in evaluation_tasks(split) for item in task.candidates]
+        assert FLUENT not in {style for style, _ in sources([*sides(pairs[split]), *candidates])}
 
 
 def test_withheld_picture_is_shown_by_its_own_split_alone(pairs: dict[str, list[Pair]]) -> None:
@@ -180,9 +188,7 @@ def test_weights_choose_what_is_drawn() -> None:
 
 def test_default_mixture_shows_every_training_picture(pretraining: list[Pair]) -> None:
     shown = {(vendor, key) for vendor, keys in sources(pair.query for pair in pretraining) for key in keys}
-    wanted = {
-        (vendor, key) for key, entity in entities().items() for vendor in VENDORS if vendor not in entity.withheld
-    }
+    wanted = {(style, key) for key, entity in entities().items() for style in entity.train_styles()}
     assert len(wanted - shown) < 0.2 * len(wanted)
 
 

@@ -1,5 +1,7 @@
 """The bundled data set: emoji and flags by two vendors, facts on countries, scenes drawn from a seed; eight tasks.
 
+A third style of most emoji is shown in training only.
+
 Light: no torch, and no picture is decoded before `open_picture` is asked for it.
 """
 

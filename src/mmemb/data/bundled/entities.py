@@ -13,6 +13,7 @@ SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
 FLUENT = "fluent"
 """A third style, shown in training only: it has no withheld pictures and no place in a held-out query or candidate."""
+STYLES = (*VENDORS, FLUENT)
 ATTRIBUTES = ("currency", "language", "region")
 
 

@@ -187,13 +187,17 @@ def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
 
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    # Train: every two pictures of an entity that training may show, in both directions. Held out: the withheld picture
-    # is query or target, in one direction an entity: with both, a query's own picture would stand among the candidates.
+    # Held out: the withheld picture is query or target, in one direction an entity: with both, a query's own picture
+    # would stand among the candidates. Train: every two pictures that training may show, in both directions, but never
+    # what a held-out query shows.
     for entity in entities().values():
+        held_out = (VENDORS, VENDORS[::-1])[order("direction", entity.key) % 2]
         if split == "train":
             directions = list(permutations(entity.train_styles(), 2))
+            if entity.withheld:
+                directions = [direction for direction in directions if direction[0] != held_out[0]]
         elif split in entity.withheld.values():
-            directions = [(VENDORS, VENDORS[::-1])[order("direction", entity.key) % 2]]
+            directions = [held_out]
         else:
             continue
         for source, target in directions:

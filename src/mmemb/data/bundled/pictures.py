@@ -11,7 +11,7 @@ import zipfile
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from mmemb.data.bundled.entities import VENDORS
+from mmemb.data.bundled.entities import STYLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -46,7 +46,7 @@ def open_picture(name: str) -> PILImage:
     """Decodes a picture: RGB, 64 x 64, or a 128 x 128 scene of four.
 
     Args:
-        name: ``<vendor>/<code points>`` or ``<vendor>/scene/<a>+<b>+<c>+<d>``, with or without ``bundled:``.
+        name: ``<style>/<code points>`` or ``<style>/scene/<a>+<b>+<c>+<d>``, with or without ``bundled:``.
 
     Raises:
         ValueError: there is no such picture.
@@ -73,7 +73,7 @@ def _single(name: str) -> PILImage:
         data = _archive().read(f"{name}.webp")
     except KeyError:
         raise ValueError(
-            f"no bundled picture {name!r}; names are <vendor>/<code points> like {picture_names()[0]!r}, "
-            f"vendors: {', '.join(VENDORS)}"
+            f"no bundled picture {name!r}; names are <style>/<code points> like {picture_names()[0]!r}, "
+            f"styles: {', '.join(STYLES)}"
         ) from None
     return Image.open(io.BytesIO(data)).convert("RGB")
