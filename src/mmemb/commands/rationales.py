@@ -67,15 +67,12 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
     if action == "generate":
         if not settings.workers:
             raise UsageError("model.pool.workers is empty: name who writes the candidates, e.g. [metadata, model]")
-        for worker in settings.workers:
-            if hasattr(worker, "bind"):
-                worker.bind(parts.backbone)
+        settings.bind(parts)
         generate(pairs, settings.workers, settings.candidates, pool=settings.path, seed=settings.seed)
         return
     if settings.evaluator is None:
         raise UsageError("model.pool.evaluator is missing: name who scores the candidates, e.g. retrieval")
-    if hasattr(settings.evaluator, "bind"):
-        settings.evaluator.bind(parts.backbone, parts.pooler)
+    settings.bind(parts)
     score(pairs, settings.evaluator, settings.path)
 
 

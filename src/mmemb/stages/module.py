@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import get_scheduler
 
+from mmemb.checkpoint import IDENTITY_KEY, refuse_other_backbone
 from mmemb.data.datamodule import PairDataModule
 from mmemb.evaluation import report
 from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
@@ -185,18 +186,13 @@ class EmbeddingModule(L.LightningModule):
         self.log("loss", logs["loss"], prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["backbone_identity"] = self.backbone.identity
+        checkpoint[IDENTITY_KEY] = self.backbone.identity
         checkpoint["trained_seconds"] = self.trained_seconds + time.monotonic() - self._started
         checkpoint["before_training"] = self.before_training
         checkpoint["random_state"] = _random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint.get("backbone_identity")
-        if found != self.backbone.identity:
-            raise ValueError(
-                f"the checkpoint holds the backbone {found!r}, but the configuration builds "
-                f"{self.backbone.identity!r}; give the backbone it was trained with, or another --ckpt_path"
-            )
+        refuse_other_backbone(checkpoint, identity=self.backbone.identity)
         self.trained_seconds = checkpoint["trained_seconds"]
         self.before_training = checkpoint["before_training"]
         self._random_state = checkpoint["random_state"]

@@ -38,6 +38,14 @@ class PoolSettings:
         self.candidates = candidates
         self.seed = seed
 
+    def bind(self, parts: Parts) -> None:
+        """Gives the model to the workers and the evaluator that take the one in training."""
+        for worker in self.workers:
+            if hasattr(worker, "bind"):
+                worker.bind(parts.backbone)
+        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
+            self.evaluator.bind(parts.backbone, parts.pooler)
+
     def open(
         self,
         pairs: Sequence[Pair],
@@ -62,11 +70,7 @@ class PoolSettings:
             pool = RationalePool.open(self.path)
             pool.check(pairs)
             return pool
-        for worker in self.workers:
-            if hasattr(worker, "bind"):
-                worker.bind(parts.backbone)
-        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
-            self.evaluator.bind(parts.backbone, parts.pooler)
+        self.bind(parts)
         return build_pool(
             pairs,
             workers=self.workers,
