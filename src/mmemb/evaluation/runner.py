@@ -26,7 +26,13 @@ import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
-from mmemb.evaluation.metrics import cosine_scores, expected_hit, expected_rank, expected_reciprocal_rank
+from mmemb.evaluation.metrics import (
+    ExpectedHitRate,
+    ExpectedReciprocalRank,
+    cosine_scores,
+    expected_hit,
+    expected_rank,
+)
 from mmemb.inference.decode import Paths, confidence_over
 from mmemb.inference.encoder import Everyone, merge_paths
 from mmemb.interfaces import Controller, Worker
@@ -293,14 +299,18 @@ def _true_rationale_scores(encoder: QueryEncoder, run: _Run, worker: Worker) -> 
 
 def _scores(run: _Run, embedding: Tensor, tokens: Tensor, think: Tensor, seconds: float) -> dict[str, float]:
     n, candidates = len(embedding), len(run.candidates)
-    sums = {"hit@1": 0.0, "hit@5": 0.0, "mrr": 0.0}
+    # Every rank holds all rows here: there is nothing left to add up over ranks.
+    metrics = {
+        "hit@1": ExpectedHitRate(1, sync_on_compute=False),
+        "hit@5": ExpectedHitRate(5, sync_on_compute=False),
+        "mrr": ExpectedReciprocalRank(sync_on_compute=False),
+    }
     for rows in torch.arange(n).split(_ROWS):
         scores, positive = cosine_scores(embedding[rows], run.candidates), run.positive[rows]
-        sums["hit@1"] += float(expected_hit(scores, positive, 1).sum())
-        sums["hit@5"] += float(expected_hit(scores, positive, 5).sum())
-        sums["mrr"] += float(expected_reciprocal_rank(scores, positive).sum())
+        for metric in metrics.values():
+            metric.update(scores, positive)
     return {
-        **{name: total / n for name, total in sums.items()},
+        **{name: float(metric.compute()) for name, metric in metrics.items()},
         "n": n,
         "candidates": candidates,
         "think_rate": float(think.float().mean()),
