@@ -1,4 +1,4 @@
-"""Lightning's plugin for checkpoints, over `mmemb.checkpoint`; apart, for importing Lightning takes seconds."""
+"""Lightning's part of checkpoints, over `mmemb.checkpoint`; apart, for importing Lightning takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.fabric.plugins.io import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmemb.checkpoint import read_checkpoint, write_checkpoint
 
@@ -39,3 +41,14 @@ class SafeCheckpointIO(CheckpointIO):
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose ``last.ckpt`` is also written at the end of training.
+
+    Lightning's own leaves the last multiple of ``every_n_train_steps``: 250 steps saved every 200 would end at 200.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -97,7 +97,7 @@ class MmembCLI(LightningCLI):
                 },
                 "trainer.callbacks": [
                     {
-                        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                        "class_path": "mmemb.checkpoint_io.RunCheckpoint",
                         "init_args": {"every_n_train_steps": 200, "save_top_k": 0, "save_last": True},
                     }
                 ],

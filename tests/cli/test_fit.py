@@ -75,7 +75,7 @@ def test_later_configs_win_and_lists_of_callbacks_append(fit: Fit) -> None:
     assert fit("--config", first, "--config", second, "--config", third) == 0
     assert module().selector.seed == 6  # type: ignore[union-attr]
     names = {type(callback).__name__ for callback in module().trainer.callbacks}  # type: ignore[attr-defined]
-    assert {"LearningRateMonitor", "ModelCheckpoint", "InterruptCheckpoint"} <= names
+    assert {"LearningRateMonitor", "RunCheckpoint", "InterruptCheckpoint"} <= names
 
 
 def test_print_config_needs_no_data_and_exits_zero(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,3 +138,11 @@ def test_the_test_command_reads_a_checkpoint(fit: Fit) -> None:
     assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
     for name, value in module().state_dict().items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=0)
+
+
+def test_the_last_checkpoint_is_of_the_last_step(fit: Fit) -> None:
+    saver = {"class_path": "mmemb.checkpoint_io.RunCheckpoint", "init_args": {"every_n_train_steps": 4}}
+    assert fit("--config", write("a.yaml", {"trainer": {"callbacks": [saver]}}), "--trainer.max_steps", "5") == 0
+    last = torch.load("runs/a/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 5
+    assert module().tested
