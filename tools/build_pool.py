@@ -18,7 +18,6 @@ from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
 from mmemb.data.bundled import load_pairs
-from mmemb.inference.embedder import Embedder
 from mmemb.stages.generate import generate
 from mmemb.stages.select import score
 
@@ -49,10 +48,7 @@ def main() -> None:
         )
         if code:
             raise SystemExit(code)
-    model = Embedder.from_checkpoint(checkpoint)
-    evaluator = RetrievalEvaluator(batch_size=128)
-    evaluator.bind(model.backbone, model.pooler)
-    pool = score(pairs, evaluator, arguments.folder)
+    pool = score(pairs, RetrievalEvaluator(str(checkpoint), batch_size=128), arguments.folder)
     print(f"{pool.export(TARGET)}: {TARGET.stat().st_size / 1e6:.2f} MB")
 
 

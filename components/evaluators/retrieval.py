@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmemb.digests import module_digest, seed_of
+from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.registry import create
@@ -27,8 +29,9 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
     on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in every arm.
 
     Args:
-        embedder: a trained model's folder (as `Backbone.save` writes it) or hub id, read at ``<emb>``; None: the
-            backbone and pooler given to `bind`, as they are when scoring.
+        embedder: a trained model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`; or a
+            bare backbone's folder or hub id, read at ``<emb>``. None: the backbone and pooler given to `bind`, as they
+            are when scoring.
         temperature: divides the cosines.
         negatives: most negatives a pair.
         batch_size: rows of one forward pass.
@@ -164,6 +167,10 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
 
 
 def _load(model: str, batch_size: int) -> Encoder:
+    path = Path(model)
+    if path.suffix == ".ckpt" or (path / "embedder.json").is_file() or (path / "checkpoints").is_dir():
+        embedder = Embedder.from_checkpoint(path)
+        return Encoder(embedder.backbone, embedder.pooler, batch_size=batch_size)
     backbone = create("backbone", "transformers", model=model)
     pooler = create("pooler", "embed_token")
     pooler.build(backbone.hidden_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mmemb.components.evaluators import retrieval
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
+from mmemb.data.bundled import load_pairs
+from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Evaluator
 from mmemb.registry import available, create
@@ -196,3 +199,17 @@ def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.Monk
     expected.prepare_bank(pairs)
     assert scores == pytest.approx(expected.score(pairs, [None] * 20))
     assert evaluator.settings == expected.settings
+
+
+def test_a_saved_embedder_scores_as_the_model_it_was_saved_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone, pooler = create("backbone", "tiny", weights="random"), create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    folder = Embedder(backbone, pooler).save(tmp_path / "embedder")
+    pairs = load_pairs("train", tasks=["fact"])[:4]
+    bound, loaded = RetrievalEvaluator(), RetrievalEvaluator(str(folder))
+    bound.bind(backbone, pooler)
+    for evaluator in (bound, loaded):
+        evaluator.prepare_bank(pairs)
+    texts = [None, "chile", None, "peso"]
+    assert loaded.score(pairs, texts) == pytest.approx(bound.score(pairs, texts), abs=1e-4)
