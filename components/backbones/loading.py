@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file
+from transformers.utils import logging as library_logging
 
 from mmemb.types import EMB, END_THINK, THINK
 
@@ -54,8 +57,8 @@ def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any
         FileNotFoundError: the model is written as a path and there is no such folder, or it has no config.
         ValueError: it cannot be read, is no image-text-to-text model, or is of a family that the adapter does not know.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir() and (path.is_absolute() or model.startswith((".", "~"))):
+    path = Path(model)
+    if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
         raise FileNotFoundError(
             f"backbone model {model!r}: there is no such folder; give one with config.json or a hub id (owner/name)"
         )
@@ -173,6 +176,8 @@ def load_model(
 ) -> nn.Module:
     """The model with its own weights, or with random ones drawn from a seed (the caller's random state is left alone).
 
+    It comes on the CPU; a quantised one on this process's GPU, where there is one: weights are packed where they land.
+
     Raises:
         ValueError: the weights cannot be read.
     """
@@ -182,20 +187,21 @@ def load_model(
             torch.manual_seed(seed)
             return AutoModelForImageTextToText.from_config(config, dtype=kind, attn_implementation=attention)
     extra: dict[str, Any] = (
-        {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+        {} if quantization is None else {"quantization_config": quantization, "device_map": {"": own_device()}}
     )
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model,
-            config=config,
-            revision=revision,
-            dtype=kind,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
-        )
+        with without_bars() if Path(model).is_dir() else contextlib.nullcontext():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model,
+                config=config,
+                revision=revision,
+                dtype=kind,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
     except Exception as error:
         raise ValueError(
             f"backbone model {model!r}: its weights cannot be read ({_one_line(error)}); "
@@ -208,6 +214,27 @@ def load_model(
             f"complete the folder or drop config_overrides"
         )
     return network
+
+
+def own_device() -> str:
+    """The GPU of this process among those of its machine (torchrun and Lightning number them, or SLURM), or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return f"cuda:{rank % torch.cuda.device_count()}"
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, the library draws no progress bars: those of local files only flash by. A download keeps its own."""
+    if not library_logging.is_progress_bar_enabled():
+        yield
+        return
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.enable_progress_bar()
 
 
 def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:
@@ -231,7 +258,7 @@ def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:
 
 def origin_of(model: str, revision: str | None) -> str:
     """``name@revision``: the same for the hub's model and a folder saved from it, wherever that folder lies."""
-    path = Path(model).expanduser()
+    path = Path(model)
     marker = path / MARKER
     if marker.is_file():
         return str(json.loads(marker.read_text(encoding="utf-8"))["origin"])

@@ -79,6 +79,7 @@ class TransformersBackbone(Backbone, name="transformers"):
         super().__init__()
         if quantization != "none" and weights == "random":
             raise ValueError(f"quantization={quantization!r} needs weights: pretrained")
+        model = os.path.expanduser(model)
         config, family = loading.load_config(model, revision=revision, overrides=config_overrides or {})
         loaded = loading.load_processor(model, revision=revision)
         tokenizer, image_processor = loaded.tokenizer, loaded.image_processor
@@ -242,7 +243,7 @@ class TransformersBackbone(Backbone, name="transformers"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            with tuning.merged(self.model) as state:
+            with tuning.merged(self.model) as state, loading.without_bars():
                 self.model.save_pretrained(aside, state_dict=state)
             self.processor.tokenizer.chat_template = self.processor.chat_template
             self.processor.tokenizer.save_pretrained(aside)

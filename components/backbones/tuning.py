@@ -1,4 +1,7 @@
-"""What of a backbone learns, and in how many bits the rest is held: LoRA, frozen parts, quantisation."""
+"""What of a backbone learns, and in how many bits the rest is held: LoRA, frozen parts, quantisation.
+
+peft and bitsandbytes are imported where they are asked for: together they cost seconds, and most runs need neither.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -49,6 +49,8 @@ def quantization_config(quantization: Quantization, *, compute_dtype: torch.dtyp
 
 def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_tokens: Sequence[int]) -> None:
     """Freezes the model and puts adapters on its decoder; the rows of newly added tokens learn too."""
+    from peft import LoraConfig
+
     tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     model.add_adapter(
         LoraConfig(
@@ -85,6 +87,10 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
 
     Re-packed weights pass no gradient (a validation would end training) and need widths that are multiples of 64.
     """
+    if not getattr(model, "is_quantized", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -99,6 +105,8 @@ def merged(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     if not model._hf_peft_config_loaded:
         yield model.state_dict()
         return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]
     copies = [weight.detach().to("cpu", copy=True) for weight in weights]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmemb.components.backbones import loading
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.backbones.transformers import TransformersBackbone
 from mmemb.interfaces import Backbone
@@ -201,3 +204,47 @@ def test_an_old_style_chat_template_is_found(copied: Path) -> None:
 def test_quantisation_needs_weights(model_folder: Folder) -> None:
     with pytest.raises(ValueError, match="quantization='nf4' needs weights: pretrained"):
         TransformersBackbone(str(model_folder("qwen2_vl")), weights="random", quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "cuda:0"),
+        ({"LOCAL_RANK": "1"}, "cuda:1"),
+        ({"SLURM_LOCALID": "1"}, "cuda:1"),
+        ({"LOCAL_RANK": "3"}, "cuda:1"),  # each process sees fewer GPUs than there are processes
+    ],
+)
+def test_quantised_weights_are_packed_on_the_process_s_own_gpu(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading.own_device() == expected
+
+
+def test_without_a_gpu_quantised_weights_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.own_device() == "cpu"
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder("qwen3_vl"), tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TransformersBackbone("~/model").identity == TransformersBackbone(str(tmp_path / "model")).identity
+
+
+@pytest.mark.slow
+def test_a_plain_model_is_loaded_silently_and_without_the_libraries_of_others(model_folder: Folder) -> None:
+    code = (
+        "import sys; from mmemb.components.backbones.transformers import TransformersBackbone as Model; "
+        f"Model({str(model_folder('qwen3_vl'))!r}); print(sorted({{'bitsandbytes', 'peft'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
