@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmemb {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        tell(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)} (`mmemb --help`)")
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? The" if close else "the"
+        tell(f"there is no command {words[0]!r}; {hint} commands are {', '.join(COMMANDS)} (`mmemb --help`)")
         return EXIT_MISTAKE
     quiet()
     module = COMMANDS[words[0]][1]

@@ -67,6 +67,7 @@ def test_an_unknown_command(cli: Cli) -> None:
     code, _, err = cli("train")
     assert code == 2
     assert "there is no command 'train'; the commands are fit, " in err
+    assert "did you mean 'components'? The commands are" in cli("componets").err
 
 
 @pytest.mark.parametrize("command", [name for name, (_, module) in COMMANDS.items() if module != "mmemb.cli"])

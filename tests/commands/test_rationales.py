@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def test_generate_score_show(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = rationales(cli, "show", "--limit", "1")
     assert code == 0
     assert out.count("╭") == 2  # one pair of each task
-    assert "+" in out or "-" in out
+    assert re.search(r"[+-]\d+\.\d{3}  after \d comes \d", out)  # the gain, then the rationale
     code, out, _ = rationales(cli, "show", "--task", "colour", "--limit", "9")
     assert "pair0" in out
     assert "pair4" in out

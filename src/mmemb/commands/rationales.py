@@ -10,13 +10,13 @@ from mmemb.commands.errors import UsageError
 
 _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's place are those of the training config:
 
-  mmemb rationales generate --config recipes/r1.yaml --model.pool.path pools/mine
-  mmemb rationales score    --config recipes/r1.yaml --model.pool.path pools/mine
-  mmemb rationales show     --config recipes/r1.yaml --limit 5 --task flagattr
+  mmemb rationales generate --config recipes/r1.yaml --model.pool.path pools/mine --model.pool.workers [metadata,model]
+  mmemb rationales score    --config recipes/r1.yaml --model.pool.path pools/mine --model.pool.evaluator retrieval
+  mmemb rationales show     --config recipes/r1.yaml --model.pool.path pools/mine --limit 5 --task flagattr
   mmemb fit                 --config recipes/r1.yaml --model.pool.path pools/mine
 
-`mmemb fit` does the first two by itself where the pool is missing. A stopped generate or score goes on where it was.
-Every other option is a setting of `mmemb fit` (`mmemb fit --help`).
+`mmemb fit` does the first two by itself where the config names workers and the pool is missing. A stopped generate or
+score goes on where it was. Every other option is a setting of `mmemb fit` (`mmemb fit --help`).
 """
 
 
