@@ -132,7 +132,17 @@ class MmembCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        return super().instantiate_trainer(callbacks=[*callbacks, self.interrupt], plugins=plugins, **kwargs)
+        callbacks.append(self.interrupt)
+        if self.command == "predict":
+            from mmemb.inference.writer import EmbeddingWriter
+
+            callbacks.append(EmbeddingWriter())
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def before_predict(self) -> None:
+        """Keeps no embeddings in memory unless told to: they are written batch by batch."""
+        settings = self.config_init.predict
+        settings.return_predictions = bool(settings.return_predictions)
 
     def after_fit(self) -> None:
         """Evaluates on the test split, if there is one (pretraining has none)."""
@@ -242,7 +252,7 @@ def _help(command: str) -> dict[str, str]:
         "fit": f"Trains, then evaluates on the test split. A run's folder is {RUNS}/<config names>/version_<n>.",
         "validate": "Evaluates a checkpoint on the validation split.",
         "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
-        "predict": "Embeds a data set with a checkpoint.",
+        "predict": "Embeds data.predict with a checkpoint into embeddings.parquet in the run's folder.",
     }
     checkpoint = "" if command == "fit" else " --ckpt_path last.ckpt"
     return {

@@ -9,6 +9,7 @@ Lightning therefore puts no sampler of its own into them, and each rank's share 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -189,7 +190,8 @@ class PairDataModule(L.LightningDataModule):
 
     def _read_items(self, source: Source) -> Sequence[Item]:
         if source.bundled is not None:
-            return [pair.query for pair in read_pairs(source, seed=self.bundled_seed)]
+            pairs = read_pairs(source, seed=self.bundled_seed)
+            return [replace(pair.query, fields={**pair.query.fields, "id": pair.id}) for pair in pairs]
         return read_items(source.path, image_root=source.image_root, limit=source.limit)
 
     def _world(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmemb.inference.draw import draw_results
 from mmemb.types import Encoded, Image, Item, Part, Text, pictures
 
-__all__ = ["EmbeddingIndex", "Hit", "draw_results", "read_embeddings", "write_embeddings"]
+__all__ = ["EmbeddingIndex", "Hit", "draw_results", "embedding_table", "read_embeddings", "write_embeddings"]
 
 _PREVIEW = 500
 """Characters of an item's text that are kept."""
@@ -106,6 +106,34 @@ class EmbeddingIndex:
         ]
 
 
+def embedding_table(
+    items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
+) -> pa.Table:
+    """Embedded items as rows of the file; the arguments are those of `write_embeddings`.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    names = [item.fields.get("id", str(row)) for row, item in enumerate(items)] if ids is None else list(ids)
+    vectors = encoded.embedding.float().cpu().numpy()
+    if not len(items) == len(names) == len(vectors):
+        raise ValueError(f"{len(items)} items, {len(names)} ids and {len(vectors)} embeddings given; give one each")
+    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=pa.float32())
+    return pa.table(
+        {
+            "id": pa.array(names, type=pa.string()),
+            "text": pa.array([item.text[:_PREVIEW] for item in items], type=pa.string()),
+            "images": pa.array(
+                [[source for source in pictures(item) if isinstance(source, str)] for item in items],
+                type=pa.list_(pa.string()),
+            ),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            "rationale": pa.array(encoded.rationale, type=pa.string()),
+            "tokens": pa.array(encoded.tokens.tolist(), type=pa.int32()),
+        }
+    ).replace_schema_metadata({_IDENTITY: model.encode()})
+
+
 def write_embeddings(
     path: str | Path, items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
 ) -> Path:
@@ -125,26 +153,7 @@ def write_embeddings(
         ValueError: the lengths differ.
     """
     path = Path(path)
-    names = [item.fields.get("id", str(row)) for row, item in enumerate(items)] if ids is None else list(ids)
-    vectors = encoded.embedding.float().cpu().numpy()
-    if not len(items) == len(names) == len(vectors):
-        raise ValueError(
-            f"{path.name}: {len(items)} items, {len(names)} ids and {len(vectors)} embeddings given; give one each"
-        )
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=pa.float32())
-    table = pa.table(
-        {
-            "id": pa.array(names, type=pa.string()),
-            "text": pa.array([item.text[:_PREVIEW] for item in items], type=pa.string()),
-            "images": pa.array(
-                [[source for source in pictures(item) if isinstance(source, str)] for item in items],
-                type=pa.list_(pa.string()),
-            ),
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            "rationale": pa.array(encoded.rationale, type=pa.string()),
-            "tokens": pa.array(encoded.tokens.tolist(), type=pa.int32()),
-        }
-    ).replace_schema_metadata({_IDENTITY: model.encode()})
+    table = embedding_table(items, encoded, ids=ids, model=model)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     pq.write_table(table, aside, compression="zstd")

@@ -95,6 +95,7 @@ class EmbeddingModule(L.LightningModule):
         self.encode_batch_size = encode_batch_size
         self.budget = budget
         self.validation_queries = validation_queries
+        self.trained_steps = 0
         self.trained_seconds = 0.0
         self.before_training: dict[str, Any] | None = None
         self._started = time.monotonic()
@@ -193,6 +194,7 @@ class EmbeddingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_backbone(checkpoint, identity=self.backbone.identity)
+        self.trained_steps = checkpoint["global_step"]
         self.trained_seconds = checkpoint["trained_seconds"]
         self.before_training = checkpoint["before_training"]
         self._random_state = checkpoint["random_state"]
@@ -234,11 +236,12 @@ class EmbeddingModule(L.LightningModule):
             return
         if self.before_training:
             results.modes["pretrained"] = self.before_training
-        settings = {"step": self.global_step, "split": "test", **self._settings()}
+        step = self.global_step or self.trained_steps  # `mmemb test` takes no step of its own
+        settings = {"step": step, "split": "test", **self._settings()}
         seconds = self.trained_seconds + time.monotonic() - self._started
         summary = report.summary(results, settings=settings, seconds=seconds)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        report.publish(folder, summary, results, logger=self.logger, step=self.global_step)
+        report.publish(folder, summary, results, logger=self.logger, step=step)
         for mode, row in results.modes.items():
             self.log(f"test/{mode}/hit@1", row["hit@1"], rank_zero_only=True)
 
