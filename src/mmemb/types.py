@@ -8,8 +8,8 @@ Shape legend, used in every docstring of the project:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -300,11 +300,6 @@ class EvaluationTask:
     candidate_ids: Sequence[str]
 
 
-def with_instruction(item: Item, instruction: str) -> Item:
-    """The same content under another instruction."""
-    return replace(item, instruction=instruction)
-
-
 def pictures(item: Item) -> Iterator[str | PILImage]:
     """Every picture source of an item in order, video frames included."""
     for part in item.parts:
@@ -312,8 +307,3 @@ def pictures(item: Item) -> Iterator[str | PILImage]:
             yield part.source
         elif isinstance(part, Video):
             yield from part.frames
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """A flat dict of a dataclass's fields, without copying tensors."""
-    return {entry.name: getattr(value, entry.name) for entry in fields(value)}

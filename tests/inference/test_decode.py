@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mmemb.inference.decode import adaptive_encode, adaptive_paths, confidence_over, length_order, sample
+from mmemb.inference.decode import adaptive_paths, confidence_over, length_order, sample
 from mmemb.inference.encoder import Everyone
 from mmemb.interfaces import Controller, Pooler
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text
@@ -40,7 +40,8 @@ def built(pooler: Pooler) -> Pooler:
 def test_both_paths_equal_encoding_the_whole_text_again(pooler: Pooler, temperature: float) -> None:
     backbone, pooler, queries = FakeBackbone(), built(pooler), items()
     thinkers = {0: 9, 3: 4, 4: 1, 9: 7}
-    out = adaptive_encode(backbone, pooler, queries, Rows(thinkers), budget=48, temperature=temperature, seed=3)
+    paths = adaptive_paths(backbone, pooler, queries, Rows(thinkers), budget=48, temperature=temperature, seed=3)
+    out = paths.encoded()
     texts = [text if thought else None for text, thought in zip(out.rationale, out.thought.tolist(), strict=True)]
     inputs = backbone.prepare(queries, rationales=texts)
     again = pooler(backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
@@ -52,7 +53,7 @@ def test_both_paths_equal_encoding_the_whole_text_again(pooler: Pooler, temperat
 
 def test_the_prompt_is_encoded_once_and_only_thinking_rows_go_on() -> None:
     backbone, queries = FakeBackbone(), items()
-    out = adaptive_encode(backbone, built(FakePooler()), queries, Rows({2: 3, 7: 3}), budget=48)
+    out = adaptive_paths(backbone, built(FakePooler()), queries, Rows({2: 3, 7: 3}), budget=48)
     assert Counter(backbone.calls)["prefill"] == 1
     assert Counter(backbone.calls)["forward"] == 0
     prompt = backbone.prepare(queries, embed=False).tensors["input_ids"].numel()
@@ -105,7 +106,7 @@ def test_the_controller_sees_decision_logits_and_confidence() -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items(4)
     bank = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     controller = Rows({})
-    adaptive_encode(backbone, pooler, queries, controller, budget=4, bank=bank, confidence_temperature=0.1)
+    adaptive_paths(backbone, pooler, queries, controller, budget=4, bank=bank, confidence_temperature=0.1)
     prefix = backbone.prefill(backbone.prepare(queries, embed=False))
     both = backbone.logits(prefix.hidden)[:, [backbone.token_id(THINK), backbone.token_id(EMB)]]
     torch.testing.assert_close(controller.seen.decision_logits, both)

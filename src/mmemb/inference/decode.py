@@ -171,34 +171,6 @@ def sample(
 
 
 @torch.no_grad()
-def adaptive_encode(
-    backbone: Backbone,
-    pooler: Pooler,
-    items: Sequence[Item],
-    controller: Controller,
-    *,
-    budget: int,
-    bank: Tensor | None = None,
-    confidence_temperature: float = 0.05,
-    temperature: float = 0.0,
-    seed: int | Sequence[int] = 0,
-) -> Encoded:
-    """Encodes one batch of B items, thinking where the controller says so; see `adaptive_paths` for the arguments."""
-    paths = adaptive_paths(
-        backbone,
-        pooler,
-        items,
-        controller,
-        budget=budget,
-        bank=bank,
-        confidence_temperature=confidence_temperature,
-        temperature=temperature,
-        seed=seed,
-    )
-    return paths.encoded()
-
-
-@torch.no_grad()
 def adaptive_paths(
     backbone: Backbone,
     pooler: Pooler,
