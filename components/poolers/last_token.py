@@ -15,9 +15,6 @@ class LastToken(ProjectedPooler, name="last_token"):
         dim: embedding width: the first entries of the pooled state (Matryoshka); None: all.
     """
 
-    def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
-        super().__init__(projection=projection, dim=dim)
-
     def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
         """See `ProjectedPooler.pool`; the position of ``<emb>`` is not looked at."""
         return take(hidden, last_real(attention_mask))

@@ -18,9 +18,6 @@ class Mean(ProjectedPooler, name="mean"):
     needs_all_states = True
     """Adaptive inference keeps only the state at ``<emb>``; for this pooler it encodes a row again."""
 
-    def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
-        super().__init__(projection=projection, dim=dim)
-
     def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
         """See `ProjectedPooler.pool`; the position of ``<emb>`` is not looked at."""
         weight = attention_mask[..., None].to(hidden.dtype)
