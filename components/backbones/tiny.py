@@ -1,4 +1,4 @@
-"""The bundled small model: a Qwen3-VL of about 2.5 million parameters, small enough to train on two CPU cores."""
+"""The bundled small model: a Qwen3-VL of 2.3 million parameters, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
