@@ -1,7 +1,7 @@
 """Turns a finished pretraining run into the shipped weights of the ``tiny`` backbone, and writes their model card.
 
     mmemb fit --config recipes/pretrain_tiny.yaml
-    python tools/release_tiny.py runs/pretrain_tiny/version_0
+    python -m tools.release_tiny runs/pretrain_tiny/version_0
 
 Every number of the card is measured here, with the weights as shipped (half precision), on held-out probes.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import yaml
-from build_tiny import FOLDER, pack
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.data.bundled.pretraining import probe_samples
 from mmemb.inference.decode import sample
 from mmemb.types import Pair
+from tools.build_tiny import FOLDER, pack
 
 _WHAT = {
     "picture": "name of a picture whose (thing, vendor) pair was withheld",
@@ -56,7 +56,7 @@ def card(settings: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]
         "phrasing, nor a flag together with its country's attributes.",
         "",
         "Greedy answers that are exactly right, as shipped "
-        "(`python tools/release_tiny.py`; a prompt as in pretraining, a held-out input):",
+        "(`python -m tools.release_tiny`; a prompt as in pretraining, a held-out input):",
         "",
         "| probe | " + " | ".join(f"{split} (n)" for split in scores) + " |",
         "| --- |" + " --- |" * len(scores),
