@@ -159,3 +159,11 @@ def test_a_missing_image_and_a_folder_are_told_apart(tmp_path: Path) -> None:
 
 def test_bundled_names_pass_unchanged(tmp_path: Path) -> None:
     assert resolve_image("bundled:noto/1f34e", tmp_path) == "bundled:noto/1f34e"
+
+
+def test_a_relative_root_follows_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "a.png", Image.new("RGB", (2, 2)))
+        monkeypatch.chdir(tmp_path / name)
+        assert resolve_image("a.png", ".") == str((tmp_path / name / "a.png").resolve())

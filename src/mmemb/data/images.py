@@ -71,7 +71,7 @@ def resolve_image(path: str, root: str | os.PathLike[str]) -> str:
     """
     if path.startswith(BUNDLED):
         return path
-    base = _real_folder(os.fspath(root))
+    base = _real_folder(os.path.join(os.getcwd(), root))
     joined = os.path.join(base, path)
     target = os.path.join(_real_folder(os.path.dirname(joined)), os.path.basename(joined))
     if _inside(target, base):  # otherwise nothing is looked up: an outsider learns not even whether a file exists
@@ -104,7 +104,10 @@ def _inside(path: str, folder: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def _real_folder(folder: str) -> str:
-    """Cached: a million pictures of one folder resolve its links once, not a path component at a time."""
+    """Cached: a million pictures of one folder resolve its links once, not a path component at a time.
+
+    The folder must be absolute: what a relative one means changes with the working directory.
+    """
     return os.path.realpath(folder)
 
 
