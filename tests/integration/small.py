@@ -52,6 +52,7 @@ SETTINGS: dict[str, Any] = {
         "test": [{"path": "pairs.jsonl"}],
         "batch_size": 8,
         "sub_batch_size": 4,
+        "task_weights": None,
         "num_workers": 0,
     },
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.index import read_embeddings
@@ -125,3 +126,17 @@ def test_a_prediction_that_fails_leaves_no_file(on_checkpoint: Cli, trained: Pat
     error, folder = on_checkpoint("predict", "--data.predict=[{path: mixed}]", "--data.batch_size=1", code=2)
     assert "b.png: cannot be read" in error.strip().split("\n")[-1]
     assert not [path for path in folder.iterdir() if "embeddings" in path.name]
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    words = ["fit", *write_settings(tmp_path, {"model": {"schedule": "constant"}, "evaluate": False})]
+    last = [f"runs/r1+small/version_{number}/checkpoints/last.ckpt" for number in range(3)]
+    assert cli(*words, "--trainer.max_steps=5").code == 0  # in the middle of the second epoch
+    assert cli(*words, "--trainer.max_steps=8", "--ckpt_path", last[0]).code == 0
+    assert cli(*words, "--trainer.max_steps=8").code == 0
+    resumed, whole = (torch.load(path, weights_only=True) for path in last[1:])
+    assert resumed["global_step"] == whole["global_step"] == 8
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name]), name
