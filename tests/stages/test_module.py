@@ -11,6 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.backbones.tuning import LoraSettings
+from mmemb.data.datamodule import Source
+from mmemb.evaluation.runner import EvaluationResults
+from mmemb.stages import module as module_file
 from mmemb.stages.module import EmbeddingModule
 from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
 
@@ -60,3 +63,21 @@ def test_a_checkpoint_made_in_python_holds_plain_values_only(tmp_path: Path) -> 
     train(tmp_path, steps=2, make=small_module)
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
     assert "hyper_parameters" not in checkpoint
+
+
+def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def evaluate(encoder: Any, tasks: Any, **rest: Any) -> EvaluationResults:
+        scored.append(len(tasks[0].queries))
+        return EvaluationResults()
+
+    monkeypatch.setattr(module_file, "evaluate", evaluate)
+    module = small_module(validation_queries=2)
+    data = small_data(batch_size=8, validation=[Source("bundled:validation", tasks=["fact"], limit=5)])
+    small_trainer(tmp_path, max_steps=1, val_check_interval=1, num_sanity_val_steps=0).fit(module, datamodule=data)
+    assert scored == [2]
+    small_trainer(tmp_path).validate(module, datamodule=data)
+    assert scored == [2, 5]

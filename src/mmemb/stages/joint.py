@@ -20,7 +20,7 @@ from mmemb.data.collate import candidate_layout
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
-from mmemb.stages.objective import Choose, Engine, Objective, Parts, augmenter, next_token_loss
+from mmemb.stages.objective import Choose, Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
 from mmemb.types import ModelInputs, Pair, Rationale, TrainBatch, TrainChunk
 
 
@@ -34,6 +34,9 @@ class Joint(Objective):
         next_token_weight: lambda_cot, weight of the mean next-token loss.
         infonce: temperature of the contrastive loss (learnable and clamped, or fixed).
         augment: picture augmentation; null for none.
+
+    Raises:
+        ValueError: ``chunk_size`` below one.
     """
 
     needs_rationales = True
@@ -49,6 +52,7 @@ class Joint(Objective):
         augment: PictureAugment | None = None,
     ) -> None:
         super().__init__()
+        check_chunk_size(chunk_size)
         self.chunk_size = chunk_size
         self.direct_weight = direct_weight
         self.reasoned_weight = reasoned_weight

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import lightning as L
 import torch
@@ -33,6 +33,11 @@ from mmemb.stages.objective import Engine, Objective, Parts
 from mmemb.stages.pools import PoolSettings
 from mmemb.types import EvaluationTask, Item, Pair
 
+Schedule: TypeAlias = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"
+]
+"""Learning-rate schedules of the transformers library that need no settings but warm-up and length."""
+
 
 class EmbeddingModule(L.LightningModule):
     """An embedding model in training.
@@ -46,12 +51,13 @@ class EmbeddingModule(L.LightningModule):
         pool: where rationale candidates come from and are kept.
         reference: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
         optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
-        schedule: learning-rate schedule over the run's steps, a name known to transformers (cosine, linear, constant).
+        schedule: learning-rate schedule over the run's steps, by the transformers library.
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
         budget: most rationale tokens a row may write in evaluation.
-        validation_queries: queries a task scored at each validation during training; the final evaluation takes all.
+        validation_queries: queries a task scored at each validation during training; `mmemb validate` and the final
+            evaluation take all.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class EmbeddingModule(L.LightningModule):
         pool: PoolSettings | None = None,
         reference: Worker | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: str = "cosine",
+        schedule: Schedule = "cosine",
         warmup_steps: int = 50,
         gradient_clip: float = 1.0,
         encode_batch_size: int = 64,
@@ -202,7 +208,8 @@ class EmbeddingModule(L.LightningModule):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def validation_step(self, task: EvaluationTask, batch_idx: int) -> None:
-        short = EvaluationTask(task.name, task.queries[: self.validation_queries], task.candidates, task.candidate_ids)
+        most = self.validation_queries if self.trainer.state.fn == "fit" else None
+        short = EvaluationTask(task.name, task.queries[:most], task.candidates, task.candidate_ids)
         controllers = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
         results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
         self._results.append(results)

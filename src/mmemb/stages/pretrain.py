@@ -6,6 +6,7 @@ Each pair is a prompt (the query item) and a response (the positive's text). Mem
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
 from mmemb.losses.distributed import all_sum, world_size
-from mmemb.stages.objective import Engine, Objective, Parts, augmenter, next_token_loss
+from mmemb.stages.objective import Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
 from mmemb.types import ModelInputs, Pair
 
 
@@ -34,10 +35,14 @@ class NextToken(Objective):
     Args:
         chunk_size: rows of one backward pass.
         augment: picture augmentation; null for none.
+
+    Raises:
+        ValueError: ``chunk_size`` below one.
     """
 
     def __init__(self, *, chunk_size: int = 32, augment: PictureAugment | None = None) -> None:
         super().__init__()
+        check_chunk_size(chunk_size)
         self.chunk_size = chunk_size
         self.augment = augment
 
@@ -63,7 +68,7 @@ class NextToken(Objective):
         loss = torch.zeros((), device=counts.device)
         for number, chunk in enumerate(batch.chunks):
             last = number == len(batch.chunks) - 1
-            with Engine().no_sync() if last else engine.no_sync():
+            with nullcontext() if last else engine.no_sync():
                 part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
                 engine.backward(part * scale)
             loss += part.detach()
