@@ -20,9 +20,8 @@ class Threshold(Controller, name="threshold"):
     of two ways:
 
     - to a budget (``rate`` given): the threshold below which that share of the validation queries lies;
-    - to pay (``rate`` null): the threshold that maximises the mean over queries of think * (utility - price), where the
-    utility of
-      thinking is s_r - s_d. Of equally good thresholds it takes the one that thinks least.
+    - to pay (``rate`` null): the threshold that maximises the mean over queries of think * (utility - price), where
+      the utility of thinking is s_r - s_d. Of equally good thresholds it takes the one that thinks least.
 
     Args:
         signal: ``confidence``, the largest softmax probability of the direct embedding over the reference bank, in [0,

@@ -145,8 +145,8 @@ def evaluate(
 
     Scores of a task: ``hit@1``, ``hit@5``, ``mrr`` (tie-safe expectations), ``n``, ``candidates``, ``think_rate``,
     ``tokens_per_query`` (rationale tokens, brackets included), ``chance`` (hit@1 of a random order) and
-    ``queries_per_second`` of one
-    process: the prompts' time in full, and of the decoding time the share of tokens that the controller's rows wrote.
+    ``queries_per_second`` of one process: the prompts' time in full, and of the decoding time the share of tokens that
+    the controller's rows wrote.
 
     Args:
         encoder: the model.
