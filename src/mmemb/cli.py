@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,6 +20,7 @@ from mmemb.checkpoint_io import SafeCheckpointIO
 from mmemb.commands.configs import check_yaml, config_paths
 from mmemb.commands.parser import HelpFormatter, OneLineErrors
 from mmemb.interrupt import InterruptCheckpoint, Interrupted
+from mmemb.progress import StepsBar
 
 RUNS = "runs"
 """Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
@@ -123,7 +124,7 @@ class MmembCLI(LightningCLI):
     # -- building and running ----------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds the safe checkpoint writer and the stop on Ctrl-C, and drops what a disabled feature rules out."""
+        """Adds the safe checkpoint writer, the bar and the stop on Ctrl-C; drops what a disabled feature rules out."""
         config = self._get(self.config_init, "trainer")
         callbacks = list(config.get("callbacks") or [])
         if config.get("enable_checkpointing") is False:
@@ -132,6 +133,8 @@ class MmembCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(StepsBar())
         callbacks.append(self.interrupt)
         if self.command == "predict":
             from mmemb.inference.writer import EmbeddingWriter
@@ -148,7 +151,8 @@ class MmembCLI(LightningCLI):
         """Evaluates on the test split, if there is one (pretraining has none)."""
         has_test = getattr(self.datamodule, "sources", {}).get("test", True)
         if has_test and self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            # The evaluation prints a table of its own.
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 class _Check(MmembCLI):
