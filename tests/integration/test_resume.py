@@ -95,21 +95,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Three runs at once: one to the end, one killed, one stopped by Ctrl-C; then the last two resumed."""
     base = tmp_path_factory.mktemp("runs")
     whole, killed, stopped = (base / name for name in ("whole", "killed", "stopped"))
-    first = fit(whole)
-    second, third = fit(killed, hold=True), fit(stopped, hold=True)
-    wait_for(killed / "here", second)
-    assert checkpoint(killed, 0).exists()
-    second.send_signal(signal.SIGKILL)
-    ended(second, -signal.SIGKILL)
-    wait_for(stopped / "here", third)
-    third.send_signal(signal.SIGINT)
-    (stopped / "go").touch()
-    told = ended(third, 130)
-    left = sorted(path.name for path in checkpoint(killed, 0).parent.iterdir())
-    resumed = fit(killed, "--ckpt_path", str(checkpoint(killed, 0)))
-    continued = fit(stopped, "--ckpt_path", str(checkpoint(stopped, 0, "interrupted.ckpt")))
-    for run in (first, resumed, continued):
-        ended(run)
+    started = [fit(whole), fit(killed, hold=True), fit(stopped, hold=True)]
+    try:
+        first, second, third = started
+        wait_for(killed / "here", second)
+        second.send_signal(signal.SIGKILL)
+        ended(second, -signal.SIGKILL)
+        left = sorted(path.name for path in checkpoint(killed, 0).parent.iterdir())
+        wait_for(stopped / "here", third)
+        third.send_signal(signal.SIGINT)
+        (stopped / "go").touch()
+        told = ended(third, 130)
+        resumed = fit(killed, "--ckpt_path", str(checkpoint(killed, 0)))
+        continued = fit(stopped, "--ckpt_path", str(checkpoint(stopped, 0, "interrupted.ckpt")))
+        started += [resumed, continued]
+        for run in (first, resumed, continued):
+            ended(run)
+    finally:
+        for run in started:
+            if run.poll() is None:  # a test that failed leaves nothing waiting
+                run.kill()
     return {"whole": whole, "killed": killed, "stopped": stopped, "told": told, "left": left}
 
 
