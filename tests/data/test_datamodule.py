@@ -1,9 +1,7 @@
 import json
 import multiprocessing
 import pickle
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,26 +9,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmemb.data.datamodule import PairDataModule, Source
 from mmemb.types import EvaluationTask, Item, Pair
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from tests.data.small import make, two_tasks, write_rows
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    rows = [
-        {"query": f"{task} question {row}", "positive": f"{task} answer {row}", "task": task}
-        for task, count in (("even", 10), ("odd", 7))
-        for row in range(count)
-    ]
-    return Source(write_rows(tmp_path / "pairs.jsonl", rows))
+    return two_tasks(tmp_path)
 
 
 def number_pairs(pairs: list[Pair], seed: int) -> dict[str, Any]:
@@ -74,10 +62,6 @@ def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         enable_checkpointing=bool(callbacks),
         **options,
     )
-
-
-def make(source: Source, **options: Any) -> PairDataModule:
-    return PairDataModule([source], batch_size=4, sub_batch_size=2, steps_per_epoch=5, seed=3, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -232,7 +216,7 @@ class Ranked(Module):
         path.write_text(json.dumps({"seen": self.seen, "tasks": self.tasks}))
 
 
-def test_in_a_real_group_lightning_leaves_the_shares_as_they_are(tmp_path: Path, source: Source) -> None:
+def test_in_a_real_group_ranks_share_the_batches_and_all_get_every_task(tmp_path: Path, source: Source) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that has used CUDA cannot be forked")
     data = PairDataModule([source], [source], batch_size=2, sub_batch_size=2, steps_per_epoch=4, seed=3)
@@ -242,7 +226,7 @@ def test_in_a_real_group_lightning_leaves_the_shares_as_they_are(tmp_path: Path,
     alone.setup("fit")
     expected = [[pair.id for pair in batch] for batch in alone.train_dataloader()][:4]
     assert [one + two for one, two in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)] == expected
-    assert [rank["tasks"] for rank in ranks] == [["even"], ["odd"]]
+    assert [rank["tasks"] for rank in ranks] == [["even", "odd"]] * 2  # the evaluation shares out queries, not tasks
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -313,87 +297,6 @@ def test_going_on_with_another_stream_is_warned_of(source: Source) -> None:
     other.load_state_dict(data.state_dict())
     with pytest.warns(UserWarning, match="not with the batches of an uninterrupted run"):
         other.train_dataloader()
-
-
-def drawn(data: PairDataModule, batches: int = 500) -> dict[str, float]:
-    """Share of each task."""
-    data.steps_per_epoch = batches
-    data.setup("fit")
-    tasks = Counter(pair.task for batch in data.train_dataloader() for pair in batch)
-    return {task: count / sum(tasks.values()) for task, count in tasks.items()}
-
-
-def test_tasks_are_drawn_by_the_weight_of_their_source(tmp_path: Path, source: Source) -> None:
-    other = Source(write_rows(tmp_path / "third.jsonl", [{"query": "q", "positive": "p"}]), weight=2.0)
-    assert drawn(make(source)) == pytest.approx({"even": 0.5, "odd": 0.5}, abs=0.05)
-    mixed = PairDataModule([source, other], batch_size=4, sub_batch_size=2)
-    assert drawn(mixed) == pytest.approx({"even": 0.25, "odd": 0.25, "third": 0.5}, abs=0.05)
-    named = PairDataModule([source, other], batch_size=4, sub_batch_size=2, task_weights={"even": 4.0, "odd": 0.0})
-    assert drawn(named) == pytest.approx({"even": 2 / 3, "third": 1 / 3}, abs=0.05)
-
-
-def test_a_task_of_two_files_is_one_task(tmp_path: Path, source: Source) -> None:
-    more = Source(write_rows(tmp_path / "more.jsonl", [{"query": "q", "positive": "p", "task": "odd"}]))
-    data = PairDataModule([source, more], batch_size=4, sub_batch_size=2)
-    assert drawn(data) == pytest.approx({"even": 1 / 3, "odd": 2 / 3}, abs=0.05)
-    assert len(data.train_pairs) == 18
-    assert data.train_pairs[17].id == "odd/more:1"
-    with pytest.raises(IndexError):
-        data.train_pairs[18]
-
-
-def test_pretraining_samples_are_one_task_in_order() -> None:
-    data = PairDataModule([Source("bundled:pretrain")], batch_size=4, sub_batch_size=2, steps_per_epoch=2)
-    data.setup("fit")
-    assert len(data.train_pairs) > 10**6
-    assert [pair for batch in data.train_dataloader() for pair in batch] == [data.train_pairs[row] for row in range(8)]
-
-
-def test_predict_takes_the_queries_of_bundled_data() -> None:
-    data = PairDataModule(predict=[Source("bundled:test", tasks=["fact"], limit=5)], batch_size=3)
-    data.setup("predict")
-    assert [len(items) for items in data.predict_dataloader()] == [3, 2]
-
-
-@pytest.mark.parametrize(
-    ("stage", "message"),
-    [
-        ("fit", r"there is no train source; give data\.train a list"),
-        ("validate", "there is no validation source"),
-        ("test", "there is no test source"),
-        ("predict", "there is no predict source"),
-    ],
-)
-def test_a_stage_without_a_source_is_named(stage: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PairDataModule().setup(stage)
-
-
-def test_mistakes_are_found_at_setup(tmp_path: Path, source: Source) -> None:
-    with pytest.raises(FileNotFoundError, match="gone.jsonl: there is no such file"):
-        PairDataModule([Source(str(tmp_path / "gone.jsonl"))]).setup("fit")
-    with pytest.raises(FileNotFoundError, match="gone.jsonl: there is no such file"):
-        PairDataModule([source], [Source(str(tmp_path / "gone.jsonl"))]).setup("fit")
-    with pytest.raises(ValueError, match="sub_batch_size 3 must divide batch_size 8"):
-        PairDataModule([source], batch_size=8, sub_batch_size=3).setup("fit")
-    with pytest.raises(ValueError, match="weight for the task 'evn'"):
-        PairDataModule([source], task_weights={"evn": 1.0}).setup("fit")
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: the pair id 'even/pairs:1' stands in .*pairs\.jsonl too"):
-        PairDataModule([source, replace(source, weight=2.0)]).setup("fit")
-
-
-def test_the_signature_is_the_configuration(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(PairDataModule, "data")
-    train = json.dumps([{"path": source.path, "tasks": ["odd"], "weight": 0.5}])
-    config = parser.parse_args([f"--data.train={train}", "--data.task_weights={odd: 2}", "--data.batch_size=4"])
-    data = parser.instantiate_classes(config).data
-    assert data.sources["train"] == [replace(source, tasks=["odd"], weight=0.5)]
-    assert (data.task_weights, data.batch_size) == ({"odd": 2.0}, 4)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    assert "rows that share a task, so that in-batch negatives are of the query's own kind" in words
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7])

@@ -59,7 +59,7 @@ class PairDataModule(L.LightningDataModule):
         bundled_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer tasks than ranks
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # predict may have fewer batches than ranks
         self.sources: dict[str, list[Source]] = {
             "train": train or [],
             "validation": validation or [],
