@@ -81,3 +81,8 @@ def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itse
     assert scored == [2]
     small_trainer(tmp_path).validate(module, datamodule=data)
     assert scored == [2, 5]
+
+
+def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the run has no end.*give max_steps or max_epochs"):
+        small_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(small_module(), datamodule=small_data(batch_size=8))

@@ -154,7 +154,10 @@ class EmbeddingModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = self.optimizer(parameters)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("trainer: the run has no end, and the schedule needs one; give max_steps or max_epochs")
+        steps = int(steps)
         scheduler = get_scheduler(
             self.schedule, optimizer, num_warmup_steps=min(self.warmup_steps, steps), num_training_steps=steps
         )
