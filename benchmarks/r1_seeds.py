@@ -1,6 +1,7 @@
 """The main job under several seeds: what recipes/r1.yaml reaches on the test split, mean and spread.
 
     python -m benchmarks.r1_seeds --seeds 1 2 3
+    python -m benchmarks.r1_seeds --seeds 1 2 3 --at-once 3      one thread a run: three cost less time than one by one
 
 Writes `benchmarks/results/r1_seeds.json`, the list of the runs' `summary.json`, and prints hit@1 by task as a ratio to
 chance. A seed whose run is finished is not run again; one that was interrupted resumes.
@@ -9,12 +10,14 @@ chance. A seed whose run is finished is not run again; one that was interrupted 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,8 @@ from benchmarks.harness import RESULTS
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "r1.yaml"
 
 
-def run(seed: int, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """One run, or what it left if it is finished; returns its summary.
+def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[str, Any]:
+    """One run, or what it left if it is finished; returns its summary, with ``runs_at_once`` among the settings.
 
     Raises:
         subprocess.CalledProcessError: the run failed.
@@ -39,8 +42,11 @@ def run(seed: int, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
         last = home / "checkpoints" / "last.ckpt"
         if last.is_file():
             command += ["--ckpt_path", str(last)]
-        subprocess.run(command, check=True)
-    return json.loads(summary.read_text(encoding="utf-8"))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+        subprocess.run(command, check=True, env={**os.environ, **threads})
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    found["settings"]["runs_at_once"] = at_once
+    return found
 
 
 def lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
@@ -58,16 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; words it does not know go to `mmemb fit`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side; their seconds then mean little")
     parser.add_argument("--folder", type=Path, default=Path("runs/r1_seeds"), help="where the runs go")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options, extra = parser.parse_known_args(argv)
-    summaries = []
-    for seed in options.seeds:
-        summaries.append(run(seed, options.folder, extra))
-        options.output.mkdir(parents=True, exist_ok=True)
-        aside = options.output / "r1_seeds.json.part"
-        aside.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, options.output / "r1_seeds.json")
+    one = functools.partial(run, folder=options.folder, at_once=options.at_once, extra=extra)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        summaries = list(pool.map(one, options.seeds))
+    options.output.mkdir(parents=True, exist_ok=True)
+    aside = options.output / "r1_seeds.json.part"
+    aside.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, options.output / "r1_seeds.json")
     print("\n".join(lines(summaries)))
     return 0
 

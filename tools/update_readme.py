@@ -84,9 +84,11 @@ def section(results: Path) -> str:
     summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
     seeds = ", ".join(str(summary["settings"]["seed"]) for summary in summaries)
     minutes = [summary["seconds"] / 60 for summary in summaries]
+    at_once = max(summary["settings"].get("runs_at_once", 1) for summary in summaries)
+    beside = f", {at_once} of them side by side" if at_once > 1 else ""
     return (
         f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
-        f"{max(minutes):.0f} minutes a run. This table is generated from `{name}` by `tools/update_readme.py`."
+        f"{max(minutes):.0f} minutes a run{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
         f"\n\n{table(summaries)}"
     )
 

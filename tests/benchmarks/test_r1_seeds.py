@@ -1,0 +1,56 @@
+"""The seeds benchmark runs each seed once, keeps what is finished, and writes the list of summaries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import r1_seeds
+
+
+def _summary(seed: int, hit: float) -> dict[str, Any]:
+    row = {"hit@1": hit, "n": 2, "candidates": 10, "chance": 0.1}
+    return {"settings": {"seed": seed}, "modes": {"never": {"hit@1": hit, "by_task": {"name": row}}}, "seconds": 1.0}
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Every command that would have trained; each leaves the summary of its seed."""
+    ran: list[list[str]] = []
+
+    def pretend(command: list[str], **_: Any) -> None:
+        ran.append(command)
+        folder = Path(command[command.index("--trainer.logger.save_dir") + 1])
+        seed = int(command[command.index("--seed_everything") + 1])
+        home = folder / f"seed_{seed}"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "summary.json").write_text(json.dumps(_summary(seed, seed / 10)), encoding="utf-8")
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    return ran
+
+
+def test_runs_missing_seeds_only_and_writes_all(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "results")]
+    assert r1_seeds.main(["--seeds", "1", *arguments]) == 0
+    assert r1_seeds.main(["--seeds", "1", "3", "--at-once", "2", *arguments, "--trainer.max_steps", "5"]) == 0
+    seeds = [command[command.index("--seed_everything") + 1] for command in commands]
+    assert seeds == ["1", "3"]
+    assert commands[1][-2:] == ["--trainer.max_steps", "5"]
+    kept = json.loads((tmp_path / "results" / "r1_seeds.json").read_text(encoding="utf-8"))
+    assert [run["settings"] for run in kept] == [{"seed": 1, "runs_at_once": 2}, {"seed": 3, "runs_at_once": 2}]
+    assert "hit@1 0.200" in capsys.readouterr().out  # the mean of .1 and .3, 2.0 times a chance of .1
+
+
+def test_an_interrupted_seed_resumes(tmp_path: Path, commands: list[list[str]]) -> None:
+    last = tmp_path / "seed_2" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    r1_seeds.run(2, folder=tmp_path, at_once=1, extra=[])
+    assert commands[0][-2:] == ["--ckpt_path", str(last)]
