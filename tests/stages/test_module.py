@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.backbones.tuning import LoraSettings
+from mmemb.components.controllers.never import Never
 from mmemb.data.datamodule import Source
 from mmemb.evaluation.runner import EvaluationResults
 from mmemb.stages import module as module_file
@@ -86,3 +87,8 @@ def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itse
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the run has no end.*give max_steps or max_epochs"):
         small_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(small_module(), datamodule=small_data(batch_size=8))
+
+
+def test_a_controller_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'never' is there twice"):
+        small_module(controllers=[Never(), Never()])

@@ -89,9 +89,12 @@ class EmbeddingModule(L.LightningModule):
         self.pooler = pooler
         self.pooler.build(backbone.hidden_size)
         self.selector = selector
-        self.controllers = {
-            controller.name or type(controller).__name__: controller for controller in controllers or []
-        }
+        self.controllers: dict[str, Controller] = {}
+        for controller in controllers or []:
+            name = controller.name or type(controller).__name__
+            if name in self.controllers:
+                raise ValueError(f"controllers: {name!r} is there twice, and a summary has one row a name; drop one")
+            self.controllers[name] = controller
         self.pool = pool
         self.reference = reference
         self.optimizer = optimizer
