@@ -124,6 +124,11 @@ def test_the_page_shows_tasks_means_and_costs(results: EvaluationResults) -> Non
     assert "| think rate |  | 0.0 | 100.0 |  |" in lines
     assert "| tokens a query |  | 0.0 | 10.0 |  |" in lines
     assert "| seed | `1` |" in lines
+    for score in ("hit@5", "mrr"):
+        section = lines[lines.index(f"## {score}") :]
+        expected = [results.modes[mode]["by_task"]["flag_easy"][score] for mode in ("never", "always_reason")]
+        cells = " | ".join(f"{100 * value:.1f}" for value in expected)
+        assert f"| flag_easy | 4/20 | {cells} |  |" in section
 
 
 def test_the_table_fits_a_terminal(results: EvaluationResults) -> None:

@@ -31,6 +31,7 @@ from mmemb.evaluation.runner import EvaluationResults, mode_scores
 
 _MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query")
 _PACKAGES = ("mmemb", "torch", "lightning", "transformers", "torchmetrics", "peft", "bitsandbytes", "triton", "pillow")
+_SCORES = ("hit@1", "hit@5", "mrr")
 CHANCE = "chance"
 
 
@@ -85,9 +86,11 @@ def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> list[Path]:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as a page: hit@1 by task and mode, cost by mode, settings and versions."""
-    header, rows = _grid(summary)
-    lines = ["# Evaluation", "", *_markdown_table(header, rows), ""]
+    """The summary as a page: hit@1, hit@5 and MRR by task and mode, cost by mode, settings and versions."""
+    lines = ["# Evaluation", ""]
+    for score in _SCORES:
+        header, rows = _grid(summary, score)
+        lines += [f"## {score}", "", *_markdown_table(header, rows), ""]
     lines += [f"Seconds: {summary['seconds']:.0f}", ""]
     for title in ("settings", "versions"):
         listed = [[str(key), f"`{value}`"] for key, value in summary[title].items()]
@@ -97,7 +100,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def print_table(summary: Mapping[str, Any], *, console: Console | None = None) -> None:
     """Prints hit@1, tasks as rows and modes as columns, with means and costs below."""
-    header, rows = _grid(summary)
+    header, rows = _grid(summary, "hit@1")
+    rows += [[f"mean {score}", *_grid(summary, score)[1][-1][1:]] for score in _SCORES[1:]]
     table = Table(title="hit@1", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, title in enumerate(header):
         # Blanks instead of underscores, so that a narrow terminal breaks titles between words.
@@ -155,8 +159,8 @@ def log_results(writer: Any, summary: Mapping[str, Any], results: EvaluationResu
 _COSTS = {"think rate": "think_rate", "tokens a query": "tokens_per_query"}
 
 
-def _grid(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: a row a task, then the mean, then what it cost."""
+def _grid(summary: Mapping[str, Any], score: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one score's table: a row a task, then the mean; hit@1's also says what it cost."""
     modes = dict(summary["modes"])
     chance = modes.pop(CHANCE, None)
     if chance is not None:
@@ -164,13 +168,21 @@ def _grid(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     sizes = {task: (s["n"], s["candidates"]) for scores in modes.values() for task, s in scores["by_task"].items()}
     rows = []
     for task, (n, candidates) in sizes.items():
-        cells = [_percent(scores["by_task"].get(task, {}).get("hit@1")) for scores in modes.values()]
+        cells = [_percent(scores["by_task"].get(task, {}).get(score)) for scores in modes.values()]
         rows.append([task, f"{n}/{candidates}", *cells])
-    rows.append(["mean", "", *[_percent(scores.get("hit@1")) for scores in modes.values()]])
+    rows.append(["mean", "", *[_percent(_mean(scores["by_task"], score)) for scores in modes.values()]])
+    if score != "hit@1":
+        return ["task", "n/M", *modes], rows
     for title, key in _COSTS.items():
         show = _percent if key == "think_rate" else _number
         rows.append([title, "", *["" if mode == CHANCE else show(scores.get(key)) for mode, scores in modes.items()]])
     return ["task", "n/M", *modes], rows
+
+
+def _mean(by_task: Mapping[str, Mapping[str, Any]], score: str) -> float | None:
+    """The mean over tasks, each counting once; None where a task lacks the score."""
+    values = [scores[score] for scores in by_task.values() if score in scores]
+    return sum(values) / len(values) if values and len(values) == len(by_task) else None
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
