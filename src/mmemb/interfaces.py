@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,11 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         """Writes weights (safetensors), config and processor; the folder loads again by its path."""
 
     @property
+    def special_ids(self) -> Sequence[int]:
+        """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
+        return ()
+
+    @property
     @abstractmethod
     def identity(self) -> str:
         """Model id, revision and a digest of the architecture; a checkpoint of another identity is refused."""
@@ -128,6 +133,9 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
 class Pooler(nn.Module, Component, ABC, kind="pooler"):
     """Hidden states -> one normalised embedding a row. ``build`` is called once, when the backbone is known."""
+
+    needs_all_states: ClassVar[bool] = False
+    """Whether the embedding depends on more than the state at ``<emb>``, so that the prompt's states must be kept."""
 
     @abstractmethod
     def build(self, hidden_size: int) -> None:
@@ -145,6 +153,9 @@ class Pooler(nn.Module, Component, ABC, kind="pooler"):
 
 class Worker(Component, ABC, kind="worker"):
     """Writes rationales. Sees the item only, never the target."""
+
+    def bind(self, backbone: Backbone) -> None:
+        """Receives the model in training, before the first proposal."""
 
     @abstractmethod
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
@@ -164,6 +175,9 @@ class Worker(Component, ABC, kind="worker"):
 
 class Evaluator(Component, ABC, kind="evaluator"):
     """Matching confidence c(q, t | r) of a pair given a rationale, given none, given a placebo."""
+
+    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
+        """Receives the model in training, before the first score."""
 
     @abstractmethod
     def prepare_bank(self, pairs: Sequence[Pair]) -> None:
@@ -194,6 +208,11 @@ class Selector(Component, ABC, kind="selector"):
 
 class Controller(Component, ABC, kind="controller"):
     """Decides from the prefill who thinks, and for how long."""
+
+    needs_utility: ClassVar[bool] = False
+    """Whether a decision reads ``PrefillState.utility``: then everybody thinks first (evaluation only)."""
+    budget: int = 48
+    """Most rationale tokens of a row that thinks."""
 
     @abstractmethod
     def decide(self, state: PrefillState) -> Decision:

@@ -199,8 +199,8 @@ class _Any(Controller):
         rows, device = len(state.direct), state.direct.device
         budget = torch.zeros(rows, dtype=torch.int64, device=device)
         for controller in self.controllers:
-            if getattr(controller, "needs_utility", False):
-                asked = torch.full_like(budget, controller.budget)  # type: ignore[attr-defined]
+            if controller.needs_utility:
+                asked = torch.full_like(budget, controller.budget)
             else:
                 decision = controller.decide(state)
                 asked = torch.where(decision.think, decision.budget, 0)

@@ -128,7 +128,7 @@ def sample(
 ) -> list[Sampled]:
     """Lets the backbone think about every item: ``<think>`` is forced, then it writes until ``</think>`` or the budget.
 
-    Another special token (of ``backbone.special_ids``, where it has them) ends the rationale as ``</think>`` does.
+    Another special token (of ``backbone.special_ids``) ends the rationale as ``</think>`` does.
 
     A row's text depends on its item and its own seed, not on its neighbours or the batch size. An item given several
     times (the same object, for several samples) is prefilled once a batch.
@@ -199,7 +199,7 @@ def adaptive_paths(
     """
     started = time.perf_counter()
     device = backbone.device
-    all_states = getattr(pooler, "needs_all_states", False)
+    all_states = pooler.needs_all_states
     prefix = _prefill(backbone, items)
     ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
     decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
@@ -298,7 +298,7 @@ def _write(backbone: Backbone, prefix: Prefix, budgets: Tensor, pick: Pick, *, e
     device = budgets.device
     think, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
     # An instruct model may end its turn with its own special token before it has learned ``</think>``.
-    ends = torch.tensor(sorted({end_think, *getattr(backbone, "special_ids", ())} - {think, emb}), device=device)
+    ends = torch.tensor(sorted({end_think, *backbone.special_ids} - {think, emb}), device=device)
     total = len(budgets)
     ids = torch.zeros(total, int(budgets.max()), dtype=torch.int64, device=device)
     count = torch.zeros(total, dtype=torch.int64, device=device)

@@ -214,9 +214,13 @@ class EmbeddingModule(L.LightningModule):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def validation_step(self, task: EvaluationTask, batch_idx: int) -> None:
-        most = self.validation_queries if self.trainer.state.fn == "fit" else None
+        fitting = self.trainer.state.fn == "fit"
+        most = self.validation_queries if fitting else None
         short = EvaluationTask(task.name, task.queries[:most], task.candidates, task.candidate_ids)
-        controllers = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
+        # While training, the two paths alone: what a controller makes of them needs a calibration.
+        controllers = {
+            name: part for name, part in self.controllers.items() if not fitting or name in ("never", "always_reason")
+        }
         results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
         self._results.append(results)
 
@@ -228,9 +232,16 @@ class EmbeddingModule(L.LightningModule):
             for task, scores in row["by_task"].items():
                 self.log(f"validation/{mode}/{task}/hit@1", scores["hit@1"], rank_zero_only=True)
 
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._calibrate()
+
     def on_test_start(self) -> None:
         self.trained_seconds += time.monotonic() - self._started
         self._started = time.monotonic()
+        self._calibrate()
+
+    def _calibrate(self) -> None:
         tasks = self.datamodule.evaluation_tasks("validation")
         if tasks and self.controllers:
             rank_zero_info("Calibrating controllers on the validation split.")

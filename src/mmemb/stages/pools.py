@@ -39,11 +39,10 @@ class PoolSettings:
         self.seed = seed
 
     def bind(self, parts: Parts) -> None:
-        """Gives the model to the workers and the evaluator that take the one in training."""
+        """Gives the model in training to the workers and the evaluator."""
         for worker in self.workers:
-            if hasattr(worker, "bind"):
-                worker.bind(parts.backbone)
-        if self.evaluator is not None and hasattr(self.evaluator, "bind"):
+            worker.bind(parts.backbone)
+        if self.evaluator is not None:
             self.evaluator.bind(parts.backbone, parts.pooler)
 
     def open(
