@@ -1,8 +1,8 @@
 """The patch embedding as one matrix product.
 
 The Qwen families project patches by a Conv3d whose kernel is its stride, so every patch meets the weights once: a
-linear map. Convolution libraries do not see that; on a CPU they take 5 times the time of the product, a fifth of a
-whole training step of the tiny model. Same parameters, same names, same result up to rounding.
+linear map. Convolution libraries do not see that and cost more on a CPU (docs/lab_notes.md). Same parameters, same
+names, same result up to rounding.
 """
 
 from __future__ import annotations
