@@ -30,6 +30,7 @@ from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
 from mmemb.stages.objective import Engine, Objective, Parts
+from mmemb.stages.optimization import parameter_groups, vector_names
 from mmemb.stages.pools import PoolSettings
 from mmemb.types import EvaluationTask, Item, Pair
 
@@ -50,7 +51,8 @@ class EmbeddingModule(L.LightningModule):
         controllers: compared in evaluation, each under its short name; calibrated on validation data where needed.
         pool: where rationale candidates come from and are kept.
         reference: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
-        optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
+        optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit. Its weight
+            decay leaves norms, biases and the temperature alone.
         schedule: learning-rate schedule over the run's steps, by the transformers library.
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
@@ -107,6 +109,7 @@ class EmbeddingModule(L.LightningModule):
         self.trained_steps = 0
         self.trained_seconds = 0.0
         self.before_training: dict[str, Any] | None = None
+        self._vectors: frozenset[str] = frozenset()
         self._started = time.monotonic()
         self._results: list[EvaluationResults] = []
         self._random_state: dict[str, Any] | None = None
@@ -132,6 +135,7 @@ class EmbeddingModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
+        self._vectors = vector_names(self)
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -155,8 +159,7 @@ class EmbeddingModule(L.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(parameters)
+        optimizer = self.optimizer(parameter_groups(self, without_decay=self._vectors))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("trainer: the run has no end, and the schedule needs one; give max_steps or max_epochs")
