@@ -15,21 +15,16 @@ Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidd
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmemb.digests import seed_of
+from mmemb.inference.continuation import Sampler, write
 from mmemb.interfaces import Backbone, Controller, Pooler, Prefix
-from mmemb.types import EMB, END_THINK, THINK, Decision, Encoded, Item, PrefillState, pictures
-
-_COMPACT_SHARE = 0.25
-"""Share of finished rows that is worth a copy of the cache: the copy costs about what one step's attention reads."""
-
-Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [R, V], row [R], tokens the row has written [R]) -> token ids [R]."""
+from mmemb.types import EMB, THINK, Decision, Encoded, Item, PrefillState, pictures
 
 
 @dataclass(frozen=True)
@@ -85,15 +80,6 @@ class Paths:
             tokens=self.tokens,
             truncated=self.truncated,
         )
-
-
-@dataclass
-class _Written:
-    """R rationales: ids, whether the budget ended each, and the state at ``<emb>`` [R, H] (None if not asked for)."""
-
-    token_ids: list[tuple[int, ...]]
-    truncated: Tensor
-    hidden: Tensor | None
 
 
 def length_order(items: Sequence[Item]) -> list[int]:
@@ -157,14 +143,16 @@ def sample(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         unique = {id(items[row]): items[row] for row in rows}
-        prefix = _prefill(backbone, list(unique.values()))
+        prefix = prefill(backbone, list(unique.values()))
         if len(unique) < len(rows):
             place = {key: index for index, key in enumerate(unique)}
             source = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
             prefix = backbone.fork(prefix, source)
-        pick = _picker([seeds[row] for row in rows], max_new_tokens, temperature, backbone.device)
+        chosen = [seeds[row] for row in rows]
+        # One step more than the budget: the last draw says whether the model itself would have stopped.
+        sampler = Sampler(chosen, steps=max_new_tokens + 1, temperature=temperature, device=backbone.device)
         budgets = torch.full((len(rows),), max_new_tokens, device=backbone.device)
-        written = _write(backbone, prefix, budgets, pick, embed=False)
+        written = write(backbone, prefix, budgets, sampler, embed=False)
         for row, ids, cut in zip(rows, written.token_ids, written.truncated.tolist(), strict=True):
             sampled[row] = Sampled(backbone.decode(ids), len(ids), "length" if cut else "stop", ids)
     return [each for each in sampled if each is not None]
@@ -200,14 +188,14 @@ def adaptive_paths(
     started = time.perf_counter()
     device = backbone.device
     all_states = pooler.needs_all_states
-    prefix = _prefill(backbone, items)
+    prefix = prefill(backbone, items)
     ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
     decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
     if all_states:
         direct = pool_prepared(backbone, pooler, items)
     else:
         hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
-        direct = _pool_last(pooler, hidden[:, -1])
+        direct = pool_last(pooler, hidden[:, -1])
     confidence = None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature)
     state = PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
     decision = controller.decide(state)
@@ -223,15 +211,15 @@ def adaptive_paths(
         rows = thinking.tolist()
         budgets = decision.budget.to(device)[thinking].clamp(max=min(budget, backbone.max_rationale_tokens))
         seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
-        pick = _picker(seeds, int(budgets.max()), temperature, device)
+        sampler = Sampler(seeds, steps=int(budgets.max()) + 1, temperature=temperature, device=device)
         if len(rows) < len(items):
             prefix = backbone.fork(prefix, thinking)
-        written = _write(backbone, prefix, budgets, pick, embed=not all_states)
+        written = write(backbone, prefix, budgets, sampler, embed=not all_states)
         for row, row_ids in zip(rows, written.token_ids, strict=True):
             rationale[row], token_ids[row], tokens[row] = backbone.decode(row_ids), row_ids, len(row_ids) + 2
         truncated[rows] = written.truncated
         if written.hidden is not None:
-            embedding[thinking] = _pool_last(pooler, written.hidden)
+            embedding[thinking] = pool_last(pooler, written.hidden)
         else:
             thoughts = [rationale[row] for row in rows]
             embedding[thinking] = pool_prepared(backbone, pooler, [items[row] for row in rows], thoughts)
@@ -256,87 +244,13 @@ def pool_prepared(
     return pooler(backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
 
 
-def _prefill(backbone: Backbone, items: Sequence[Item]) -> Prefix:
+def prefill(backbone: Backbone, items: Sequence[Item]) -> Prefix:
+    """Encodes the prompts of B items once and keeps the key-value cache."""
     return backbone.prefill(backbone.prepare(items, embed=False).to(backbone.device))
 
 
-def _pool_last(pooler: Pooler, hidden: Tensor) -> Tensor:
+def pool_last(pooler: Pooler, hidden: Tensor) -> Tensor:
     """Pools rows of which only the state at ``<emb>`` [R, H] is at hand."""
     rows = len(hidden)
     mask = torch.ones(rows, 1, dtype=torch.int64, device=hidden.device)
     return pooler(hidden[:, None], mask, torch.zeros(rows, dtype=torch.int64, device=hidden.device))
-
-
-def _picker(seeds: Sequence[int], budget: int, temperature: float, device: torch.device) -> Pick:
-    """Greedy, or inverse-CDF sampling with one uniform number a row and step, drawn from the row's own generator."""
-    if temperature == 0:
-        return lambda logits, _rows, _steps: logits.argmax(dim=-1)
-    # One step more than the budget: the last draw says whether the model itself would have stopped.
-    uniforms = torch.stack([torch.rand(budget + 1, generator=torch.Generator().manual_seed(each)) for each in seeds])
-    uniforms = uniforms.to(device, torch.float64)
-
-    def pick(logits: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
-        cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-        # Scaling by the total keeps the draw below it whatever the rounding; right=True skips tokens without mass.
-        drawn = uniforms[rows, steps][:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, drawn, right=True).flatten()
-
-    return pick
-
-
-def _write(backbone: Backbone, prefix: Prefix, budgets: Tensor, pick: Pick, *, embed: bool) -> _Written:
-    """Feeds ``<think>`` to R prompts and goes on a token a step: a row passes writing, closing, embedding, done.
-
-    Args:
-        backbone: the model.
-        prefix: R prompts; used up.
-        budgets: [R] int64, most tokens of each rationale.
-        pick: chooses the next token.
-        embed: feed ``</think> <emb>`` as well and return the state there; else a row is done with its last token.
-    """
-    writing, closing, embedding, done = 0, 1, 2, 3
-    device = budgets.device
-    think, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
-    # An instruct model may end its turn with its own special token before it has learned ``</think>``.
-    ends = torch.tensor(sorted({end_think, *backbone.special_ids} - {think, emb}), device=device)
-    total = len(budgets)
-    ids = torch.zeros(total, int(budgets.max()), dtype=torch.int64, device=device)
-    count = torch.zeros(total, dtype=torch.int64, device=device)
-    truncated = torch.zeros(total, dtype=torch.bool, device=device)
-    status = torch.full((total,), writing, device=device)
-    states: Tensor | None = None
-    rows = torch.arange(total, device=device)  # rows still in the cache
-    feed = torch.full((total,), think, device=device)
-    while True:
-        hidden, prefix = backbone.extend(prefix, feed[:, None])
-        hidden = hidden[:, -1]
-        now = status[rows]
-        ended = now == embedding
-        if embed:
-            states = hidden.new_zeros(total, hidden.shape[-1]) if states is None else states
-            states[rows[ended]] = hidden[ended]
-        feed = torch.where(now == closing, emb, end_think)
-        status[rows[ended]] = done
-        status[rows[now == closing]] = embedding
-        active = (now == writing).nonzero().flatten()
-        if len(active):
-            writers = rows[active]
-            logits = backbone.logits(hidden[active]).float()
-            logits[:, [think, emb]] = -torch.inf  # a rationale holds no second decision
-            token = pick(logits, writers, count[writers])
-            stopped = torch.isin(token, ends)
-            spent = (count[writers] >= budgets[writers]) & ~stopped
-            truncated[writers] = spent
-            going = ~stopped & ~spent
-            ids[writers[going], count[writers[going]]] = token[going]
-            count[writers[going]] += 1
-            feed[active] = torch.where(going, token, end_think)
-            status[writers[~going]] = closing if embed else done
-        alive = (status[rows] != done).nonzero().flatten()
-        if not len(alive):
-            break
-        if len(rows) - len(alive) >= _COMPACT_SHARE * len(rows):
-            prefix, rows, feed = backbone.fork(prefix, alive), rows[alive], feed[alive]
-    lengths = count.tolist()
-    token_ids = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
-    return _Written(token_ids, truncated.cpu(), states)

@@ -1,0 +1,351 @@
+"""Rollouts for policy gradients: many sampled decisions and rationales of a query, its prompt encoded once.
+
+A prompt is prefilled once and its cache forked for the rollouts of the query that think; all rollouts that do not think
+share the query's direct embedding. What a policy gradient needs is kept as it was drawn: token ids, and their
+log-probabilities under the distribution they were drawn from.
+
+The decisions of a query are drawn by systematic sampling: with probability p of thinking, floor(G p) or ceil(G p) of
+its G rollouts think, each with marginal probability p. So an exploration floor is a share of every group, not luck.
+
+Shape legend: N queries, G rollouts of each, R = N x G rollouts (rollout r belongs to query r // G), L longest written
+rationale and its end token, S fed columns, H hidden width, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from mmemb.digests import seed_of
+from mmemb.inference.continuation import Sampler, Written, rationale_logits, write
+from mmemb.inference.decode import length_order, pool_last, pool_prepared, prefill
+from mmemb.inference.encoder import evaluating
+from mmemb.interfaces import Backbone, Pooler
+from mmemb.types import EMB, END_THINK, THINK, Item
+
+SAMPLED = -1
+"""Entry of ``decision`` for a rollout whose decision is drawn."""
+
+
+@dataclass
+class Rollouts:
+    """G rollouts of each of N queries, on the CPU.
+
+    Attributes:
+        group_size: G.
+        temperature: of decision and rationale.
+        decision_logits: [N, 2] float32, logits of ``<think>`` and ``<emb>`` after the prompt, as the model gave them.
+        think_probability: [N] float32, probability with which a decision was drawn as ``<think>``: temperature and
+            exploration included.
+        direct: [N, D] float32, the direct embedding of each query.
+        think: [R] bool, the decision.
+        forced: [R] bool, the decision was given, not drawn.
+        decision_log_prob: [R] float32, log-probability of the decision under the distribution it was drawn from; 0
+            where it was forced.
+        token_ids: [R, L] int64, every rationale token the model chose, in order, its end token included unless the
+            budget ended the rationale; 0 beyond.
+        token_mask: [R, L] bool, where there is one.
+        log_prob: [R, L] float32, log-probability of each under the distribution it was drawn from; 0 beyond.
+        truncated: [R] bool, the budget ended the rationale.
+        tokens: [R] int64, tokens written, ``<think>`` and ``</think>`` included; 0 where the rollout did not think.
+        rationale: R texts, empty where the rollout did not think.
+        embedding: [R, D] float32, after the rationale where the rollout thought, else direct.
+    """
+
+    group_size: int
+    temperature: float
+    decision_logits: Tensor
+    think_probability: Tensor
+    direct: Tensor
+    think: Tensor
+    forced: Tensor
+    decision_log_prob: Tensor
+    token_ids: Tensor
+    token_mask: Tensor
+    log_prob: Tensor
+    truncated: Tensor
+    tokens: Tensor
+    rationale: list[str]
+    embedding: Tensor
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.think)
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """Moves every tensor; returns a new object."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Rollouts(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        )
+
+
+@dataclass
+class Continuation:
+    """What follows the prompts of R rollouts, right-padded: for a pass with gradients over what was drawn.
+
+    With ``states, _ = backbone.extend(prefix, tokens, mask)`` the state of column j is the one that chose
+    ``Rollouts.token_ids[:, j]`` (see `token_log_probs`), and the state of column ``emb_column`` is embedded.
+
+    Attributes:
+        tokens: [R, S] int64: ``<think> rationale </think> <emb>`` where the rollout thought, else ``<emb>``.
+        mask: [R, S] int64, 1 = real.
+        emb_column: [R] int64, column of ``<emb>``.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    emb_column: Tensor
+
+
+def rollout(
+    backbone: Backbone,
+    pooler: Pooler,
+    items: Sequence[Item],
+    *,
+    group_size: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int | Sequence[int],
+    decision: Tensor | None = None,
+    exploration: float = 0.0,
+    batch_size: int = 256,
+) -> Rollouts:
+    """Samples G decisions and rationales of each of N queries from the model as it is, in evaluation mode.
+
+    Args:
+        backbone: the model.
+        pooler: reads the embeddings.
+        items: the queries.
+        group_size: G, rollouts a query.
+        temperature: of decision and rationale, > 0.
+        max_new_tokens: most tokens of a rationale; the backbone's own limit holds, too.
+        seed: one seed, from which query i draws its own; or one a query. A query's rollouts depend on nothing else.
+        decision: [N, G] or [R], given decisions: 1 or True thinks, 0 or False does not, `SAMPLED` is drawn. None: all
+            are drawn.
+        exploration: mixes the decision with a fair coin: the probability of thinking is
+            ``exploration / 2 + (1 - exploration) p``, so both decisions have at least half of it.
+        batch_size: rollouts decoded together.
+
+    Raises:
+        ValueError: an argument is out of its range, or of the wrong shape.
+    """
+    _check(items, group_size, temperature, max_new_tokens, exploration, batch_size)
+    seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(items):
+        raise ValueError(f"rollout: {len(seeds)} seeds for {len(items)} queries; give one seed, or one a query")
+    wanted = _wanted(decision, len(items), group_size)
+    order = length_order(items)
+    step = max(1, batch_size // group_size)
+    parts = []
+    with evaluating(backbone, pooler):
+        for start in range(0, len(order), step):
+            rows = order[start : start + step]
+            parts.append(
+                _group(
+                    backbone,
+                    pooler,
+                    [items[row] for row in rows],
+                    [seeds[row] for row in rows],
+                    wanted[rows],
+                    temperature=temperature,
+                    budget=min(max_new_tokens, backbone.max_rationale_tokens),
+                    exploration=exploration,
+                )
+            )
+    return _joined(parts, order, group_size, temperature, width=pooler.size)
+
+
+def continuation(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None = None) -> Continuation:
+    """What to feed after the prompts to pass over the rollouts again; on the rollouts' device.
+
+    Args:
+        backbone: knows the special tokens.
+        rollouts: what was drawn.
+        rows: [r] int64, rollouts wanted; None: all of them.
+    """
+    think_id, end_id, emb_id = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+    chosen = torch.arange(len(rollouts), device=rollouts.think.device) if rows is None else rows
+    thinks = rollouts.think[chosen]
+    written = (rollouts.tokens[chosen] - 2).clamp(min=0)  # [r], end token left out
+    length = torch.where(thinks, written + 3, 1)
+    width = int(length.max())
+    column = torch.arange(width, device=chosen.device)
+    ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=chosen.device)
+    ids[:, 0] = think_id
+    copied = min(width - 1, rollouts.token_ids.shape[1])
+    ids[:, 1 : 1 + copied] = rollouts.token_ids[chosen, :copied]
+    # Whatever token ended the rationale, ``</think>`` is what was fed.
+    ids = torch.where(column == (length - 2)[:, None], end_id, ids)
+    ids = torch.where(column == (length - 1)[:, None], emb_id, ids)
+    mask = (column < length[:, None]).long()
+    return Continuation(ids * mask, mask, length - 1)
+
+
+def token_log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
+    """Log-probabilities [n] of rationale tokens [n] after states [n, H], as `rollout` drew them; differentiable."""
+    logits = rationale_logits(backbone, hidden) / temperature
+    return logits.log_softmax(dim=-1).gather(1, token_ids[:, None])[:, 0]
+
+
+def _check(
+    items: Sequence[Item],
+    group_size: int,
+    temperature: float,
+    max_new_tokens: int,
+    exploration: float,
+    batch_size: int,
+) -> None:
+    if not items:
+        raise ValueError("rollout: no queries given")
+    if not temperature > 0:
+        raise ValueError(f"rollout: temperature is {temperature}; sampling needs one above 0")
+    for name, value in (("group_size", group_size), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"rollout: {name} is {value}; it counts from 1")
+    if not 0 <= exploration <= 1:
+        raise ValueError(f"rollout: exploration is {exploration}; give a share between 0 and 1")
+
+
+def _wanted(decision: Tensor | None, queries: int, group_size: int) -> Tensor:
+    """Given decisions as [N, G] int64."""
+    if decision is None:
+        return torch.full((queries, group_size), SAMPLED)
+    if decision.numel() != queries * group_size or decision.shape[0] not in (queries, queries * group_size):
+        raise ValueError(
+            f"rollout: decision has the shape {tuple(decision.shape)}; expected ({queries}, {group_size}), queries by "
+            "rollouts"
+        )
+    wanted = decision.reshape(queries, group_size).cpu().long()
+    if not bool(torch.isin(wanted, torch.tensor([SAMPLED, 0, 1])).all()):
+        raise ValueError(f"rollout: a decision is 1 (think), 0 (do not) or {SAMPLED} (drawn)")
+    return wanted
+
+
+@torch.no_grad()
+def _group(
+    backbone: Backbone,
+    pooler: Pooler,
+    items: Sequence[Item],
+    seeds: Sequence[int],
+    wanted: Tensor,
+    *,
+    temperature: float,
+    budget: int,
+    exploration: float,
+) -> Rollouts:
+    """The rollouts of one batch of queries."""
+    device, group = backbone.device, wanted.shape[1]
+    prefix = prefill(backbone, items)
+    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
+    decision_logits = backbone.logits(prefix.hidden)[:, ids].float().cpu()
+    if pooler.needs_all_states:
+        direct = pool_prepared(backbone, pooler, items)
+    else:
+        hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
+        direct = pool_last(pooler, hidden[:, -1])
+    own = ((decision_logits[:, 0] - decision_logits[:, 1]) / temperature).sigmoid()
+    probability = exploration / 2 + (1 - exploration) * own
+    forced = wanted != SAMPLED
+    drawn = torch.stack([_draw(float(p), group, seed) for p, seed in zip(probability, seeds, strict=True)])
+    think = torch.where(forced, wanted == 1, drawn)
+    taken = torch.where(think, probability[:, None], 1 - probability[:, None])
+    embedding = direct.repeat_interleave(group, dim=0)
+    rows = think.flatten().nonzero().flatten()
+    total = think.numel()
+    rationale, tokens = [""] * total, torch.zeros(total, dtype=torch.int64)
+    truncated = torch.zeros(total, dtype=torch.bool)
+    token_ids = torch.zeros(total, 0, dtype=torch.int64)
+    log_prob = torch.zeros(total, 0)
+    token_mask = torch.zeros(total, 0, dtype=torch.bool)
+    if len(rows):
+        row_seeds = [seed_of(seeds[row // group], row % group) for row in rows.tolist()]
+        sampler = Sampler(row_seeds, steps=budget + 1, temperature=temperature, device=device)
+        forks = backbone.fork(prefix, (rows // group).to(device))
+        budgets = torch.full((len(rows),), budget, device=device)
+        written = write(backbone, forks, budgets, sampler, embed=not pooler.needs_all_states, log_probs=True)
+        rationale, tokens = _texts(backbone, written, rows, total)
+        truncated[rows] = written.truncated
+        token_ids, token_mask, log_prob = _actions(written, rows, total)
+        if written.hidden is not None:
+            embedding[rows.to(device)] = pool_last(pooler, written.hidden)
+        else:
+            thoughts = [rationale[row] for row in rows.tolist()]
+            queries = [items[row // group] for row in rows.tolist()]
+            embedding[rows.to(device)] = pool_prepared(backbone, pooler, queries, thoughts)
+    return Rollouts(
+        group_size=group,
+        temperature=temperature,
+        decision_logits=decision_logits,
+        think_probability=probability,
+        direct=direct.cpu(),
+        think=think.flatten(),
+        forced=forced.flatten(),
+        decision_log_prob=torch.where(forced, 0.0, taken.log()).flatten(),
+        token_ids=token_ids,
+        token_mask=token_mask,
+        log_prob=log_prob,
+        truncated=truncated,
+        tokens=tokens,
+        rationale=rationale,
+        embedding=embedding.cpu(),
+    )
+
+
+def _draw(probability: float, group: int, seed: int) -> Tensor:
+    """Systematic sampling: G decisions [G] of equal marginal probability, floor(G p) or ceil(G p) of them True."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "decision"))
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    points = (torch.arange(group, dtype=torch.float64) + offset) / group
+    return (points < probability)[torch.randperm(group, generator=generator)]
+
+
+def _texts(backbone: Backbone, written: Written, rows: Tensor, total: int) -> tuple[list[str], Tensor]:
+    rationale, tokens = [""] * total, torch.zeros(total, dtype=torch.int64)
+    for row, ids in zip(rows.tolist(), written.token_ids, strict=True):
+        rationale[row], tokens[row] = backbone.decode(ids), len(ids) + 2
+    return rationale, tokens
+
+
+def _actions(written: Written, rows: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen tokens, their mask and log-probabilities, all [total, L], from the rows that wrote."""
+    assert written.log_prob is not None
+    lengths = torch.tensor([len(ids) for ids in written.token_ids]) + (~written.truncated).long()
+    longest = int(lengths.max())
+    token_ids = torch.zeros(total, longest, dtype=torch.int64)
+    log_prob, mask = torch.zeros(total, longest), torch.zeros(total, longest, dtype=torch.bool)
+    token_ids[rows] = written.actions[:, :longest].cpu()
+    log_prob[rows] = written.log_prob[:, :longest].cpu()
+    mask[rows] = torch.arange(longest) < lengths[:, None]
+    return token_ids, mask, log_prob
+
+
+def _joined(parts: Sequence[Rollouts], order: Sequence[int], group: int, temperature: float, *, width: int) -> Rollouts:
+    """Joins batches whose queries, in turn, are queries ``order`` of the whole; the result is in the order given."""
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    rows = (back[:, None] * group + torch.arange(group)).flatten()
+    longest = max(part.token_ids.shape[1] for part in parts)
+
+    def queries(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[back]
+
+    def each(name: str) -> Tensor:
+        values = [getattr(part, name) for part in parts]
+        if values[0].ndim == 2 and name != "embedding":
+            values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
+        return torch.cat(values)[rows]
+
+    rationale = [text for part in parts for text in part.rationale]
+    by_query = {name: queries(name) for name in ("decision_logits", "think_probability", "direct")}
+    names = ("think", "forced", "decision_log_prob", "token_ids", "token_mask", "log_prob", "truncated", "tokens")
+    return Rollouts(
+        group_size=group,
+        temperature=temperature,
+        rationale=[rationale[row] for row in rows.tolist()],
+        **by_query,
+        **{name: each(name) for name in (*names, "embedding")},
+    )
