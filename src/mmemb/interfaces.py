@@ -108,6 +108,10 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         """Text of token ids, special tokens left out, outer blanks stripped."""
 
     @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text as `prepare` makes them; a special token spelt out in it is ordinary characters."""
+
+    @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Length of a text in tokens, special tokens not counted."""
 
@@ -157,6 +161,9 @@ class Worker(Component, ABC, kind="worker"):
     def bind(self, backbone: Backbone) -> None:
         """Receives the model in training, before the first proposal."""
 
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Receives every item that will be asked about, before the first proposal; most workers need none of it."""
+
     @abstractmethod
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
         """At most k rationales for each of B items; the same for the same seed.
@@ -185,7 +192,11 @@ class Evaluator(Component, ABC, kind="evaluator"):
 
     @abstractmethod
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
-        """One log-probability a (pair, rationale or None); pure: a row's score does not depend on the others."""
+        """One confidence in nats a (pair, rationale or None); pure: a row's score does not depend on the others.
+
+        Log-probabilities or log-odds: what counts is the difference between the arms of a pair. Rows of the same pair
+        object should share the work on their prompt (`mmemb.inference.shared`).
+        """
 
     @property
     @abstractmethod

@@ -102,10 +102,13 @@ class Rationale:
     Attributes:
         text: what was thought.
         worker: short name of the worker that wrote it.
-        model: model id and revision, empty for templates.
+        model: model id and revision, as in ``name@revision``; empty for templates.
         seed: sampling seed; -1 where nothing was sampled.
-        tokens: length in the backbone's tokens; 0 if unknown.
+        tokens: length in the model's own tokens; 0 if unknown.
         finish_reason: ``stop``, ``length`` or ``template``.
+        prompt_hash: digest of what the model was asked, or of the template; empty if unknown.
+        corruption: how the ``corrupting`` worker damaged it; empty where it did not.
+        leaks: what `mmemb.data.leaks` found of the target in it (``verbatim``, ``near_duplicate``, ``field``).
     """
 
     text: str
@@ -114,6 +117,9 @@ class Rationale:
     seed: int = -1
     tokens: int = 0
     finish_reason: str = "stop"
+    prompt_hash: str = ""
+    corruption: str = ""
+    leaks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

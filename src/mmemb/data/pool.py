@@ -134,13 +134,14 @@ class RationalePool:
             ValueError: the pool does not know the pair.
         """
         table = self._rows(pair_id)
-        rows = [row for row in table.select(_RATIONALE_COLUMNS).to_pylist() if row["text"] is not None]
+        stored = [name for name in _RATIONALE_COLUMNS if name in table.column_names]
+        rows = [row for row in table.select(stored).to_pylist() if row["text"] is not None]
         scores = [math.nan] * len(rows)
         none = math.nan
         arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"]
         if arms[0] in table.column_names:
-            stored, nones = (table[arm].to_pylist() for arm in arms)
-            scores, none = stored[: len(rows)], nones[0]
+            every, nones = (table[arm].to_pylist() for arm in arms)
+            scores, none = every[: len(rows)], nones[0]
         return Candidates(
             pair_id=pair_id,
             rationales=tuple(Rationale(**row) for row in rows),
@@ -268,6 +269,7 @@ class RationalePool:
         """
         part = self._parts[number]
         names = CANDIDATE_SCHEMA.names if group is None else ["pair_hash", *_RATIONALE_COLUMNS]
+        names = [name for name in names if name in self._open_file(part.candidates).schema_arrow.names]
         table = self._columns(part.candidates, names, group)
         if part.scores:
             arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"]

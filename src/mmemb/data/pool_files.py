@@ -178,7 +178,12 @@ def candidate_rows(pair: Pair, proposals: Sequence[tuple[str, Sequence[Rationale
     """
     shared = {"pair_id": pair.id, "pair_hash": pair_digest(pair), "task": pair.task, "side": "query"}
     rows = [
-        {**shared, "settings": settings, "settings_hash": digest(settings), **asdict(rationale)}
+        {
+            **shared,
+            "settings": settings,
+            "settings_hash": digest(settings),
+            **{key: value for key, value in asdict(rationale).items() if key in CANDIDATE_SCHEMA.names},
+        }
         for settings, rationales in proposals
         for rationale in rationales
     ]
