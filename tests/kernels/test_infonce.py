@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from mmemb.kernels import InfoNCEResult, infonce, infonce_with_grads, reference
 from mmemb.kernels import _infonce_tiled as tiled
 from mmemb.kernels.infonce import Reduction
+from mmemb.kernels.problem import work_dtype
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 2, 384), (7, 7, 1), (13, 31, 17), (1031, 1031, 8), (1025, 2053, 5)]
 """One row, one column, primes, hard negatives (M > N), one more than a stripe."""
@@ -77,8 +78,8 @@ def test_every_dtype_and_temperature(dtype: torch.dtype, temperature: float, sym
     expected = oracle(query, candidate, exact, symmetric=symmetric)
     given = infonce_with_grads(query, candidate, temperature=exact, symmetric=symmetric)
     # Logits of 1 / temperature carry the work dtype's relative error into exponents: eps / temperature, absolute.
-    allowed = TOLERANCES[dtype] + 2 * torch.finfo(tiled.work_dtype(dtype)).eps / temperature
-    assert given.loss.dtype == given.temperature_grad.dtype == tiled.work_dtype(dtype)
+    allowed = TOLERANCES[dtype] + 2 * torch.finfo(work_dtype(dtype)).eps / temperature
+    assert given.loss.dtype == given.temperature_grad.dtype == work_dtype(dtype)
     assert given.query_grad.dtype == given.candidate_grad.dtype == dtype
     for field, value in given._asdict().items():
         assert error(value, getattr(expected, field)) < allowed, field

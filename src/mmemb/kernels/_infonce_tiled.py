@@ -18,77 +18,16 @@ symmetric).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-Merge: TypeAlias = Callable[["Columns"], "Columns"]
+from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
 
 ROWS = 1024
 """Rows of a stripe: 1024 measured best on CPU (1.03-1.11 of the floor; 256 rows: 1.15-1.35)."""
 
 SAFE_LOGIT = 40.0
 """Up to this bound of |S| no maximum is subtracted: exp(+-40) and sums of 2^40 of them are normal float32 numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Checked input of the engines.
-
-    Attributes:
-        query: [N, D].
-        candidate: [M, D], same dtype.
-        scale: 1 / temperature, 0-d in `work_dtype`.
-        positive: [N] int64, rows of ``candidate``.
-        query_id: [N] int64 or None. Candidates with a query's id that are not its positive are left out.
-        candidate_id: [M] int64; given exactly when ``query_id`` is.
-        bound: upper bound of \\|S\\|.
-    """
-
-    query: Tensor
-    candidate: Tensor
-    scale: Tensor
-    positive: Tensor
-    query_id: Tensor | None
-    candidate_id: Tensor | None
-    bound: float
-
-    @property
-    def work_dtype(self) -> torch.dtype:
-        """What sums are kept in."""
-        return work_dtype(self.query.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Gradients:
-    """Of sum(coefficient * loss): query [N, D] and candidate [M, D] as the input, temperature 0-d in the work dtype."""
-
-    query: Tensor
-    candidate: Tensor
-    temperature: Tensor
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """What the symmetric loss knows of the columns of S.
-
-    Attributes:
-        others: [M] log-sum-exp of each column without its own query's logit.
-        own: [M] logit of the query whose positive the column is; 0 if there is none.
-        share: [M] coefficient of that query's loss, halved; 0 if there is none.
-    """
-
-    others: Tensor
-    own: Tensor
-    share: Tensor
 
 
 class _Stripes:
@@ -158,7 +97,9 @@ def excess_loss(excess: Tensor) -> Tensor:
     return torch.logaddexp(excess, torch.zeros_like(excess))
 
 
-def one_direction(problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS) -> tuple[Tensor, Gradients | None]:
+def one_direction(
+    problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS, workspace_bytes: int | None = None
+) -> tuple[Tensor, Gradients | None]:
     """Losses [N] of the queries and, given coefficients [N], the gradients of sum(coefficient * loss)."""
     stripes = _Stripes(problem, rows)
     losses = stripes.logits.new_empty(len(problem.query))
@@ -178,7 +119,12 @@ def one_direction(problem: Problem, *, coefficient: Tensor | None, rows: int = R
 
 
 def symmetric(
-    problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS, merge: Merge | None = None
+    problem: Problem,
+    *,
+    coefficient: Tensor | None,
+    rows: int = ROWS,
+    merge: Merge | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Gradients | None]:
     """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries.
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmemb.kernels import _infonce_tiled as tiled
-from mmemb.kernels._infonce_tiled import Gradients, Merge, Problem
+from mmemb.kernels.engines import solve
+from mmemb.kernels.problem import Problem, work_dtype
 
 Reduction: TypeAlias = Literal["mean", "none"]
 
@@ -172,20 +172,6 @@ class _Rows(torch.autograd.Function):
         return gradients.query, gradients.candidate, temperature_grad, None, None, None
 
 
-def solve(
-    problem: Problem, *, coefficient: Tensor | None, symmetric: bool, merge: Merge | None = None
-) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] and, if coefficients [N] are given, the gradients of sum(coefficient * loss).
-
-    ``merge`` is for the symmetric loss over several ranks, see `mmemb.kernels._infonce_tiled.symmetric`.
-    """
-    # Autocast would turn the products back into bfloat16.
-    with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
-        if symmetric:
-            return tiled.symmetric(problem, coefficient=coefficient, merge=merge)
-        return tiled.one_direction(problem, coefficient=coefficient)
-
-
 def coefficients(problem: Problem, weight: Tensor | None, reduction: Reduction) -> Tensor:
     """What each query's loss counts in the reduced loss, [N]."""
     n = len(problem.query)
@@ -264,7 +250,7 @@ def prepare(
         if other is not None and other.device != query.device:
             raise ValueError(f"{name} is on {other.device} and query on {query.device}; all must be on one device")
 
-    work = tiled.work_dtype(query.dtype)
+    work = work_dtype(query.dtype)
     with torch.no_grad():
         scale = temperature.detach().to(query.device, work).reshape(()).reciprocal()
         index = torch.arange(n, device=query.device) if positive is None else positive

@@ -1,0 +1,68 @@
+"""Tile choices of the Triton kernels, one line a chip and element size, and which line a device takes.
+
+A line is fixed, not tuned at run time: the same input gives the same bits in every run. Chosen by the compiler's
+resource report: no spilled register and shared memory within the chip's limit (`tests/kernels/test_triton_compile.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+Precision: TypeAlias = Literal["ieee", "tf32x3"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One kernel configuration.
+
+    Attributes:
+        rows: of a tile of S; a power of two, as the next two.
+        columns: of a tile of S.
+        depth: of one step along the embedding width.
+        warps: that share a tile.
+        stages: steps whose loads are in flight at once.
+        descriptors: load through tensor descriptors (the chip's copy engine), where addresses are 16-byte aligned.
+        precision: how float32 products are made; ``tf32x3`` keeps 22 bits of each factor on the tensor cores.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    precision: Precision = "ieee"
+
+
+TILES: dict[tuple[str, int], Tiles] = {
+    ("sm_80", 2): Tiles(128, 128, 64, 8, 3),
+    ("sm_80", 4): Tiles(128, 64, 32, 8, 3, precision="tf32x3"),
+    ("sm_90", 2): Tiles(128, 256, 64, 8, 3, descriptors=True),
+    ("sm_90", 4): Tiles(128, 128, 32, 8, 3, descriptors=True, precision="tf32x3"),
+    ("sm_100", 2): Tiles(128, 256, 64, 8, 3, descriptors=True),
+    ("sm_100", 4): Tiles(128, 128, 32, 8, 3, descriptors=True, precision="tf32x3"),
+    ("amd", 2): Tiles(128, 128, 64, 8, 2),
+    ("amd", 4): Tiles(128, 128, 32, 8, 2),
+    # The interpreter on a CPU pays a fixed price a step, whatever its size.
+    ("interpreter", 2): Tiles(128, 128, 128, 4, 1),
+    ("interpreter", 4): Tiles(128, 128, 128, 4, 1),
+    ("interpreter", 8): Tiles(128, 128, 128, 4, 1),
+}
+
+
+def chip(device: torch.device) -> str:
+    """The table's name of a device: sm_90 and sm_100 by name, every other NVIDIA chip as sm_80."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "amd"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Tiles | None:
+    """The line for a device and the embeddings' dtype, None where there is none (float64 on a GPU)."""
+    return TILES.get((chip(device), dtype.itemsize))

@@ -1,0 +1,89 @@
+"""Which engine solves a problem: Triton's on CUDA devices, the tiled one everywhere else.
+
+An engine is a module with
+
+    one_direction(problem, *, coefficient, workspace_bytes) -> (losses [N], Gradients or None)
+    symmetric(problem, *, coefficient, merge, workspace_bytes) -> the same
+
+What the Triton engine does not support, as its ``supports(problem, *, symmetric) -> bool`` says, goes to the tiled one.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from mmemb.kernels.problem import Gradients, Merge, Problem
+
+Engine: TypeAlias = Literal["triton", "tiled"]
+
+ENGINES: tuple[str, ...] = get_args(Engine)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(problem: Problem, *, symmetric: bool, engine: Engine | None = None) -> ModuleType:
+    """The module that solves a problem.
+
+    Raises:
+        ValueError: no such engine; or an engine was asked for that cannot solve this problem on this machine.
+    """
+    tiled = import_module("mmemb.kernels._infonce_tiled")
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"engine is {engine!r}; allowed are {', '.join(map(repr, ENGINES))} and None, by device")
+    if engine == "tiled" or (engine is None and problem.query.device.type != "cuda"):
+        return tiled
+    try:
+        triton = import_module("mmemb.kernels._infonce_triton")
+    except ImportError as error:
+        if engine is None:
+            return tiled
+        raise ValueError(f"engine 'triton' cannot be loaded: {error}; install triton or leave engine out") from error
+    if engine == "triton" and problem.query.device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"engine 'triton' needs a CUDA device and query is on {problem.query.device}; "
+            "leave engine out, or set TRITON_INTERPRET=1 before the start to run its interpreter"
+        )
+    if triton.supports(problem, symmetric=symmetric):
+        return triton
+    if engine == "triton":
+        raise ValueError("engine 'triton' does not support this problem; leave engine out to fall back to 'tiled'")
+    return tiled
+
+
+def solve(
+    problem: Problem,
+    *,
+    coefficient: Tensor | None,
+    symmetric: bool,
+    merge: Merge | None = None,
+    workspace_bytes: int | None = None,
+    engine: Engine | None = None,
+) -> tuple[Tensor, Gradients | None]:
+    """Losses [N] and, if coefficients [N] are given, the gradients of sum(coefficient * loss).
+
+    Args:
+        problem: what to solve.
+        coefficient: [N] in the work dtype, or None for the losses alone.
+        symmetric: mean of both directions.
+        merge: for the symmetric loss over several ranks, see `mmemb.kernels.problem.Columns`.
+        workspace_bytes: most bytes of the engine's N x M buffers; None for the engine's own choice.
+        engine: overrides the choice by device.
+
+    Raises:
+        ValueError: see `choose`.
+    """
+    module = choose(problem, symmetric=symmetric, engine=engine)
+    # Autocast would turn the products back into bfloat16.
+    with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
+        if symmetric:
+            return module.symmetric(problem, coefficient=coefficient, merge=merge, workspace_bytes=workspace_bytes)
+        return module.one_direction(problem, coefficient=coefficient, workspace_bytes=workspace_bytes)
