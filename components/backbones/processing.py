@@ -99,6 +99,10 @@ class PromptProcessor:
         suffixes = [np.concatenate([think, self._tokenise(response), end]) for response in responses]
         return self._assemble(items, suffixes, unlabelled=1, embed=False, augment=augment)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens in it defused."""
+        return [int(token) for token in self._encode(self._plain(text))]
+
     def count_tokens(self, text: str) -> int:
         """Length of a text in tokens."""
         return len(self._encode(self._plain(text)))

@@ -213,6 +213,10 @@ class TransformersBackbone(Backbone, name="transformers"):
         """Text of token ids, special tokens left out, outer blanks stripped."""
         return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text as `prepare` makes them; a special token spelt out in it is ordinary characters."""
+        return self.processor.tokenize(text)
+
     def count_tokens(self, text: str) -> int:
         """Length of a text in tokens, special tokens not counted."""
         return self.processor.count_tokens(text)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmemb.digests import module_digest, seed_of
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
+from mmemb.inference.shared import encode_arms
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.registry import create
 from mmemb.types import Item, Pair
@@ -91,7 +92,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         if not pairs:
             return []
         encoder = self._frozen()
-        queries = encoder.encode_queries([pair.query for pair in pairs], list(rationales)).double().cpu()
+        queries = encode_arms(encoder, [pair.query for pair in pairs], rationales).double()
         truths = self._embed_positives(pairs)
         scores = [0.0] * len(pairs)
         rows_of: dict[str, list[int]] = {}

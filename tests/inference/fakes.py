@@ -122,6 +122,9 @@ class FakeBackbone(Backbone):
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(self.vocabulary[token] for token in tokens if token >= len(SPECIALS))
 
+    def tokenize(self, text: str) -> list[int]:
+        return self._ids(text)
+
     def count_tokens(self, text: str) -> int:
         return len(self._ids(text))
 
