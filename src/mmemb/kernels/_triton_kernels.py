@@ -204,7 +204,7 @@ def gradient_kernel(
 @triton.jit
 def own_kernel(
     query, candidate, scale, positive, own, last_row, width,
-    BM: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The positives' logits p [N], a block of BM rows a program."""
     factor = tl.load(scale)
