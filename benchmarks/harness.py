@@ -3,6 +3,8 @@
 Rivals are timed in turn within a repetition and compared by the median of the ratios of one repetition, so that a
 machine that slows down slows all of them. Times are CPU seconds of the process on a CPU, seconds between events
 on a GPU.
+
+A script of its own options asks `parser` for the shared ones, adds its own and parses; one without calls `arguments`.
 """
 
 from __future__ import annotations
@@ -16,25 +18,49 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of every benchmark: ``smoke``, ``device``, ``repeats``, ``output``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to see that it runs; its numbers mean nothing"
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark: ``smoke``, ``device``, ``repeats``, ``output``."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; its numbers mean nothing")
+    made.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure (default: %(default)s)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of every case")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args(argv)
+    made.add_argument("--repeats", type=_count, default=5, help="repetitions of every case (default: %(default)s)")
+    made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    return made
+
+
+def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The shared options alone, parsed; see `parser`."""
+    return parser(description).parse_args(argv)
+
+
+def bar(description: str, total: int) -> tuple[Progress, Callable[[str], None]]:
+    """A progress bar on standard error, to be entered with ``with``, and what moves it by one, with what comes next."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    task = progress.add_task(description, total=total)
+    return progress, lambda text: progress.update(task, advance=1, description=text)
 
 
 def timed(function: Callable[[], object], *, device: str) -> float:
@@ -62,6 +88,11 @@ def paired(functions: Mapping[str, Callable[[], object]], *, repeats: int, devic
     return times
 
 
+def busy_seconds(seconds: float, *, device: str) -> float:
+    """What `timed` gave as the time that the machine would take if no thread ever waited: CPU seconds / threads."""
+    return seconds / torch.get_num_threads() if device == "cpu" else seconds
+
+
 def median_ratio(times: Sequence[float], floor: Sequence[float]) -> float:
     """Median over repetitions of time / floor."""
     return statistics.median(mine / least for mine, least in zip(times, floor, strict=True))
@@ -87,6 +118,26 @@ def peak_megabytes(function: Callable[[], object], *, device: str) -> float:
     return peak / 1e6
 
 
+def available_megabytes(device: str) -> float:
+    """Free memory in 10^6 bytes; infinite where the system does not say."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0] / 1e6
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kilobytes[0] * 1.024e-3 if kilobytes else float("inf")
+
+
+def version(distribution: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device: str) -> dict[str, Any]:
     """Where and with what a row was measured."""
     return {
@@ -96,6 +147,8 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "mmemb": version("mmemb"),
+        "triton": version("triton"),
         "commit": _commit(),
     }
 
@@ -110,12 +163,26 @@ def append(rows: Sequence[Mapping[str, Any]], *, output: Path, name: str, smoke:
     return path
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as aligned text, numbers to three digits."""
-    names = list(rows[0])
-    cells = [names] + [[f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
+def table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:
+    """The rows as aligned text, numbers to three digits, ``-`` for None; the first row's columns or those named."""
+    names = list(rows[0]) if columns is None else list(columns)
+    cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "-" if value is None else str(value)
+
+
+def _count(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} given; it counts from 1")
+    return value
 
 
 def _cpu_name() -> str:
