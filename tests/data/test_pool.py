@@ -93,7 +93,6 @@ def test_pairs_that_straddle_row_groups_and_shards_read_the_same(make: Make, mon
     pairs = make_pairs(601)
     whole = everything(make(pairs))
     monkeypatch.setattr(pool_files, "ROW_GROUP", 5)
-    monkeypatch.setattr(pool_module, "ROW_GROUP", 5)
     small = make(pairs, name="small")
     assert pq.ParquetFile(small.path / "candidates-000000000.parquet").num_row_groups > 50
     assert everything(small) == whole
@@ -101,7 +100,6 @@ def test_pairs_that_straddle_row_groups_and_shards_read_the_same(make: Make, mon
 
 def test_the_cache_of_row_groups_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_files, "ROW_GROUP", 5)
-    monkeypatch.setattr(pool_module, "ROW_GROUP", 5)
     monkeypatch.setattr(pool_module, "_CACHE_BYTES", 4000)
     pool = make(make_pairs(300))
     first = everything(pool)
@@ -224,7 +222,7 @@ def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
 
 def test_another_version_of_the_format_is_refused(tmp_path: Path) -> None:
     pool_files.write_manifest(tmp_path, Manifest(data="0", pairs=1, generation={}, version=99))
-    with pytest.raises(ValueError, match="pool format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="pool format 99, this version reads 1 and 2"):
         read_manifest(tmp_path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
+from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.stages import generate as stage
 from mmemb.stages.generate import generate
@@ -129,7 +130,8 @@ def test_other_data_or_settings_are_refused_with_both_hashes(tmp_path: Path) -> 
         lambda: run(pairs, path, Numbered(), seed=1),
     ):
         with pytest.raises(
-            ValueError, match="other workers, k or seed is here .*name another path, or delete the pool"
+            ValueError,
+            match="k, seed, sides or leak check is here .*name another path, or delete the pool",
         ):
             changed()
 
@@ -154,9 +156,11 @@ def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: p
     out, err = capsys.readouterr()
     total = sum(len(pool.candidates(pair_id).rationales) for pair_id in pool)
     assert out == ""
-    assert f"{total} new candidates, 0 of 10 pairs were there already" in err
+    assert f"{total} new candidates, 0 of them set aside as leaks; 0 of 10 pairs were there already" in err
     generate(pairs, [Numbered()], 3, pool=tmp_path / "pool", seed=0)
-    assert "0 new candidates, 10 of 10 pairs were there already" in capsys.readouterr().err
+    assert (
+        "0 new candidates, 0 of them set aside as leaks; 10 of 10 pairs were there already" in capsys.readouterr().err
+    )
 
 
 def test_a_bar_works_within_another_live_display() -> None:
@@ -167,4 +171,10 @@ def test_a_bar_works_within_another_live_display() -> None:
 def test_settings_name_each_worker(tmp_path: Path) -> None:
     pool = run(make_pairs(4), tmp_path / "pool", Numbered())
     stored = json.loads((pool.path / "manifest.json").read_text())["generation"]
-    assert stored == {"workers": [{"worker": "Numbered", "label": "a"}], "k": 3, "seed": 0}
+    assert stored == {
+        "workers": [{"worker": "Numbered", "label": "a"}],
+        "k": 3,
+        "seed": 0,
+        "sides": ["query"],
+        "leaks": LeakCheck().settings,
+    }

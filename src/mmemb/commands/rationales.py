@@ -68,7 +68,14 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
         if not settings.workers:
             raise UsageError("model.pool.workers is empty: name who writes the candidates, e.g. [metadata, model]")
         settings.bind(parts)
-        generate(pairs, settings.workers, settings.candidates, pool=settings.path, seed=settings.seed)
+        generate(
+            pairs,
+            settings.workers,
+            settings.candidates,
+            pool=settings.path,
+            seed=settings.seed,
+            leaks=settings.leaks,
+        )
         return
     if settings.evaluator is None:
         raise UsageError("model.pool.evaluator is missing: name who scores the candidates, e.g. retrieval")

@@ -83,9 +83,9 @@ class LeakCheck:
             words(item.fields[name]) for name in self.target_fields for item in (shown, hidden) if name in item.fields
         ]
         named = [value for value in named if value and not _holds(known, value)]
-        if not secrets and not named:
-            return [()] * len(texts)
-        grams = _ngrams(words(hidden.text), self.ngram) - _ngrams(known, self.ngram) if secrets else set()
+        grams = _ngrams(words(hidden.text), self.ngram) - _ngrams(known, self.ngram)
+        if len(grams) < self.min_words - self.ngram + 1:  # fewer than the shortest text that is looked for has
+            grams = set()
         return [self._of_text(words(text), secrets, named, grams) for text in texts]
 
     def _of_text(

@@ -9,32 +9,43 @@ A pool is a folder while it grows and may be exported to a single file to ship::
 Shards are written aside and renamed, never changed: what exists is whole, and a stopped run goes on at the first shard
 that is missing. A pair that no worker had a word for keeps one row whose text is null.
 
-Reading costs an index of the pair ids, the row groups last used (at most 64 MiB) and the footers of the files last
-used: 170 MiB in all for a million pairs of five candidates, opened in 2 s. Rows become Python objects when they are
-asked for. A look-up takes 1 to 2 ms at random, where it decodes a row group, and 0.1 ms where that is cached.
+Reading costs an index of 20 bytes a pair, the row groups last used (at most 64 MiB) and the files last used, memory
+mapped; rows become Python objects when they are asked for. `benchmarks/pool.py` measures it.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from mmemb.data.pool_files import CANDIDATE_SCHEMA, METADATA_KEY, ROW_GROUP, read_manifest, resolve, write_shard
+from mmemb.data.pool_files import (
+    CANDIDATE_SCHEMA,
+    METADATA_KEY,
+    RATIONALE_COLUMNS,
+    Side,
+    rationale_of,
+    read_manifest,
+    resolve,
+    write_shard,
+)
+from mmemb.data.pool_index import PairIndex
 from mmemb.digests import digest, pair_digest
-from mmemb.types import Candidates, Pair, Rationale
+from mmemb.types import Candidates, Pair
 
 _CACHE_BYTES = 64 * 2**20
 _OPEN_FILES = 128
-_RATIONALE_COLUMNS = [entry.name for entry in fields(Rationale)]
+_ARMS = ("candidate", "none", "placebo")
+_LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", *RATIONALE_COLUMNS]
 
 
 def scored(candidates: Candidates) -> tuple[float, ...]:
@@ -67,11 +78,13 @@ class RationalePool:
         path: the folder or file.
         manifest: what it was made from.
         evaluator: whose scores `candidates` gives; None where none has scored the pool.
+        keep_leaks: whether `candidates` gives those with leak flags as well.
     """
 
-    def __init__(self, path: str | Path, *, evaluator: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> None:
         self.path = resolve(path)
         self.manifest = read_manifest(path)
+        self.keep_leaks = keep_leaks
         names = sorted(self.manifest.evaluators)
         if evaluator is not None and evaluator not in names:
             raise ValueError(
@@ -83,38 +96,38 @@ class RationalePool:
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached = 0  # bytes in the cache
-        self._index()
+        self._index = PairIndex(self._pair_runs(number) for number in range(len(self._parts)))
 
     @classmethod
-    def open(cls, path: str | Path, *, evaluator: str | None = None) -> RationalePool:
+    def open(cls, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> RationalePool:
         """Opens a folder, a ``.parquet`` file or ``bundled:pool``.
 
         Args:
             path: where the pool is.
             evaluator: whose scores to read, by name; None: the first by name.
+            keep_leaks: give candidates with leak flags as well; they are left out otherwise.
 
         Raises:
             FileNotFoundError: there is no pool.
             ValueError: it is no pool, of another version of the format, or not scored by that evaluator.
         """
-        return cls(path, evaluator=evaluator)
+        return cls(path, evaluator=evaluator, keep_leaks=keep_leaks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A data-loader worker opens the files itself: handles and caches do not travel.
-        return _reopen, (str(self.path), self.evaluator)
+        return _reopen, (str(self.path), self.evaluator, self.keep_leaks)
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self._sorted_ids)
+        return len(self._index)
 
     def __iter__(self) -> Iterator[str]:
         """Pair ids in the order of the data, read as they are asked for."""
         for number in range(len(self._parts)):
-            for value in self._pair_runs(number)[0]:
-                yield value.as_py()
+            yield from self._pair_runs(number)[0]
 
     def __contains__(self, pair_id: object) -> bool:
-        return isinstance(pair_id, str) and self._position(pair_id) is not None
+        return isinstance(pair_id, str) and bool(self._pieces(pair_id))
 
     @property
     def pair_ids(self) -> list[str]:
@@ -127,26 +140,25 @@ class RationalePool:
         found = len(self) == self.manifest.pairs
         return found and all(part.scores is not None for part in self._parts if self.evaluator is not None)
 
-    def candidates(self, pair_id: str) -> Candidates:
-        """The candidates of a pair with their scores; nan where not scored.
+    def candidates(self, pair_id: str, *, side: Side = "query") -> Candidates:
+        """The candidates for one side of a pair with their scores; nan where not scored.
 
         Raises:
             ValueError: the pool does not know the pair.
         """
-        table = self._rows(pair_id)
-        stored = [name for name in _RATIONALE_COLUMNS if name in table.column_names]
-        rows = [row for row in table.select(stored).to_pylist() if row["text"] is not None]
-        scores = [math.nan] * len(rows)
-        none = math.nan
-        arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"]
-        if arms[0] in table.column_names:
-            every, nones = (table[arm].to_pylist() for arm in arms)
-            scores, none = every[: len(rows)], nones[0]
+        rows = self._rows(pair_id).to_pylist()
+        kept = [
+            row
+            for row in rows
+            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row.get("leaks"))
+        ]
+        candidate, none, placebo = (f"{self.evaluator}.{arm}" for arm in _ARMS)
         return Candidates(
             pair_id=pair_id,
-            rationales=tuple(Rationale(**row) for row in rows),
-            scores=tuple(scores),
-            score_none=none,
+            rationales=tuple(rationale_of(row) for row in kept),
+            scores=tuple(_number(row.get(candidate)) for row in kept),
+            score_none=next((row[none] for row in rows if row.get(none) is not None), math.nan),
+            scores_placebo=tuple(_number(row[placebo]) for row in kept if placebo in row),
         )
 
     def check(
@@ -189,14 +201,18 @@ class RationalePool:
                 raise ValueError(f"{other} the pair {pair.id!r} was another one (hash {there}, now {asked}); {remedy}")
 
     def export(self, path: str | Path) -> Path:
-        """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path."""
+        """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path.
+
+        Candidates with leak flags are written too.
+        """
         target = resolve(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}
         manifest = replace(self.manifest, evaluators=evaluators)
         tables = [self._read(number) for number in range(len(self._parts))]
         table = pa.concat_tables(tables) if tables else CANDIDATE_SCHEMA.empty_table()
-        write_shard(target, table.replace_schema_metadata({METADATA_KEY: manifest.to_json().encode()}))
+        described = table.replace_schema_metadata({METADATA_KEY: manifest.to_json().encode()})
+        write_shard(target, described, compression="zstd")
         return target
 
     def _find_parts(self) -> list[_Part]:
@@ -208,47 +224,34 @@ class RationalePool:
             parts.append(_Part(shard, scores if scores.is_file() else None))
         return parts
 
-    def _index(self) -> None:
-        """Pair ids in sorted order, with part, first row and number of rows of each."""
-        ids, part_of, first, count = [], [], [], []
-        for number in range(len(self._parts)):
-            values, starts, lengths = self._pair_runs(number)
-            ids.append(values)
-            part_of.append(pa.array([number] * len(values), pa.int32()))
-            first.append(starts)
-            count.append(lengths)
-        every = pa.chunked_array(ids, pa.large_string())
-        order = pc.sort_indices(every)
-        self._sorted_ids = every.take(order).combine_chunks()
-        self._part_of, self._first, self._count = (
-            pa.chunked_array(column, pa.int32()).take(order).combine_chunks() for column in (part_of, first, count)
-        )
-
-    def _pair_runs(self, number: int) -> tuple[pa.Array, pa.Array, pa.Array]:
+    def _pair_runs(self, number: int) -> tuple[list[str], NDArray[np.int32], NDArray[np.int32]]:
         """Ids, first rows and row counts of one part's pairs, in stored order."""
         column = self._open_file(self._parts[number].candidates).read(["pair_id"], use_threads=False)["pair_id"]
         runs = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int32())
-        ends = runs.run_ends
-        starts = pa.concat_arrays([pa.array([0], pa.int32()), ends[:-1]]) if len(ends) else ends
-        return runs.values.cast(pa.large_string()), starts, pc.subtract(ends, starts)
-
-    def _position(self, pair_id: str) -> int | None:
-        at = bisect.bisect_left(range(len(self)), pair_id, key=lambda position: self._sorted_ids[position].as_py())
-        return at if at < len(self) and self._sorted_ids[at].as_py() == pair_id else None
+        ends = runs.run_ends.to_numpy()
+        counts = np.diff(ends, prepend=np.int32(0))
+        return runs.values.to_pylist(), ends - counts, counts
 
     def _rows(self, pair_id: str) -> pa.Table:
-        """A pair's rows, from the row groups they lie in."""
-        position = self._position(pair_id)
-        if position is None:
+        """A pair's rows."""
+        pieces = self._pieces(pair_id)
+        if not pieces:
             raise ValueError(f"{self.path}: no pair {pair_id!r} among {len(self)} here; make the pool from this data")
-        number, first, count = (column[position].as_py() for column in (self._part_of, self._first, self._count))
-        pieces = []
-        while count:
-            group, offset = divmod(first, ROW_GROUP)
-            piece = self._group(number, group).slice(offset, count)
-            pieces.append(piece)
-            first, count = first + len(piece), count - len(piece)
         return pa.concat_tables(pieces)
+
+    def _pieces(self, pair_id: str) -> list[pa.Table]:
+        """A pair's rows, from the row groups they lie in; empty where there is no such pair."""
+        pieces = []
+        for part, first, count in self._index.runs(pair_id):
+            size = self._open_file(self._parts[part].candidates).metadata.row_group(0).num_rows
+            while count:
+                group, offset = divmod(first, size)
+                piece = self._group(part, group).slice(offset, count)
+                if piece["pair_id"][0].as_py() != pair_id:  # another pair of the same hash
+                    break
+                pieces.append(piece)
+                first, count = first + len(piece), count - len(piece)
+        return pieces
 
     def _group(self, number: int, group: int) -> pa.Table:
         """A decoded row group, from the cache if it is there."""
@@ -263,23 +266,23 @@ class RationalePool:
         return table
 
     def _read(self, number: int, group: int | None = None) -> pa.Table:
-        """Candidates and scores of a part: whole, or one row group with the columns that `candidates` and `check` need.
+        """Candidates and scores of a part: whole, or one row group with the columns that a look-up needs.
 
         A part that is not scored has no score columns.
         """
         part = self._parts[number]
-        names = CANDIDATE_SCHEMA.names if group is None else ["pair_hash", *_RATIONALE_COLUMNS]
-        names = [name for name in names if name in self._open_file(part.candidates).schema_arrow.names]
-        table = self._columns(part.candidates, names, group)
+        table = self._columns(part.candidates, CANDIDATE_SCHEMA.names if group is None else _LOOKUP_COLUMNS, group)
         if part.scores:
-            arms = [f"{self.evaluator}.candidate", f"{self.evaluator}.none"]
-            scores = self._columns(part.scores, arms, group)
-            for arm in arms:
-                table = table.append_column(arm, scores[arm])
+            arms = self._columns(part.scores, [f"{self.evaluator}.{arm}" for arm in _ARMS], group)
+            for arm in arms.column_names:
+                table = table.append_column(arm, arms[arm])
         return table
 
     def _columns(self, path: Path, columns: list[str], group: int | None) -> pa.Table:
+        """Those of the columns that the file has: arms differ by evaluator, columns by the version of the format."""
         file = self._open_file(path)
+        there = set(file.schema_arrow.names)
+        columns = [name for name in columns if name in there]
         # Threads are left to the data loader: forked workers must not wait for a thread pool that was not forked.
         if group is None:
             return file.read(columns, use_threads=False)
@@ -296,8 +299,12 @@ class RationalePool:
         return file
 
 
-def _reopen(path: str, evaluator: str | None) -> RationalePool:
-    return RationalePool.open(path, evaluator=evaluator)
+def _reopen(path: str, evaluator: str | None, keep_leaks: bool) -> RationalePool:
+    return RationalePool.open(path, evaluator=evaluator, keep_leaks=keep_leaks)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

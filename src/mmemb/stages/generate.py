@@ -17,10 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.data.pool_files import (
     CANDIDATE_SCHEMA,
     Manifest,
+    Proposal,
+    Side,
     candidate_rows,
     candidates_shard,
     data_digest,
@@ -32,12 +35,20 @@ from mmemb.data.pool_files import (
 )
 from mmemb.digests import digest
 from mmemb.interfaces import Worker
-from mmemb.types import Pair
+from mmemb.types import Item, Pair
 
 
-def generation_settings(workers: Sequence[Worker], k: int, seed: int) -> dict[str, Any]:
+def generation_settings(
+    workers: Sequence[Worker], k: int, seed: int, *, sides: Sequence[Side] = ("query",), leaks: LeakCheck | None = None
+) -> dict[str, Any]:
     """All that determines the candidates of a given pair, as kept in the manifest."""
-    return {"workers": [_worker_settings(worker) for worker in workers], "k": k, "seed": seed}
+    return {
+        "workers": [_worker_settings(worker) for worker in workers],
+        "k": k,
+        "seed": seed,
+        "sides": list(sides),
+        "leaks": (leaks or LeakCheck()).settings,
+    }
 
 
 def generate(
@@ -47,32 +58,38 @@ def generate(
     *,
     pool: str | Path,
     seed: int,
+    sides: Sequence[Side] = ("query",),
+    leaks: LeakCheck | None = None,
     progress: bool = True,
     shard_size: int = 256,
 ) -> RationalePool:
     """Makes a pool's candidates, or goes on with what is there.
 
     Args:
-        pairs: the pairs; workers see their queries only.
+        pairs: the pairs; a worker sees one item of a pair, never both.
         workers: who proposes, in order.
-        k: most candidates a worker and pair.
+        k: most candidates a worker, pair and side.
         pool: the folder; a finished single-file pool is only compared with what is asked for.
         seed: derives every sampled candidate.
+        sides: which items are thought about; training reads the queries' candidates.
+        leaks: flags candidates that hold the other side; None: the default check.
         progress: a bar with rate and time left, and a line at the end.
         shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
 
     Raises:
-        ValueError: there are no pairs or workers, or a pool of other data or settings is there.
+        ValueError: there are no pairs, workers or sides, or a pool of other data or settings is there.
     """
     if not pairs or not workers:
         raise ValueError(
             f"generate: {len(pairs)} pairs and {len(workers)} workers given, expected at least one of each"
         )
-    folder = resolve(pool)
+    if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
+        raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
+    folder, check = resolve(pool), leaks or LeakCheck()
     asked = Manifest(
         data=data_digest(pairs),
         pairs=len(pairs),
-        generation=generation_settings(workers, k, seed),
+        generation=generation_settings(workers, k, seed, sides=sides, leaks=check),
         shard_size=shard_size,
     )
     if exists(pool):
@@ -84,25 +101,53 @@ def generate(
     settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
     missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
-    written = 0
+    written = leaking = 0
+    if missing:
+        items = [_sides_of(pair, side)[0] for side in sides for pair in pairs]
+        for worker in workers:
+            worker.prepare(items)
     with bar("generate rationales", len(pairs), done=done, show=progress) as advance:
         for start in missing:
             shard = pairs[start : start + asked.shard_size]
-            queries = [pair.query for pair in shard]
-            proposals = [worker.propose(queries, k, seed=seed) for worker in workers]
+            proposals = _propose(shard, list(zip(workers, settings, strict=True)), k, seed, sides, check)
             rows = [
-                row
-                for number, pair in enumerate(shard)
-                for row in candidate_rows(
-                    pair, [(entry, of_pair[number]) for entry, of_pair in zip(settings, proposals, strict=True)]
-                )
+                row for pair, of_pair in zip(shard, proposals, strict=True) for row in candidate_rows(pair, of_pair)
             ]
             write_shard(candidates_shard(folder, start), pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA))
             written += sum(row.get("text") is not None for row in rows)
+            leaking += sum(bool(row.get("leaks")) for row in rows)
             advance(len(shard))
     if progress:
-        say(f"{folder}: {written} new candidates, {done} of {len(pairs)} pairs were there already")
+        say(
+            f"{folder}: {written} new candidates, {leaking} of them set aside as leaks; "
+            f"{done} of {len(pairs)} pairs were there already"
+        )
     return RationalePool.open(pool)
+
+
+def _propose(
+    pairs: Sequence[Pair],
+    workers: Sequence[tuple[Worker, str]],
+    k: int,
+    seed: int,
+    sides: Sequence[Side],
+    check: LeakCheck,
+) -> list[list[Proposal]]:
+    """What each worker (beside its settings as JSON) has to say of each pair, side after side."""
+    found: list[list[Proposal]] = [[] for _ in pairs]
+    for side in sides:
+        items = [_sides_of(pair, side) for pair in pairs]
+        for worker, settings in workers:
+            proposed = worker.propose([shown for shown, _ in items], k, seed=seed)
+            for of_pair, (shown, hidden), rationales in zip(found, items, proposed, strict=True):
+                flags = check.flags([rationale.text for rationale in rationales], shown=shown, hidden=hidden)
+                of_pair.append(Proposal(side, settings, rationales, flags))
+    return found
+
+
+def _sides_of(pair: Pair, side: Side) -> tuple[Item, Item]:
+    """The item that is thought about, and the other one."""
+    return (pair.query, pair.positive) if side == "query" else (pair.positive, pair.query)
 
 
 def _resume(folder: Path, asked: Manifest) -> Manifest:
@@ -110,7 +155,7 @@ def _resume(folder: Path, asked: Manifest) -> Manifest:
     stored = read_manifest(folder)
     for what, there, wanted in (
         ("data", stored.data, asked.data),
-        ("workers, k or seed", digest(stored.generation), digest(asked.generation)),
+        ("workers, k, seed, sides or leak check", digest(stored.generation), digest(asked.generation)),
     ):
         if there != wanted:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.objective import Choose, Parts
@@ -21,6 +22,7 @@ class PoolSettings:
         evaluator: who scores them; null takes the pool as it is.
         candidates: K, candidates a worker and query.
         seed: seed of every sampled candidate.
+        leaks: flags candidates that hold the target, which are then left out; null: the default check.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class PoolSettings:
         evaluator: Evaluator | None = None,
         candidates: int = 4,
         seed: int = 0,
+        leaks: LeakCheck | None = None,
     ) -> None:
         self.path = path
         self.workers = workers or []
         self.evaluator = evaluator
         self.candidates = candidates
         self.seed = seed
+        self.leaks = leaks
 
     def bind(self, parts: Parts) -> None:
         """Gives the model in training to the workers and the evaluator."""
@@ -77,6 +81,7 @@ class PoolSettings:
             path=Path(self.path) if "bundled:" not in self.path else self.path,
             k=self.candidates,
             seed=self.seed,
+            leaks=self.leaks,
             is_builder=is_builder,
             barrier=barrier,
         )
