@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from mmemb.data.pool import scored
+from mmemb.data.gains import surviving
 from mmemb.interfaces import Selector
 from mmemb.types import Candidates, Selection
 
@@ -20,15 +20,17 @@ class Counterfactual(Selector, name="counterfactual"):
     r is kept where gain(r) > margin, and drawn with probability proportional to exp(gain(r) / temperature) [S].
 
     Args:
-        margin: least gain, in the evaluator's unit (log-probability).
+        margin: least gain, in the evaluator's unit (nats).
         temperature: of the draw, in the same unit, > 0; small values approach the arg-max.
+        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.data.gains`).
     """
 
-    def __init__(self, margin: float = 0.0, temperature: float = 0.1) -> None:
+    def __init__(self, margin: float = 0.0, temperature: float = 0.1, net_of_placebo: bool = False) -> None:
         if not temperature > 0:
             raise ValueError(f"counterfactual: temperature is {temperature}, expected > 0 (a small one nears arg-max)")
         self.margin = margin
         self.temperature = temperature
+        self.net_of_placebo = net_of_placebo
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
         """See `Selector.select`.
@@ -36,11 +38,10 @@ class Counterfactual(Selector, name="counterfactual"):
         Raises:
             ValueError: the candidates have not been scored.
         """
-        gains = [score - candidates.score_none for score in scored(candidates)]
-        kept = [index for index, gain in enumerate(gains) if gain > self.margin]
+        kept = surviving(candidates, margin=self.margin, net_of_placebo=self.net_of_placebo)
         if not kept:
             return Selection(None)
-        best = max(gains[index] for index in kept)
+        best = max(kept.values())
         # Relative to the best, so that nothing overflows; `==` first, because inf - inf is nan.
-        shares = [1.0 if gains[i] == best else math.exp((gains[i] - best) / self.temperature) for i in kept]
-        return Selection(random.Random(seed).choices(kept, weights=shares)[0])
+        shares = [1.0 if gain == best else math.exp((gain - best) / self.temperature) for gain in kept.values()]
+        return Selection(random.Random(seed).choices(list(kept), weights=shares)[0])

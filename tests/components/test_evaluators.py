@@ -1,10 +1,11 @@
-"""The retrieval evaluator computes its formula, row by row, whatever the batch."""
+"""Evaluators compute their formulas, row by row, whatever the batch, and share a prompt between its arms."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from mmemb.components.evaluators import retrieval
+from mmemb.components.evaluators.judge import JudgeEvaluator
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.data.bundled import load_pairs
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Evaluator
 from mmemb.registry import available, create
-from mmemb.types import Item, Pair, Text
+from mmemb.types import Image, Item, Pair, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
@@ -49,15 +51,17 @@ def bound(**options: Any) -> RetrievalEvaluator:
     return evaluator
 
 
+ARGUMENTS = {"judge": {"yes": "left", "no": "right", "answer": "what is", "reasoning": "red {rationale} blue"}}
+"""What a part needs to work with the small model, whose vocabulary is a dozen words."""
+
 RATIONALES = ("chile peso", None, "peru lima sol", "red")
 
 
 @pytest.fixture(params=available("evaluator"))
 def evaluator(request: pytest.FixtureRequest) -> Evaluator:
-    made = create("evaluator", request.param)
+    made = create("evaluator", request.param, **ARGUMENTS.get(request.param, {}))
     assert isinstance(made, Evaluator)
-    if hasattr(made, "bind"):
-        made.bind(*model())
+    made.bind(*model())
     return made
 
 
@@ -70,7 +74,7 @@ def test_every_evaluator_scores_a_row_whatever_the_others(evaluator: Evaluator) 
     evaluator.prepare_bank(pairs)
     whole = evaluator.score(pairs, rows(pairs))
     assert len(whole) == 40
-    assert all(math.isfinite(value) and value <= 0 for value in whole)
+    assert all(math.isfinite(value) for value in whole)
     alone = [evaluator.score([pair], [text])[0] for pair, text in zip(pairs, rows(pairs), strict=True)]
     assert alone == pytest.approx(whole, abs=1e-4)
     assert len({round(value, 6) for value in whole}) > 10
@@ -81,6 +85,22 @@ def test_every_evaluator_hears_the_rationale(evaluator: Evaluator) -> None:
     pairs = make_pairs(12)
     evaluator.prepare_bank(pairs)
     assert evaluator.score(pairs, ["red apple"] * 12) != evaluator.score(pairs, [None] * 12)
+
+
+def test_every_evaluator_encodes_a_prompt_once_for_all_its_arms(evaluator: Evaluator) -> None:
+    pairs = make_pairs(6)
+    arms = (None, "chile peso", "peru lima sol", "red apple", "blue dog left")
+    evaluator.prepare_bank(pairs)
+    evaluator.score(pairs, [None] * 6)  # whatever is made once
+    backbone = evaluator._bound() if isinstance(evaluator, JudgeEvaluator) else evaluator._frozen().backbone
+    together, alone = [], []
+    for rows, sharing in ((together, True), (alone, False)):
+        before = backbone.cells
+        each = [pair if sharing else replace(pair, query=replace(pair.query)) for pair in pairs for _ in arms]
+        rows += evaluator.score(each, list(arms) * 6)
+        rows.append(backbone.cells - before)
+    assert together[:-1] == pytest.approx(alone[:-1], abs=1e-4)
+    assert together[-1] < 0.8 * alone[-1]
 
 
 def test_every_evaluator_has_settings_for_the_hash(evaluator: Evaluator) -> None:
@@ -213,3 +233,79 @@ def test_a_saved_embedder_scores_as_the_model_it_was_saved_from(tmp_path: Path) 
         evaluator.prepare_bank(pairs)
     texts = [None, "chile", None, "peso"]
     assert loaded.score(pairs, texts) == pytest.approx(bound.score(pairs, texts), abs=1e-4)
+
+
+def judge(**options: Any) -> JudgeEvaluator:
+    made = JudgeEvaluator(**{**ARGUMENTS["judge"], **options})
+    made.bind(*model())
+    return made
+
+
+def test_the_judge_compares_the_logits_of_yes_and_no_after_prompt_and_reasoning() -> None:
+    evaluator, (backbone, _) = judge(question="answer left or right"), model()
+    pairs = make_pairs(8)
+    found = evaluator.score(pairs, rows(pairs))
+    yes, no = backbone.tokenize("left right")
+    for pair, text, value in zip(pairs, rows(pairs), found, strict=True):
+        asked = f"{pair.query.instruction} {pair.query.text} {pair.positive.text} answer left or right"
+        begun = ("" if text is None else f"red {text} blue ") + "what is"
+        inputs = backbone.prepare([Item("", (Text(f"{asked} {begun}"),))], embed=False)
+        logits = backbone.logits(backbone(inputs)[0, -1])
+        assert value == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-4)
+
+
+def test_a_judge_of_its_own_is_kept_and_its_settings_follow_it() -> None:
+    own = FakeBackbone(seed=5)
+    evaluator = judge(backbone=own)
+    pairs = make_pairs(4)
+    assert evaluator.score(pairs, [None] * 4) != judge().score(pairs, [None] * 4)
+    assert evaluator.settings["weights"] != judge().settings["weights"]
+    assert judge(question="what").settings != judge().settings == judge().settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"yes": "red apple"}, r"yes is 'red apple', which is 2 tokens of fake \('red', 'apple'\); expected one"),
+        ({"no": "unheard"}, r"no is 'unheard', which is 0 tokens of fake \(nothing\); expected one"),
+        ({"no": "left"}, "yes 'left' and no 'left' are the same token; name two"),
+        ({"answer": "unheard"}, "answer is 'unheard', which is no token"),
+    ],
+)
+def test_a_judge_checks_its_answers_when_it_gets_its_model(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judge(**options)
+    with pytest.raises(ValueError, match=message):
+        JudgeEvaluator(FakeBackbone(), **{**ARGUMENTS["judge"], **options})
+
+
+def test_a_judge_wants_a_place_for_the_rationale_and_a_model() -> None:
+    with pytest.raises(ValueError, match=r"reasoning is 'because', expected \{rationale\} in it once"):
+        JudgeEvaluator(reasoning="because")
+    with pytest.raises(ValueError, match="no model yet; pass backbone="):
+        JudgeEvaluator().score(make_pairs(1), [None])
+
+
+def test_the_tiny_model_says_that_it_cannot_be_asked_for_yes_or_no() -> None:
+    with pytest.raises(ValueError, match=r"yes is ' Yes', which is 3 tokens of tiny@"):
+        JudgeEvaluator(create("backbone", "tiny", weights="random"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "smolvlm"])
+def test_a_judge_looks_at_pictures_and_shares_them(
+    family: str, make_backbone: Callable[..., Any], picture: Callable[..., Any]
+) -> None:
+    backbone = make_backbone(family)
+    word = next(word for word in ("red", " red", " a", "a") if len(backbone.tokenize(word)) == 1)
+    evaluator = JudgeEvaluator(backbone, yes=word, no=",", answer="answer", batch_size=3)
+    pairs = [
+        Pair(
+            f"p{seed}", "t", Item("what", (Image(picture(seed=seed)),)), Item("", (Image(picture(seed=seed + 9)),)), "t"
+        )
+        for seed in range(2)
+    ]
+    arms = [None, "a red dog", "apple"]
+    whole = evaluator.score([pair for pair in pairs for _ in arms], arms * 2)
+    alone = [evaluator.score([pair], [text])[0] for pair in pairs for text in arms]
+    assert whole == pytest.approx(alone, abs=1e-3)
+    assert len({round(value, 4) for value in whole}) == 6

@@ -9,9 +9,11 @@ from collections import Counter
 
 import pytest
 
+from mmemb.components.selectors.best_of import BestOf
 from mmemb.components.selectors.counterfactual import Counterfactual
 from mmemb.components.selectors.oracle import Oracle
 from mmemb.components.selectors.random import Random
+from mmemb.data.gains import gains
 from mmemb.interfaces import Selector
 from mmemb.registry import available, create
 from mmemb.types import Candidates, Rationale
@@ -19,8 +21,8 @@ from mmemb.types import Candidates, Rationale
 DRAWS = 4000
 
 
-def candidates(*scores: float, none: float = -1.0) -> Candidates:
-    return Candidates("p", tuple(Rationale(f"r{index}") for index in range(len(scores))), scores, none)
+def candidates(*scores: float, none: float = -1.0, placebos: tuple[float, ...] = ()) -> Candidates:
+    return Candidates("p", tuple(Rationale(f"r{index}") for index in range(len(scores))), scores, none, placebos)
 
 
 def shares(selector: Selector, given: Candidates) -> dict[int | None, float]:
@@ -85,7 +87,30 @@ def test_counterfactual_wants_a_positive_temperature(temperature: float) -> None
         Counterfactual(temperature=temperature)
 
 
-@pytest.mark.parametrize("selector", [Counterfactual(), Oracle()])
+def test_best_of_takes_the_largest_gain_that_exceeds_the_margin() -> None:
+    assert shares(BestOf(), candidates(-0.5, -0.4, -0.45)) == {1: 1.0}
+    assert shares(BestOf(), candidates(-1.5, -1.0)) == {None: 1.0}
+    assert shares(BestOf(margin=0.6), candidates(-0.5, -0.4)) == {None: 1.0}
+    assert BestOf().select(candidates(-0.4, -0.4), seed=3).index == 0
+
+
+@pytest.mark.parametrize("selector", [Counterfactual(net_of_placebo=True), BestOf(net_of_placebo=True)])
+def test_net_of_placebo_drops_what_the_format_alone_gains(selector: Selector) -> None:
+    # The first gains 0.5, its placebo 0.6: format. The second gains 0.2, its placebo harms: content.
+    given = candidates(-0.5, -0.8, none=-1.0, placebos=(-0.4, -2.0))
+    assert shares(selector, given) == {1: 1.0}
+    assert shares(type(selector)(), given).keys() >= {0}  # raw gains prefer the first
+    assert shares(selector, candidates(-0.5, placebos=(math.nan,))) == {0: 1.0}
+    with pytest.raises(ValueError, match="scored without placebos; .*or set net_of_placebo: false"):
+        selector.select(candidates(-0.5), seed=0)
+
+
+def test_a_placebo_that_harms_gives_nothing_to_its_candidate() -> None:
+    given = candidates(-1.2, -0.9, none=-1.0, placebos=(-5.0, -0.95))
+    assert gains(given, net_of_placebo=True) == pytest.approx([-0.2, 0.05])
+
+
+@pytest.mark.parametrize("selector", [Counterfactual(), BestOf(), Oracle()])
 def test_scores_that_are_missing_are_an_error_that_says_what_to_run(selector: Selector) -> None:
     with pytest.raises(ValueError, match="have not been scored; run `mmemb rationales score`"):
         selector.select(candidates(-0.5, math.nan), seed=0)

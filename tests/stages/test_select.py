@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Selector
 from mmemb.stages.generate import generate
@@ -52,14 +55,57 @@ def test_every_arm_is_scored_once(tmp_path: Path) -> None:
     evaluator = ByNumber()
     pool = build(pairs, tmp_path / "pool", workers=[Repeating()], evaluator=evaluator)
     distinct = sum(len({each.text for each in pool.candidates(pair.id).rationales}) for pair in pairs)
-    assert evaluator.rows == len(pairs) + distinct
+    placebos = sum(len(set(pool.candidates(pair.id).scores_placebo)) for pair in pairs)
+    assert evaluator.rows == len(pairs) + distinct + placebos
+    assert evaluator.calls == 1  # a shard's arms together: an evaluator may share what they have in common
     assert evaluator.bank == [pair.id for pair in pairs]
     for pair in pairs:
         found = pool.candidates(pair.id)
         assert found.scores == pytest.approx([evaluator.value(each.text) for each in found.rationales])
 
 
-@pytest.mark.parametrize("die_at", [0, 1, 3, 4])
+def test_a_placebo_is_another_pairs_rationale_of_the_same_task_and_worker(tmp_path: Path) -> None:
+    pairs = make_pairs(40)
+    # Two pairs in four share their target: the rationale of one may well be right for the other.
+    pairs = [replace(pair, positive_id=f"t{number // 4}") for number, pair in enumerate(pairs)]
+    pool = build(pairs, tmp_path / "pool", workers=[Numbered(), Numbered(label="b")])
+    of_task: dict[str, dict[float, set[str]]] = {}
+    for pair in pairs:
+        for each in pool.candidates(pair.id).rationales:
+            value = round(ByNumber().value(each.text), 6)
+            of_task.setdefault(pair.task, {}).setdefault(value, set()).add(pair.positive_id)
+    seen = set()
+    for pair in pairs:
+        found = pool.candidates(pair.id)
+        assert len(found.scores_placebo) == len(found.rationales)
+        for value in found.scores_placebo:
+            others = of_task[pair.task][round(value, 6)] - {pair.positive_id}
+            assert others, "a placebo comes from a pair of the task with another target"
+            assert round(value, 6) not in {round(each, 6) for each in found.scores}
+            seen.add(value)
+    assert len(seen) > 10
+
+
+def test_a_pair_alone_in_its_task_has_no_placebo(tmp_path: Path) -> None:
+    pairs = [replace(pair, task=pair.id) for pair in make_pairs(6)]
+    pool = build(pairs, tmp_path / "pool")
+    for pair in pairs:
+        found = pool.candidates(pair.id)
+        assert all(map(math.isnan, found.scores_placebo))
+        assert gains(found, net_of_placebo=True) == gains(found)
+
+
+def test_rationales_of_the_target_side_are_not_scored(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    generate(pairs, [Numbered()], 4, pool=tmp_path / "pool", seed=0, progress=False, sides=("query", "target"))
+    pool = score(pairs, ByNumber(), tmp_path / "pool", progress=False)
+    assert any(pool.candidates(pair.id, side="target").rationales for pair in pairs)
+    for pair in pairs:
+        assert all(map(math.isnan, pool.candidates(pair.id, side="target").scores))
+        assert not any(map(math.isnan, pool.candidates(pair.id).scores))
+
+
+@pytest.mark.parametrize("die_at", [0, 1, 2])
 def test_scoring_stopped_anywhere_and_resumed_equals_scoring_at_once(tmp_path: Path, die_at: int) -> None:
     pairs = make_pairs(10)
     for name in ("whole", "pool"):
@@ -69,7 +115,7 @@ def test_scoring_stopped_anywhere_and_resumed_equals_scoring_at_once(tmp_path: P
         score(pairs, ByNumber(die_at=die_at), tmp_path / "pool", progress=False)
     resumed = ByNumber()
     score(pairs, resumed, tmp_path / "pool", progress=False)
-    assert resumed.calls == 6 - die_at // 2 * 2  # two calls a shard: without, and with each candidate
+    assert resumed.calls == 3 - die_at  # one call a shard
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "pool" / path.name).read_bytes()
 

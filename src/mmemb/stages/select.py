@@ -2,8 +2,9 @@
 
     gain(r) = c(q, t | do(r)) - c(q, t | do(none))        [A]
 
-The arms *none* and *each candidate* are scored once, shard by shard as in `mmemb.stages.generate`, and kept in the
-pool; the choice is a pure function of pool and seed, made anew in every epoch.
+The arms *none*, *each candidate* and *placebo* (another pair's rationale for each candidate, `mmemb.stages.placebo`)
+are scored once, shard by shard as in `mmemb.stages.generate`, and kept in the pool; the choice is a pure function of
+pool and seed, made anew in every epoch.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.data.pool_files import (
     candidates_shard,
@@ -33,6 +35,7 @@ from mmemb.data.pool_report import show_pair
 from mmemb.digests import digest, seed_of
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.generate import bar, generate, generation_settings, say
+from mmemb.stages.placebo import Placebos
 from mmemb.types import Pair, Rationale
 
 
@@ -51,7 +54,7 @@ def evaluator_name(evaluator: Evaluator) -> str:
 def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, progress: bool = True) -> RationalePool:
     """Scores a pool's candidates, or goes on with what is there.
 
-    Equal texts of a pair are scored once.
+    Equal texts of a pair are scored once, and a pair's arms together, so that an evaluator may share their prompt.
 
     Args:
         pairs: the pairs that the pool was made from; the evaluator's negatives come from them.
@@ -94,12 +97,14 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
     missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + manifest.shard_size]) for start in missing)
     gains: list[float] = []
+    placebos = Placebos({}, {})
     if missing:
         evaluator.prepare_bank(pairs)
+        placebos = Placebos.collect([candidates_shard(folder, start) for start in manifest.starts()], pairs)
     with bar("score rationales", len(pairs), done=done, show=progress) as advance:
         for start in missing:
             shard = pairs[start : start + manifest.shard_size]
-            table, of_shard = _score_shard(candidates_shard(folder, start), shard, evaluator, name)
+            table, of_shard = _score_shard(candidates_shard(folder, start), shard, evaluator, name, placebos)
             write_shard(scores_shard(folder, name, start), table)
             gains += of_shard
             advance(len(shard))
@@ -121,6 +126,7 @@ def build_pool(
     path: str | Path,
     k: int,
     seed: int,
+    leaks: LeakCheck | None = None,
     progress: bool = True,
     is_builder: bool = True,
     barrier: Callable[[], object] = lambda: None,
@@ -134,6 +140,7 @@ def build_pool(
         path: folder, ``.parquet`` file or ``bundled:pool``; a file is never made, only reused.
         k: most candidates a worker and pair.
         seed: derives every sampled candidate.
+        leaks: flags candidates that hold the target; None: the default check.
         progress: bars and a line at the end of each stage.
         is_builder: whether this process makes the pool (rank zero); the others wait.
         barrier: where all processes meet once the pool is there.
@@ -147,14 +154,14 @@ def build_pool(
         raise FileNotFoundError(f"{place}: no such pool; name a folder to make one there")
     name = evaluator_name(evaluator) if evaluator is not None else None
     if is_builder and not _finished(path, name):
-        generate(pairs, workers, k, pool=path, seed=seed, progress=progress)
+        generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, progress=progress)
         if evaluator is not None:
             score(pairs, evaluator, path, progress=progress)
     barrier()
     pool = RationalePool.open(path, evaluator=name)
     pool.check(
         pairs,
-        generation=generation_settings(workers, k, seed),
+        generation=generation_settings(workers, k, seed, leaks=leaks),
         evaluator=evaluator.settings if evaluator is not None else None,
     )
     return pool
@@ -198,17 +205,41 @@ def _finished(path: str | Path, evaluator: str | None) -> bool:
     return known and RationalePool.open(path, evaluator=evaluator).complete
 
 
-def _score_shard(path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str) -> tuple[pa.Table, list[float]]:
-    """A shard's score table, row for row as its candidates, and the gains."""
-    rows = pq.read_table(path, columns=["pair_id", "text"], use_threads=False).to_pylist()
+def _score_shard(
+    path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
+) -> tuple[pa.Table, list[float]]:
+    """A shard's score table, row for row as its candidates, and the gains.
+
+    All arms of the shard are one call of the evaluator, a pair's side by side, so that they may share its prompt.
+    """
+    rows = pq.read_table(path, columns=["pair_id", "side", "worker", "text"], use_threads=False).to_pylist()
     by_id = {pair.id: pair for pair in pairs}
-    distinct = {(row["pair_id"], row["text"]): None for row in rows if row["text"] is not None}
-    nones = dict(zip(by_id, evaluator.score(pairs, [None] * len(pairs)), strict=True))
-    texts = evaluator.score([by_id[pair_id] for pair_id, _ in distinct], [text for _, text in distinct])
-    score_of = dict(zip(distinct, texts, strict=True))
+    of_pair: dict[str, list[dict[str, Any]]] = {pair.id: [] for pair in pairs}
+    for row in rows:
+        if row["text"] is not None and row["side"] == "query":
+            of_pair[row["pair_id"]].append(row)
+    asked: dict[tuple[str, str | None], None] = {}
+    for pair_id, candidates in of_pair.items():
+        for row, placebo in zip(candidates, placebos.of(by_id[pair_id], candidates), strict=True):
+            row["placebo"] = placebo
+        texts = [row["text"] for row in candidates]
+        texts += [row["placebo"] for row in candidates if row["placebo"] is not None]
+        asked |= dict.fromkeys((pair_id, text) for text in (None, *texts))
+    values = evaluator.score([by_id[pair_id] for pair_id, _ in asked], [text for _, text in asked])
+    score_of = dict(zip(asked, values, strict=True))
+
+    def arm(key: str) -> pa.Array:
+        """Scores of the texts in a field of the rows, null where there is none."""
+        scores = [score_of[row["pair_id"], row[key]] if row.get(key) is not None else None for row in rows]
+        return pa.array(scores, pa.float32())
+
+    for row in rows:
+        row["scored"] = row["text"] if row["side"] == "query" else None
     columns = {
         "pair_id": pa.array([row["pair_id"] for row in rows], pa.string()),
-        f"{name}.candidate": pa.array([score_of.get((row["pair_id"], row["text"])) for row in rows], pa.float32()),
-        f"{name}.none": pa.array([nones[row["pair_id"]] for row in rows], pa.float32()),
+        f"{name}.candidate": arm("scored"),
+        f"{name}.none": pa.array([score_of[row["pair_id"], None] for row in rows], pa.float32()),
+        f"{name}.placebo": arm("placebo"),
     }
-    return pa.table(columns), [value - nones[pair_id] for (pair_id, _), value in score_of.items()]
+    distinct = {(pair_id, row["text"]) for pair_id, candidates in of_pair.items() for row in candidates}
+    return pa.table(columns), [score_of[key] - score_of[key[0], None] for key in sorted(distinct)]

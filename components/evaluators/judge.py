@@ -1,0 +1,149 @@
+"""Confidence of a judge: a vision-language model is asked whether query and target match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mmemb.digests import module_digest
+from mmemb.inference.shared import last_states
+from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.types import Item, Pair, Text
+
+_SLOT = "{rationale}"
+
+
+class JudgeEvaluator(Evaluator, name="judge"):
+    """Log-odds of Yes against No when a vision-language model is asked whether query and target match [S].
+
+    The model is shown the query, the target and the question; its answer is begun for it, with the rationale where
+    there is one:
+
+        c(q, t | r) = logit(yes | q, t, question, reasoning(r), answer) - logit(no | the same)
+
+    Every arm ends in the same words, so arms differ by the rationale alone. Query and target, pictures and all, are
+    encoded once for all arms of a pair.
+
+    Args:
+        backbone: the judge; null: the model in training (of use only if that can judge).
+        question: asked after query and target.
+        reasoning: how a rationale is put into the answer; ``{rationale}`` stands for it.
+        answer: the last words before yes or no.
+        yes: the affirmative as it would go on from ``answer``, blank included; one token of the judge's.
+        no: the negative likewise.
+        batch_size: rows of one forward pass.
+
+    Raises:
+        ValueError: ``yes`` or ``no`` is no single token of the judge, or ``reasoning`` has no place for the rationale.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        *,
+        question: str = "Does the candidate match the query? Answer Yes or No.",
+        reasoning: str = "Reasoning: {rationale}\n",
+        answer: str = "Answer:",
+        yes: str = " Yes",
+        no: str = " No",
+        batch_size: int = 32,
+    ) -> None:
+        if reasoning.count(_SLOT) != 1:
+            raise ValueError(f"judge evaluator: reasoning is {reasoning!r}, expected {_SLOT} in it once")
+        self.backbone = backbone
+        self.question = question
+        self.reasoning = reasoning
+        self.answer = answer
+        self.yes = yes
+        self.no = no
+        self.batch_size = batch_size
+        if backbone is not None:
+            self._answer_ids(backbone)
+
+    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
+        """Gives the evaluator the model in training; a judge of its own moves to where that model is.
+
+        Raises:
+            ValueError: yes or no is no single token of the model.
+        """
+        if self.backbone is None:
+            self._answer_ids(backbone)
+            self.backbone = backbone
+        else:
+            self.backbone.to(backbone.device)
+
+    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
+        """Does nothing: a judge looks at one pair at a time."""
+
+    def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
+        """See `Evaluator.score`.
+
+        Raises:
+            ValueError: no model is there.
+        """
+        backbone = self._bound()
+        if not pairs:
+            return []
+        asked = {id(pair): self._prompt(pair) for pair in pairs}
+        before, after = (backbone.tokenize(piece) for piece in self.reasoning.split(_SLOT))
+        last = backbone.tokenize(self.answer)
+        longest = backbone.max_rationale_tokens
+        written = {text: backbone.tokenize(text)[:longest] for text in rationales if text is not None}
+        states = last_states(
+            backbone,
+            [asked[id(pair)] for pair in pairs],
+            [last if text is None else [*before, *written[text], *after, *last] for text in rationales],
+            batch_size=self.batch_size,
+        )
+        ids = torch.tensor(self._answer_ids(backbone), device=states.device)
+        scores: list[float] = []
+        with torch.no_grad():
+            for some in states.split(self.batch_size):  # the vocabulary is wide: not every row's logits at once
+                logits = backbone.logits(some)[:, ids].double()
+                scores += (logits[:, 0] - logits[:, 1]).tolist()
+        return scores
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The judge (identity and a probe of its weights) and its prompt."""
+        backbone = self._bound()
+        return {
+            "judge": backbone.identity,
+            "weights": module_digest(backbone),
+            "question": self.question,
+            "reasoning": self.reasoning,
+            "answer": self.answer,
+            "yes": self.yes,
+            "no": self.no,
+        }
+
+    def _bound(self) -> Backbone:
+        if self.backbone is None:
+            raise ValueError("judge evaluator: no model yet; pass backbone= or call bind(backbone, pooler) first")
+        return self.backbone
+
+    def _answer_ids(self, backbone: Backbone) -> list[int]:
+        """Token ids of yes and no."""
+        found = []
+        for key, word in (("yes", self.yes), ("no", self.no)):
+            ids = backbone.tokenize(word)
+            if len(ids) != 1:
+                pieces = ", ".join(repr(backbone.decode([each])) for each in ids) or "nothing"
+                raise ValueError(
+                    f"judge evaluator: {key} is {word!r}, which is {len(ids)} tokens of {backbone.identity} "
+                    f"({pieces}); expected one: name answers that the model's vocabulary has whole, by yes: and no:"
+                )
+            found += ids
+        if found[0] == found[1]:
+            raise ValueError(f"judge evaluator: yes {self.yes!r} and no {self.no!r} are the same token; name two")
+        if not backbone.tokenize(self.answer):
+            raise ValueError(f"judge evaluator: answer is {self.answer!r}, which is no token; name a word or more")
+        return found
+
+    def _prompt(self, pair: Pair) -> Item:
+        query, target = pair.query, pair.positive
+        begin = (Text(f"Query: {query.instruction}\n"), *query.parts)
+        middle = (Text(f"\nCandidate: {target.instruction}".rstrip() + "\n"), *target.parts)
+        return Item("", (*begin, *middle, Text(f"\n{self.question}")))
