@@ -86,7 +86,14 @@ def rationale_logits(backbone: Backbone, hidden: Tensor) -> Tensor:
 
 
 def write(
-    backbone: Backbone, prefix: Prefix, budgets: Tensor, sampler: Sampler, *, embed: bool, log_probs: bool = False
+    backbone: Backbone,
+    prefix: Prefix,
+    budgets: Tensor,
+    sampler: Sampler,
+    *,
+    embed: bool,
+    log_probs: bool = False,
+    think: bool = True,
 ) -> Written:
     """Feeds ``<think>`` to R prompts and lets each write until it closes its rationale or its budget ends.
 
@@ -97,11 +104,12 @@ def write(
         sampler: chooses the next token.
         embed: feed ``</think> <emb>`` as well and return the state there; else a row is done with its last token.
         log_probs: return the log-probability of every action as well.
+        think: False leaves ``<think>`` out: a model that was never taught the token writes right after its prompt.
     """
     device = budgets.device
-    think, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+    opening, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
     # An instruct model may end its turn with its own special token before it has learned ``</think>``.
-    ends = torch.tensor(sorted({end_think, *backbone.special_ids} - {think, emb}), device=device)
+    ends = torch.tensor(sorted({end_think, *backbone.special_ids} - {opening, emb}), device=device)
     look_every = 1 if device.type == "cpu" else 4
     total, longest = len(budgets), int(budgets.max())
     actions = torch.zeros(total, longest + 1, dtype=torch.int64, device=device)
@@ -111,11 +119,14 @@ def write(
     states: Tensor | None = None
     rows = torch.arange(total, device=device)  # rows still in the cache
     phase = torch.full((total,), _WRITING, device=device)
-    feed = torch.full((total,), think, device=device)
+    feed = torch.full((total,), opening, device=device)
     step, anyone_writes = 0, True
     while True:
-        hidden, prefix = backbone.extend(prefix, feed[:, None])
-        hidden = hidden[:, -1]
+        if step or think:
+            hidden, prefix = backbone.extend(prefix, feed[:, None])
+            hidden = hidden[:, -1]
+        else:
+            hidden = prefix.hidden
         if embed:
             states = hidden.new_zeros(total, hidden.shape[-1]) if states is None else states
             states[rows] = torch.where((phase == _EMBEDDING)[:, None], hidden, states[rows])

@@ -111,6 +111,7 @@ def sample(
     temperature: float,
     seed: int | Sequence[int],
     batch_size: int,
+    think: bool = True,
 ) -> list[Sampled]:
     """Lets the backbone think about every item: ``<think>`` is forced, then it writes until ``</think>`` or the budget.
 
@@ -126,6 +127,7 @@ def sample(
         temperature: of sampling; 0 is greedy.
         seed: one seed, from which row i draws its own; or one seed a row.
         batch_size: rows decoded together.
+        think: False leaves ``<think>`` out: a model that was never taught the token writes right after its prompt.
 
     Raises:
         ValueError: temperature, budget or the number of seeds makes no sense.
@@ -152,7 +154,7 @@ def sample(
         # One step more than the budget: the last draw says whether the model itself would have stopped.
         sampler = Sampler(chosen, steps=max_new_tokens + 1, temperature=temperature, device=backbone.device)
         budgets = torch.full((len(rows),), max_new_tokens, device=backbone.device)
-        written = write(backbone, prefix, budgets, sampler, embed=False)
+        written = write(backbone, prefix, budgets, sampler, embed=False, think=think)
         for row, ids, cut in zip(rows, written.token_ids, written.truncated.tolist(), strict=True):
             sampled[row] = Sampled(backbone.decode(ids), len(ids), "length" if cut else "stop", ids)
     return [each for each in sampled if each is not None]
