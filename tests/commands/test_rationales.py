@@ -69,6 +69,30 @@ def test_generate_score_show(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pair1" not in out
 
 
+def test_stats_counts_by_task_and_worker_and_writes_a_page(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert rationales(cli, "generate").code == 0
+    code, out, _ = rationales(cli, "stats")
+    assert code == 0
+    assert re.search(r"colour +metadata +3 +- +- +- +0 +", out)  # nothing is scored yet
+    assert "No candidate has been scored yet" in Path("rationales.html").read_text(encoding="utf-8")
+
+    assert rationales(cli, "score").code == 0
+    code, out, err = rationales(cli, "stats", "--output", "reports/pool.html")
+    assert code == 0
+    for group in ("capital +metadata +3", "colour +metadata +3", "all +metadata +6"):
+        assert re.search(group + r" +\d+\.\d% +[+-]\d\.\d{3} +(\d+\.\d%|-) +0 +", out), out
+    assert "reports/pool.html" in err
+    page = Path("reports/pool.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3  # two tasks, and all
+    assert "<td>colour</td><td>metadata</td><td>3</td>" in page
+    assert "scored by</dt><dd>retrieval" in page
+    assert not re.search(r"""(src|href)=["']https?:""", page)  # needs nothing else
+
+    code, out, _ = rationales(cli, "stats", "--task", "colour")
+    assert "capital" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -1,4 +1,4 @@
-"""`mmemb rationales generate | score | show`: the rationale pool of a training config, apart from the training."""
+"""`mmemb rationales generate | score | stats | show`: the rationale pool of a training config, without the training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's p
 
   mmemb rationales generate --config recipes/r1.yaml --model.pool.path pools/mine --model.pool.workers [metadata,model]
   mmemb rationales score    --config recipes/r1.yaml --model.pool.path pools/mine --model.pool.evaluator retrieval
+  mmemb rationales stats    --config recipes/r1.yaml --model.pool.path pools/mine --output pools/mine.html
   mmemb rationales show     --config recipes/r1.yaml --model.pool.path pools/mine --limit 5 --task flagattr
   mmemb fit                 --config recipes/r1.yaml --model.pool.path pools/mine
 
@@ -26,20 +27,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the three."""
+    """Runs one of the four."""
     parser = _Parser(
         prog="mmemb rationales",
-        description="Makes, scores or shows the rationale candidates that a config trains on.",
+        description="Makes, scores, counts or shows the rationale candidates that a config trains on.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("generate", "score", "show"), help="what to do with the pool")
+    parser.add_argument("action", choices=("generate", "score", "stats", "show"), help="what to do with the pool")
     parser.add_argument(
         "--config", "-c", action="append", metavar="FILE", help="a config of mmemb fit; may be repeated"
     )
     parser.add_argument("--limit", type=int, default=3, metavar="N", help="show: pairs printed a task (default: 3)")
-    parser.add_argument("--task", help="show: pairs of this task only")
+    parser.add_argument("--task", help="show, stats: pairs of this task only")
     parser.add_argument("--pair", metavar="ID", help="show: this pair only")
+    parser.add_argument(
+        "--output", metavar="FILE", default="rationales.html", help="stats: the report (default: rationales.html)"
+    )
     options, rest = parser.parse_known_args(argv[1:])
     if not options.config:
         raise UsageError(f"rationales {options.action}: give the training settings by --config, e.g. recipes/r1.yaml")
@@ -51,8 +55,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("the config has no model.pool: say there where the candidates are kept and who writes them")
     datamodule.setup("fit")
     pairs = list(datamodule.train_pairs)
+    tasks = sorted({pair.task for pair in pairs})
+    if options.task is not None and options.task not in tasks:
+        raise UsageError(f"--task {options.task}: the data has the tasks {', '.join(tasks)}")
     if options.action == "show":
-        _show(model, pairs, limit=options.limit, task=options.task, pair_id=options.pair)
+        _show(model, pairs, limit=options.limit, tasks=[options.task] if options.task else tasks, pair_id=options.pair)
+    elif options.action == "stats":
+        some = [pair for pair in pairs if options.task in (None, pair.task)]
+        _stats(model, some, output=options.output)
     else:
         _make(options.action, model, pairs)
     return 0
@@ -83,22 +93,62 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
     score(pairs, settings.evaluator, settings.path)
 
 
-def _show(model: Any, pairs: Sequence[Any], *, limit: int, task: str | None, pair_id: str | None) -> None:
-    """Prints pairs with their candidates, gains and the selector's choice."""
+def _open(settings: Any) -> Any:
+    """The pool with its leaks, and with the scores of the evaluator named if that has scored it."""
     from mmemb.data.pool import RationalePool
+    from mmemb.data.pool_files import read_manifest
+    from mmemb.stages.select import evaluator_name
+
+    name = None if settings.evaluator is None else evaluator_name(settings.evaluator)
+    known = read_manifest(settings.path).evaluators
+    return RationalePool.open(settings.path, evaluator=name if name in known else None, keep_leaks=True)
+
+
+def _stats(model: Any, pairs: Sequence[Any], *, output: str) -> None:
+    """Prints a table by task and worker and writes the page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmemb.data.pool_page import COLUMNS, LEGEND, cells, write_page
+    from mmemb.data.pool_stats import ALL, pool_stats
+    from mmemb.stages.generate import bar, say
+
+    pool = _open(model.pool)
+    # What the selector keeps; one without a margin keeps what helps at all.
+    margin = float(getattr(model.selector, "margin", 0.0))
+    net = bool(getattr(model.selector, "net_of_placebo", False))
+    with bar("read rationales", len(pairs), done=0, show=True) as advance:
+        groups = pool_stats(pool, pairs, margin=margin, net_of_placebo=net, advance=advance)
+    table = Table(box=None, header_style="dim", padding=(0, 2))
+    for number, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for group in groups:
+        table.add_row(*cells(group), style="bold" if group.task == ALL else "")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(LEGEND, style="dim", soft_wrap=True)
+    facts = {
+        "pool": str(model.pool.path),
+        "content hash": pool.manifest.hash,
+        "scored by": pool.evaluator or "nobody yet",
+        "kept": f"{'net ' if net else ''}gain above {margin:g} nats",
+        "pairs": str(len(pairs)),
+    }
+    say(f"report: {write_page(output, groups, facts, margin=margin)}")
+
+
+def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str], pair_id: str | None) -> None:
+    """Prints pairs with their candidates, gains and the selector's choice."""
     from mmemb.stages.select import show
 
-    pool = RationalePool.open(model.pool.path)
-    tasks = sorted({pair.task for pair in pairs})
-    if task is not None and task not in tasks:
-        raise UsageError(f"--task {task}: the data has the tasks {', '.join(tasks)}")
+    pool = _open(model.pool)
     if pair_id is not None:
         chosen = [pair for pair in pairs if pair.id == pair_id]
         if not chosen:
             raise UsageError(f"--pair {pair_id}: there is no such pair among {len(pairs)}; e.g. {pairs[0].id}")
     else:
         chosen = []
-        for name in tasks if task is None else [task]:
+        for name in tasks:
             chosen += [pair for pair in pairs if pair.task == name and pair.id in pool][:limit]
     scored = pool.evaluator is not None
     for pair in chosen:

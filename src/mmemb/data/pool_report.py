@@ -9,13 +9,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mmemb.data.gains import placebo_gains
 from mmemb.types import Candidates, Item, Pair, Selection, pictures
 
 
 def show_pair(
     pair: Pair, candidates: Candidates, selection: Selection | None, *, console: Console | None = None
 ) -> None:
-    """Prints a pair, its candidates with their gains in nats, and the choice.
+    """Prints a pair, its candidates with their gains and their placebos' in nats, leak flags, and the choice.
 
     Args:
         pair: the pair.
@@ -32,23 +33,29 @@ def show_pair(
     head.add_row("without", Text(_number(candidates.score_none), style="cyan"))
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
+    with_placebos = any(not math.isnan(score) for score in candidates.scores_placebo)
     table.add_column("")
     table.add_column("worker")
-    table.add_column("tokens", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("gain", justify="right")
+    for name in ("tokens", "score", "gain", *(["placebo"] if with_placebos else [])):
+        table.add_column(name, justify="right")
     table.add_column("rationale", overflow="fold")
     scores = candidates.scores or (math.nan,) * len(candidates.rationales)
     chosen = selection.index if selection is not None else None
+    placebos = placebo_gains(candidates) or [math.nan] * len(scores)
     for index, (rationale, score) in enumerate(zip(candidates.rationales, scores, strict=True)):
         gain = score - candidates.score_none
+        text = Text(rationale.text, style="bold" if index == chosen else "strike dim" if rationale.leaks else "")
+        for mark in (*(f"leak: {flag}" for flag in rationale.leaks), rationale.corruption):
+            if mark:
+                text.append(" ").append(f"[{mark}]", style="not strike not dim not bold yellow")
         table.add_row(
             Text("▶" if index == chosen else ""),
             Text(rationale.worker, style="magenta"),
             str(rationale.tokens or ""),
             _number(score),
             Text(_number(gain, sign="+"), style="dim" if math.isnan(gain) else "green" if gain > 0 else "red"),
-            Text(rationale.text, style="bold" if index == chosen else ""),
+            *([Text(_number(placebos[index], sign="+"), style="dim")] if with_placebos else []),
+            text,
             style="on grey15" if index == chosen else "",
         )
     parts: list[RenderableType] = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]

@@ -9,7 +9,7 @@ from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.objective import Choose, Parts
-from mmemb.stages.select import build_pool, choose
+from mmemb.stages.select import build_pool, choose, evaluator_name
 from mmemb.types import Pair, Rationale
 
 
@@ -19,7 +19,7 @@ class PoolSettings:
     Args:
         path: the pool's folder, a Parquet file, or `bundled:pool` for the one shipped with the bundled data.
         workers: who writes candidates when the pool is made; null takes the pool as it is.
-        evaluator: who scores them; null takes the pool as it is.
+        evaluator: who scores them; null takes the scores that are there.
         candidates: K, candidates a worker and query.
         seed: seed of every sampled candidate.
         leaks: flags candidates that hold the target, which are then left out; null: the default check.
@@ -69,11 +69,11 @@ class PoolSettings:
             FileNotFoundError: there is no pool and no worker to make one.
             ValueError: the pool was made from other data or settings.
         """
-        if not self.workers:
-            pool = RationalePool.open(self.path)
-            pool.check(pairs)
-            return pool
         self.bind(parts)
+        if not self.workers:
+            pool = self.reopen()
+            pool.check(pairs, evaluator=None if self.evaluator is None else self.evaluator.settings)
+            return pool
         return build_pool(
             pairs,
             workers=self.workers,
@@ -85,6 +85,19 @@ class PoolSettings:
             is_builder=is_builder,
             barrier=barrier,
         )
+
+    def reopen(self, *, keep_leaks: bool = False) -> RationalePool:
+        """The pool that is there, with the scores of the evaluator named here.
+
+        Args:
+            keep_leaks: whether candidates that leak are given as well.
+
+        Raises:
+            FileNotFoundError: there is no pool.
+            ValueError: it is no pool, or that evaluator has not scored it.
+        """
+        name = None if self.evaluator is None else evaluator_name(self.evaluator)
+        return RationalePool.open(self.path, evaluator=name, keep_leaks=keep_leaks)
 
     def choice(self, pool: RationalePool, selector: Selector) -> Choose:
         """What the objective asks for each pair of a batch."""

@@ -36,7 +36,7 @@ from mmemb.digests import digest, seed_of
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.generate import bar, generate, generation_settings, say
 from mmemb.stages.placebo import Placebos
-from mmemb.types import Pair, Rationale
+from mmemb.types import Candidates, Pair, Rationale
 
 
 class Selected(NamedTuple):
@@ -190,12 +190,35 @@ def show(
 ) -> None:
     """Prints a pair with its candidates, their gains and, if a selector is given, its choice for a seed.
 
+    Args:
+        pair: the pair.
+        pool: opened with ``keep_leaks`` it shows leaking candidates too; the choice is made without them.
+        selector: chooses; None shows no choice.
+        seed: of the choice.
+        console: where to print; None: the terminal.
+
     Raises:
         ValueError: as `choose`.
     """
     candidates = pool.candidates(pair.id)
-    selection = selector.select(candidates, seed=seed_of(seed, pair.id)) if selector is not None else None
+    selection = None
+    if selector is not None:
+        clean = [row for row, rationale in enumerate(candidates.rationales) if not rationale.leaks]
+        selection = selector.select(_only(candidates, clean), seed=seed_of(seed, pair.id))
+        if selection.index is not None:
+            selection = replace(selection, index=clean[selection.index])
     show_pair(pair, candidates, selection, console=console)
+
+
+def _only(candidates: Candidates, rows: Sequence[int]) -> Candidates:
+    """Some of a pair's candidates."""
+    scores, placebos = candidates.scores, candidates.scores_placebo
+    return replace(
+        candidates,
+        rationales=tuple(candidates.rationales[row] for row in rows),
+        scores=tuple(scores[row] for row in rows) if scores else (),
+        scores_placebo=tuple(placebos[row] for row in rows) if placebos else (),
+    )
 
 
 def _finished(path: str | Path, evaluator: str | None) -> bool:
