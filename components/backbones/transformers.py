@@ -221,6 +221,11 @@ class TransformersBackbone(Backbone, name="transformers"):
         """Length of a text in tokens, special tokens not counted."""
         return self.processor.count_tokens(text)
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether there is LoRA to switch off."""
+        return self.lora is not None
+
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """Inside, the model answers as its base does: the adapters are off. Without LoRA nothing changes."""

@@ -8,7 +8,8 @@ Shape legend: see `mmemb.types`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,6 +126,16 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         return ()
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether `without_adapters` changes the model."""
+        return False
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, the model answers as its base does, without what its adapters have learned."""
+        yield
+
+    @property
     @abstractmethod
     def identity(self) -> str:
         """Model id, revision and a digest of the architecture; a checkpoint of another identity is refused."""
@@ -178,6 +189,11 @@ class Worker(Component, ABC, kind="worker"):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """All that determines the output, JSON-ready: part of the pool's content hash."""
+
+    @property
+    def report(self) -> str:
+        """One line for the end of a run: what the proposals cost; empty where there is nothing to say."""
+        return ""
 
 
 class Evaluator(Component, ABC, kind="evaluator"):

@@ -43,7 +43,7 @@ def published(
     total = torch.zeros((), dtype=torch.float64)
     tokens = sum(LENGTHS)
     for row in range(6):
-        own = given["rewards"][GROUPS == GROUPS[row]]
+        own = given["rewards"][GROUPS[row] == GROUPS]
         advantage = given["rewards"][row] - own.mean()
         if scaling == "group":
             advantage = advantage / (own.std() + 1e-4)

@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mmemb.data.loaders import Batches, Box, Collate, Shard, TrainLoader, TrainRows, in_box, in_list
+from mmemb.data.loaders import Batches, Box, Collate, Shard, Streams, TrainLoader, TrainRows, in_box, in_list
 from mmemb.data.records import Source, read_items, read_pairs, read_tasks
 from mmemb.data.sampler import TaskBatchSampler
 from mmemb.types import EvaluationTask, Item, Pair
@@ -32,6 +32,7 @@ class PairDataModule(L.LightningDataModule):
         validation: sources of retrieval tasks scored during training.
         test: sources of retrieval tasks scored at the end.
         predict: sources of items to embed: files of items or folders of pictures.
+        control: sources of the control phase's pairs, which the phase before should not have seen.
         batch_size: rows of one rank's batch.
         sub_batch_size: rows that share a task, so that in-batch negatives are of the query's own kind; divides
             `batch_size`.
@@ -39,6 +40,8 @@ class PairDataModule(L.LightningDataModule):
         task_weights: how often each task is drawn, relative to the others; a task not named keeps the weight of its
             source, 0 leaves a task out.
         num_workers: processes that prepare training batches; 0 prepares them in the training process.
+        control_batch_size: queries of one rank's batch in the control phase.
+        control_sub_batch_size: rows of it that share a task; divides it.
         seed: of the order of training rows, and of all that the collate function draws.
         bundled_seed: of the scenes that the bundled data composes.
     """
@@ -49,12 +52,15 @@ class PairDataModule(L.LightningDataModule):
         validation: list[Source] | None = None,
         test: list[Source] | None = None,
         predict: list[Source] | None = None,
+        control: list[Source] | None = None,
         *,
         batch_size: int = 64,
         sub_batch_size: int = 16,
         steps_per_epoch: int | None = None,
         task_weights: dict[str, float] | None = None,
         num_workers: int = 0,
+        control_batch_size: int = 32,
+        control_sub_batch_size: int = 8,
         seed: int = 0,
         bundled_seed: int = 0,
     ) -> None:
@@ -65,16 +71,22 @@ class PairDataModule(L.LightningDataModule):
             "validation": validation or [],
             "test": test or [],
             "predict": predict or [],
+            "control": control or [],
         }
         self.batch_size = batch_size
         self.sub_batch_size = sub_batch_size
         self.steps_per_epoch = steps_per_epoch
         self.task_weights = task_weights
         self.num_workers = num_workers
+        self.control_batch_size = control_batch_size
+        self.control_sub_batch_size = control_sub_batch_size
         self.seed = seed
         self.bundled_seed = bundled_seed
         self._collate: Collate | None = None
         self._train: TrainRows | None = None
+        self._control: TrainRows | None = None
+        self._control_collate: Collate | None = None
+        self._control_start = 0
         self._tasks: dict[str, list[EvaluationTask]] = {}
         self._items: list[Item] = []
         self._loader: TrainLoader | None = None
@@ -92,6 +104,9 @@ class PairDataModule(L.LightningDataModule):
         if stage == "fit":
             self._train = self._train or TrainRows(self._named("train"), self.bundled_seed)
             self._sampler()
+            if self.sources["control"]:
+                self._control = self._control or TrainRows(self.sources["control"], self.bundled_seed)
+                self._control_sampler()
             self.evaluation_tasks("validation")
         elif stage in ("validate", "test"):
             split = "validation" if stage == "validate" else "test"
@@ -108,7 +123,10 @@ class PairDataModule(L.LightningDataModule):
         return self._train
 
     def evaluation_tasks(self, split: str) -> list[EvaluationTask]:
-        """All retrieval tasks of ``validation`` or ``test`` (not only this rank's); empty where there is no source."""
+        """All retrieval tasks of a split (``validation``, ``test``, ``control`` or ``train``), not only this rank's.
+
+        Empty where there is no source.
+        """
         if split not in self._tasks:
             self._tasks[split] = [task for source in self.sources[split] for task in read_tasks(source)]
         return self._tasks[split]
@@ -116,6 +134,22 @@ class PairDataModule(L.LightningDataModule):
     def use_collate(self, collate: Collate) -> None:
         """Sets what turns the pairs of a batch into the module's batch; until then loaders yield lists of pairs."""
         self._collate = collate
+
+    def use_control(self, collate: Collate, *, start: int) -> None:
+        """From batch number ``start`` on, training batches come from ``control``, by a collate function of their own.
+
+        Raises:
+            ValueError: there is no control source.
+        """
+        self._named("control")
+        assert self._control is not None
+        shared = {pair.id for pair in self._control} & {pair.id for pair in self.train_pairs} if start else set()
+        if shared:
+            rank_zero_warn(
+                f"{len(shared)} of the {len(self._control)} control pairs are training pairs too: a model that has "
+                "memorised their answers finds nothing to think about."
+            )
+        self._control_collate, self._control_start = collate, start
 
     # -- loaders -----------------------------------------------------------------------------------------------------
 
@@ -127,8 +161,16 @@ class PairDataModule(L.LightningDataModule):
                 "number, but not with the batches of an uninterrupted run."
             )
         keep = in_list if self.trainer is None else in_box
+
+        def streams() -> Streams:
+            found = [(0, Batches(rows, sampler, self._collate or keep, self.seed))]
+            if self._control is not None and self._control_collate is not None:
+                control = Batches(self._control, self._control_sampler(), self._control_collate, self.seed)
+                found.append((self._control_start, control))
+            return Streams(found)
+
         self._loader = TrainLoader(
-            lambda: Batches(rows, sampler, self._collate or keep, self.seed),
+            streams,
             position=lambda: self.batches_trained,
             length=self.steps_per_epoch or -(-len(rows) // (self.batch_size * self._world()[1])),
             num_workers=self.num_workers,
@@ -210,6 +252,19 @@ class PairDataModule(L.LightningDataModule):
             world_size=world_size,
         )
 
+    def _control_sampler(self) -> TaskBatchSampler:
+        assert self._control is not None
+        rank, world_size = self._world()
+        return TaskBatchSampler(
+            self._control.rows,
+            self._control.weights,
+            batch_size=self.control_batch_size,
+            sub_batch_size=self.control_sub_batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
     def _stream(self) -> dict[str, Any]:
         """All that decides the stream but the rows' content."""
         assert self._train is not None
@@ -219,6 +274,21 @@ class PairDataModule(L.LightningDataModule):
             "global_batch_size": self.batch_size * self._world()[1],
             "sub_batch_size": self.sub_batch_size,
             "seed": self.seed,
+            **self._control_stream(),
+        }
+
+    def _control_stream(self) -> dict[str, Any]:
+        """What decides the control phase's part of the stream; empty without one."""
+        if self._control is None:
+            return {}
+        return {
+            "control": {
+                "rows": {task: len(rows) for task, rows in self._control.rows.items()},
+                "weights": self._control.weights,
+                "global_batch_size": self.control_batch_size * self._world()[1],
+                "sub_batch_size": self.control_sub_batch_size,
+                "start": self._control_start,
+            }
         }
 
     def _boxed(self, values: Sequence[Any]) -> Shard:

@@ -98,6 +98,17 @@ class Batches:
         return int.from_bytes(hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=6).digest(), "big")
 
 
+class Streams:
+    """Streams of batches one after the other: which begins at which number."""
+
+    def __init__(self, streams: Sequence[tuple[int, Batches]]) -> None:
+        self.streams = streams
+
+    def __getitem__(self, index: int) -> Any:
+        start, batches = [stream for stream in self.streams if stream[0] <= index][-1]
+        return batches[index - start]
+
+
 class Failure:
     """A user's mistake found while a batch was made, on its way to the main process."""
 
@@ -131,7 +142,7 @@ class TrainLoader:
     """An epoch of batches from where the trainer stands; Lightning ends a resumed epoch where it should end."""
 
     def __init__(
-        self, batches: Callable[[], Batches], *, position: Callable[[], int], length: int, num_workers: int
+        self, batches: Callable[[], Batches | Streams], *, position: Callable[[], int], length: int, num_workers: int
     ) -> None:
         self._make = batches
         self._position = position

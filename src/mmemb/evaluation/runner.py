@@ -19,10 +19,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from mmemb.evaluation.metrics import (
     expected_hit,
     expected_rank,
 )
+from mmemb.evaluation.sharding import gather, in_order, sharded, share, world
 from mmemb.inference.decode import Paths, confidence_over
 from mmemb.inference.encoder import Everyone, merge_paths
 from mmemb.interfaces import Controller, Worker
@@ -44,7 +44,6 @@ MEANS = ("hit@1", "hit@5", "mrr", "think_rate", "tokens_per_query", "chance", "q
 _TOP = 3
 _ROWS = 1024
 """Queries scored at once: bounds the score matrix."""
-Value = TypeVar("Value")
 
 
 class QueryEncoder(Protocol):
@@ -230,12 +229,12 @@ class _Run:
         if not task.queries:
             raise ValueError(f"task {task.name}: no queries; give at least one, or leave the task out")
         positive = torch.tensor([columns[pair.positive_id] for pair in task.queries])
-        candidates = _sharded(task.candidates, encoder.encode_targets)
-        mine = _share(len(task.queries))
+        candidates = sharded(task.candidates, encoder.encode_targets)
+        mine = share(len(task.queries))
         asked = [part for part in controllers.values() if part is not None]
         union = _Any(asked) if len(asked) == len(controllers) else None
         own = encoder.encode_paths([task.queries[row].query for row in mine], union, bank=candidates)
-        shares = _gather((mine, own))
+        shares = gather((mine, own))
         order = [row for rows, _ in shares for row in rows]
         paths = merge_paths(order, [part for rows, part in shares if rows], width=candidates.shape[1])
         direct = paths.state.direct
@@ -272,8 +271,8 @@ def _controller_scores(encoder: QueryEncoder, run: _Run, controller: Controller)
     think = decision.think
     embedding = torch.where(think[:, None], run.paths.embedding, run.state.direct)
     tokens = torch.where(think, run.paths.tokens, 0)
-    share = float(tokens.sum() / run.paths.tokens.sum().clamp(min=1))
-    seconds = run.paths.direct_seconds + share * run.paths.think_seconds
+    portion = float(tokens.sum() / run.paths.tokens.sum().clamp(min=1))
+    seconds = run.paths.direct_seconds + portion * run.paths.think_seconds
     # Two brackets count as tokens but not towards the budget.
     over = think & (~run.paths.decision.think | (run.paths.tokens - 2 > decision.budget))
     for budget in decision.budget[over].unique().tolist():
@@ -289,11 +288,11 @@ def _true_rationale_scores(encoder: QueryEncoder, run: _Run, worker: Worker) -> 
     items = [pair.query for pair in run.task.queries]
     texts = [found[0].text if found else None for found in worker.propose(items, 1, seed=0)]
     started = time.perf_counter()
-    mine = _share(len(items))
+    mine = share(len(items))
     own = encoder.encode_queries([items[row] for row in mine], [texts[row] for row in mine])
-    embedding = _in_order(mine, own)
+    embedding = in_order(mine, own)
     tokens = torch.tensor([0 if text is None else encoder.count_tokens(text) + 2 for text in texts])
-    seconds = (time.perf_counter() - started) * _world()
+    seconds = (time.perf_counter() - started) * world()
     return _scores(run, embedding, tokens, tokens > 0, seconds)
 
 
@@ -360,36 +359,3 @@ def _log_probability(embedding: Tensor, candidates: Tensor, positive: Tensor, te
     """Log-probability [N] of each positive among the candidates."""
     logits = embedding @ candidates.T / temperature
     return logits.log_softmax(dim=-1).gather(1, positive[:, None])[:, 0]
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _share(count: int) -> list[int]:
-    """The rows of this rank."""
-    return list(range(dist.get_rank() if _world() > 1 else 0, count, _world()))
-
-
-def _gather(value: Value) -> list[Value]:
-    """One value a rank, in rank order, on every rank."""
-    if _world() == 1:
-        return [value]
-    values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _sharded(items: Sequence[Item], encode: Any) -> Tensor:
-    """Embeddings [M, D] of all items, each encoded by one rank."""
-    mine = _share(len(items))
-    return _in_order(mine, encode([items[row] for row in mine]))
-
-
-def _in_order(mine: list[int], own: Tensor) -> Tensor:
-    """Joins every rank's rows [*, D] into the whole, row by row."""
-    shares = _gather((mine, own))
-    whole = own.new_empty(sum(len(rows) for rows, _ in shares), own.shape[1])
-    for rows, part in shares:
-        whole[rows] = part
-    return whole

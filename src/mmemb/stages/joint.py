@@ -20,6 +20,7 @@ from mmemb.data.collate import candidate_layout
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
+from mmemb.stages.contrast import Path, contrast
 from mmemb.stages.objective import Choose, Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
 from mmemb.types import ModelInputs, Pair, Rationale, TrainBatch, TrainChunk
 
@@ -146,40 +147,17 @@ class Joint(Objective):
 
     def _contrast(self, embeddings: dict[str, Tensor], batch: TrainBatch) -> CachedLoss:
         """Both InfoNCE terms over the global batch, with the gradient of every embedding and of the temperature."""
-        query, target, device = embeddings["query"], embeddings["target"], embeddings["query"].device
-        paths: list[tuple[str, str, float, Tensor, Tensor | None]] = [
-            ("direct", "query", self.direct_weight, torch.arange(len(query), device=device), None)
-        ]
+        device = embeddings["query"].device
         offsets = torch.tensor([0, *[len(chunk.query) for chunk in batch.chunks]]).cumsum(0)
         rows = torch.cat(
             [chunk.reasoned_rows + int(start) for chunk, start in zip(batch.chunks, offsets, strict=False)]
         )
         weight = torch.cat([chunk.reasoned_weight for chunk in batch.chunks])
-        # Every rank must take part in the collectives of the reasoned path, also one whose rows all lack a rationale.
-        if int(all_sum(torch.tensor(len(rows), device=device))) > 0:
-            paths.append(("reasoned", "reasoned", self.reasoned_weight, rows, weight))
-        gradients = {name: torch.zeros_like(value) for name, value in embeddings.items()}
-        total = torch.zeros((), device=device)
-        terms: list[Tensor] = []
-        logs: dict[str, float | Tensor] = {}
-        for label, name, scale, selected, weights in paths:
-            result = self.infonce.with_grads(
-                embeddings.get(name, query.new_zeros(0, query.shape[1])),
-                target,
-                positive=batch.positive[selected],
-                query_id=batch.query_id[selected],
-                candidate_id=batch.candidate_id,
-                weight=weights,
-            )
-            if name in gradients:
-                gradients[name] += scale * result.query_grad
-            gradients["target"] += scale * result.candidate_grad
-            term = self.infonce.temperature_term(result)
-            if term is not None:
-                terms.append(scale * term)
-            total = total + scale * result.loss
-            logs[f"infonce_{label}"] = result.loss
-        return CachedLoss(loss=total, gradients=gradients, term=torch.stack(terms).sum() if terms else None, logs=logs)
+        paths = [
+            Path("direct", "query", self.direct_weight, torch.arange(len(embeddings["query"]), device=device)),
+            Path("reasoned", "reasoned", self.reasoned_weight, rows, weight),
+        ]
+        return contrast(self.infonce, embeddings, batch, paths)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from transformers import get_scheduler
 
 from mmemb.checkpoint import IDENTITY_KEY, refuse_other_backbone
 from mmemb.data.datamodule import PairDataModule
@@ -31,13 +32,9 @@ from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
 from mmemb.stages.objective import Engine, Objective, Parts
 from mmemb.stages.optimization import parameter_groups, vector_names
+from mmemb.stages.phases import Phase, Schedule, Span, scheduler
 from mmemb.stages.pools import PoolSettings
 from mmemb.types import EvaluationTask, Item, Pair
-
-Schedule: TypeAlias = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"
-]
-"""Learning-rate schedules of the transformers library that need no settings but warm-up and length."""
 
 
 class EmbeddingModule(L.LightningModule):
@@ -47,13 +44,15 @@ class EmbeddingModule(L.LightningModule):
         backbone: the vision-language model.
         objective: what the phase optimises (joint, or next-token pretraining).
         pooler: hidden states -> embedding.
+        control: a phase that follows on ``data.control``: when to think, learned by reinforcement; null for none.
         selector: which rationale candidate a pair trains on; null trains the direct path alone.
         controllers: compared in evaluation, each under its short name; calibrated on validation data where needed.
         pool: where rationale candidates come from and are kept.
         reference: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
         optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit. Its weight
             decay leaves norms, biases and the temperature alone.
-        schedule: learning-rate schedule over the run's steps, by the transformers library.
+        schedule: learning-rate schedule over the steps of the run (those before ``control``), by the transformers
+            library.
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
@@ -68,6 +67,7 @@ class EmbeddingModule(L.LightningModule):
         backbone: Backbone,
         objective: Objective,
         pooler: Pooler,
+        control: Phase | None = None,
         selector: Selector | None = None,
         controllers: list[Controller] | None = None,
         pool: PoolSettings | None = None,
@@ -88,6 +88,10 @@ class EmbeddingModule(L.LightningModule):
             self.save_hyperparameters()
         self.backbone = backbone
         self.objective = objective
+        self.control = control
+        self.control_objective = None if control is None else control.objective
+        if self.control_objective is not None:
+            self.control_objective.follow(objective)
         self.pooler = pooler
         self.pooler.build(backbone.hidden_size)
         self.selector = selector
@@ -109,6 +113,7 @@ class EmbeddingModule(L.LightningModule):
         self.trained_steps = 0
         self.trained_seconds = 0.0
         self.before_training: dict[str, Any] | None = None
+        self.before_control: dict[str, Any] = {}
         self._vectors: frozenset[str] = frozenset()
         self._started = time.monotonic()
         self._results: list[EvaluationResults] = []
@@ -120,6 +125,11 @@ class EmbeddingModule(L.LightningModule):
     def parts(self) -> Parts:
         """Backbone and pooler, as objectives take them."""
         return Parts(self.backbone, self.pooler)
+
+    @property
+    def in_control(self) -> bool:
+        """Whether the step at hand belongs to the control phase."""
+        return self.control is not None and self.global_step >= self.control.start
 
     @property
     def datamodule(self) -> PairDataModule:
@@ -151,10 +161,20 @@ class EmbeddingModule(L.LightningModule):
             )
             self.objective.prepare_choice(self.pool.choice(pool, self.selector))
 
+        for objective, split in ((self.objective, "train"), (self.control_objective, "control")):
+            if objective is not None and objective.needs_candidates:
+                objective.prepare_candidates(self.datamodule.evaluation_tasks(split))
+
         def collate(pairs: list[Pair], seed: int) -> Any:
             return self.objective.collate(self.parts, pairs, seed)
 
         self.datamodule.use_collate(collate)
+        if self.control is not None:
+            self.datamodule.use_control(self._control_collate, start=self.control.start)
+
+    def _control_collate(self, pairs: list[Pair], seed: int) -> Any:
+        assert self.control_objective is not None
+        return self.control_objective.collate(self.parts, pairs, seed)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -164,10 +184,13 @@ class EmbeddingModule(L.LightningModule):
         if steps == float("inf"):
             raise ValueError("trainer: the run has no end, and the schedule needs one; give max_steps or max_epochs")
         steps = int(steps)
-        scheduler = get_scheduler(
-            self.schedule, optimizer, num_warmup_steps=min(self.warmup_steps, steps), num_training_steps=steps
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        first = steps if self.control is None else min(self.control.start, steps)
+        spans = [Span(first, self.schedule, self.warmup_steps)]
+        if self.control is not None:
+            follows = self.control
+            spans.append(Span(steps - first, follows.schedule, follows.warmup_steps, follows.learning_rate_factor))
+        schedule = scheduler(optimizer, spans)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self._started = time.monotonic()
@@ -184,27 +207,72 @@ class EmbeddingModule(L.LightningModule):
         if self._random_state is not None:
             _restore_random_state(self._random_state)
             self._random_state = None
+        if self.control is not None and self.global_step == self.control.start:
+            self._begin_control()
+
+    def _begin_control(self) -> None:
+        """Forgets the optimiser's memory of the phase before, and scores the model as it is."""
+        cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()
+        if self.global_step == 0 or self.before_control or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        tasks = self.datamodule.evaluation_tasks("test")
+        paths = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
+        if tasks and paths:
+            rank_zero_info("Scoring the model before the control phase (the '..._before_control' rows of the summary).")
+            results = evaluate(self.encoder(), tasks, controllers=paths, true_rationale=None, progress=False)
+            self.before_control = results.modes
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        # Only strategies that reduce gradients have the context; the others have nothing to hold back.
-        no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        engine = Engine(backward=self.manual_backward, no_sync=no_sync)
-        logs = self.objective.step(self.parts, batch, engine)
+        phase, objective = ("control", self.control_objective) if self.in_control else ("train", self.objective)
+        assert objective is not None
+        logs = objective.step(self.parts, batch, self._engine(optimizer))
+        self._clip(optimizer)
+        optimizer.step()
+        schedule = self.lr_schedulers()
+        schedule.step()  # type: ignore[union-attr]
+        logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        self.log_dict({f"{phase}/{key}": value for key, value in logs.items()})
+        self.log("loss", logs["loss"], prog_bar=True, logger=False)
+
+    def _engine(self, optimizer: torch.optim.Optimizer) -> Engine:
+        """What this step's objective needs of the trainer."""
+        start = self.control.start if self.control is not None else int(self.trainer.estimated_stepping_batches)
+
+        def update() -> None:
+            self._clip(optimizer)
+            # Past the wrapper, which would count it as a step of the run.
+            raw = getattr(optimizer, "optimizer", optimizer)
+            self.trainer.strategy.optimizer_step(raw, lambda: None, model=self)
+            optimizer.zero_grad()
+
+        def show(name: str, picture: Any) -> None:
+            writer.add_image(name, np.asarray(picture), self.global_step, dataformats="HWC")
+
+        writer = getattr(self.logger, "experiment", None) if self.trainer.is_global_zero else None
+        total = int(self.trainer.estimated_stepping_batches)
+        return Engine(
+            backward=self.manual_backward,
+            # Only strategies that reduce gradients have the context; the others have nothing to hold back.
+            no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
+            step=self.global_step - (start if self.in_control else 0),
+            steps=total - start if self.in_control else min(start, total),
+            update=update,
+            show=show if hasattr(writer, "add_image") else None,
+        )
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         if self.gradient_clip:
             self.clip_gradients(optimizer, self.gradient_clip, "norm")
-        optimizer.step()
-        scheduler = self.lr_schedulers()
-        scheduler.step()  # type: ignore[union-attr]
-        logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
-        self.log_dict({f"train/{key}": value for key, value in logs.items()})
-        self.log("loss", logs["loss"], prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY_KEY] = self.backbone.identity
         checkpoint["trained_seconds"] = self.trained_seconds + time.monotonic() - self._started
         checkpoint["before_training"] = self.before_training
+        if self.control_objective is not None:
+            checkpoint["control"] = self.control_objective.phase_state() if self.in_control else {}
+            checkpoint["before_control"] = self.before_control
         checkpoint["random_state"] = _random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -212,6 +280,9 @@ class EmbeddingModule(L.LightningModule):
         self.trained_steps = checkpoint["global_step"]
         self.trained_seconds = checkpoint["trained_seconds"]
         self.before_training = checkpoint["before_training"]
+        self.before_control = checkpoint.get("before_control", {})
+        if self.control_objective is not None and checkpoint.get("control"):
+            self.control_objective.load_phase_state(checkpoint["control"])
         self._random_state = checkpoint["random_state"]
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -263,6 +334,8 @@ class EmbeddingModule(L.LightningModule):
             return
         if self.before_training:
             results.modes["pretrained"] = self.before_training
+        for mode, scores in self.before_control.items():
+            results.modes[f"{mode}_before_control"] = scores
         step = self.global_step or self.trained_steps  # `mmemb test` takes no step of its own
         settings = {"step": step, "split": "test", **self._settings()}
         seconds = self.trained_seconds + time.monotonic() - self._started
@@ -282,6 +355,7 @@ class EmbeddingModule(L.LightningModule):
             "pooler": type(self.pooler).__name__,
             "selector": type(self.selector).__name__ if self.selector else None,
             "objective": type(self.objective).__name__,
+            "control": type(self.control_objective).__name__ if self.control_objective else None,
             "batch_size": self.datamodule.batch_size,
             "world_size": self.trainer.world_size,
             "budget": self.budget,

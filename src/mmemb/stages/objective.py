@@ -6,17 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Backbone, Pooler
-from mmemb.types import ModelInputs, Pair, Rationale
+from mmemb.types import EvaluationTask, ModelInputs, Pair, Rationale
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 Choose = Callable[[Pair, int], tuple[Rationale | None, float]]
 """(pair, seed) -> the chosen rationale (None: direct path only) and its loss weight."""
+
+
+def _nothing() -> None:
+    """Updates nothing: a step outside a trainer leaves its gradients to the caller."""
 
 
 @dataclass
@@ -34,10 +41,19 @@ class Engine:
     Attributes:
         backward: runs a backward pass (the strategy's own, so that scaling and hooks apply).
         no_sync: a context in which gradients are not yet reduced across ranks.
+        step: number of this step within the phase, from 0.
+        steps: length of the phase.
+        update: takes an optimiser step with the gradients so far and clears them, for objectives that update more
+            than once on a batch; the last update is the trainer's own.
+        show: puts a picture into the run's log under a name; None where nobody would see it.
     """
 
     backward: Callable[[Tensor], None] = Tensor.backward
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    step: int = 0
+    steps: int = 1
+    update: Callable[[], None] = _nothing
+    show: Callable[[str, PILImage], None] | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -48,6 +64,21 @@ class Objective(nn.Module, ABC):
 
     needs_rationales: bool = False
     """Whether the phase wants a rationale pool to be made before it starts."""
+    needs_candidates: bool = False
+    """Whether the phase wants the candidates of its data's tasks."""
+
+    def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
+        """Receives the tasks of the phase's data with their candidates, before the first step."""
+
+    def follow(self, previous: Objective) -> None:
+        """Receives the objective of the phase before, if there is one, before the first step."""
+
+    def phase_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides parameters for a resumed phase to go on exactly; plain containers."""
+        return {}
+
+    def load_phase_state(self, state: dict[str, Any]) -> None:
+        """Takes up a `phase_state`, before the first step."""
 
     @abstractmethod
     def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> Any:

@@ -1,0 +1,89 @@
+"""InfoNCE on several paths of the same queries against one set of targets, with gradients for a cached step.
+
+Legend: N queries, n rows of a path, M targets, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmemb.losses.distributed import all_sum
+from mmemb.losses.gradcache import CachedLoss
+from mmemb.losses.infonce import InfoNCE
+
+
+class Identities(Protocol):
+    """Who is whose positive: a training batch.
+
+    Attributes:
+        query_id: [N] int64.
+        candidate_id: [M] int64.
+        positive: [N] int64, row of each query's positive among the targets.
+    """
+
+    query_id: Tensor
+    candidate_id: Tensor
+    positive: Tensor
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to embed queries.
+
+    Attributes:
+        label: what its loss is logged as: ``infonce_<label>``.
+        name: its embeddings [n, D]; absent where no query of this rank takes the path.
+        scale: weight of its loss.
+        rows: [n] int64, the query each row embeds.
+        weight: [n], weight of each row; None for equal ones.
+    """
+
+    label: str
+    name: str
+    scale: float
+    rows: Tensor
+    weight: Tensor | None = None
+
+
+def contrast(
+    infonce: InfoNCE, embeddings: dict[str, Tensor], identities: Identities, paths: Sequence[Path]
+) -> CachedLoss:
+    """The weighted sum of the paths' losses against ``embeddings["target"]``, over all ranks.
+
+    Args:
+        infonce: the loss; its temperature's gradient comes back as the cached loss's term.
+        embeddings: by name, detached; ``target`` [M, D] and one entry a path.
+        identities: of all N queries and M targets.
+        paths: every rank must name the same ones.
+    """
+    target = embeddings["target"]
+    gradients = {name: torch.zeros_like(value) for name, value in embeddings.items()}
+    total = torch.zeros((), device=target.device)
+    terms: list[Tensor] = []
+    logs: dict[str, float | Tensor] = {}
+    for path in paths:
+        # Every rank must take part in a path's collectives, also one that has no row of it.
+        if not path.scale or int(all_sum(torch.tensor(len(path.rows), device=target.device))) == 0:
+            continue
+        result = infonce.with_grads(
+            embeddings.get(path.name, target.new_zeros(0, target.shape[1])),
+            target,
+            positive=identities.positive[path.rows],
+            query_id=identities.query_id[path.rows],
+            candidate_id=identities.candidate_id,
+            weight=path.weight,
+        )
+        if path.name in gradients:
+            gradients[path.name] += path.scale * result.query_grad
+        gradients["target"] += path.scale * result.candidate_grad
+        term = infonce.temperature_term(result)
+        if term is not None:
+            terms.append(path.scale * term)
+        total = total + path.scale * result.loss
+        logs[f"infonce_{path.label}"] = result.loss
+    return CachedLoss(loss=total, gradients=gradients, term=torch.stack(terms).sum() if terms else None, logs=logs)
