@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from mmemb.digests import describe
+from mmemb.digests import describe, digest
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
 
@@ -39,7 +39,7 @@ class MetadataWorker(Worker, name="metadata"):
         return {"worker": self.name, "templates": self.templates}
 
     def _fill(self, item: Item) -> list[Rationale]:
-        texts: dict[str, None] = {}
+        texts: dict[str, str] = {}
         for label, template in self.templates.items():
             for field in self._fields[label]:
                 if field not in item.fields:
@@ -47,8 +47,12 @@ class MetadataWorker(Worker, name="metadata"):
                         f"metadata worker: the item {describe(item)!r} has no field {field!r}, which the template "
                         f"{label!r} names; its fields: {_names(item.fields)}. Add it to the row or change the template"
                     )
-            texts.setdefault(template.format_map(item.fields).strip())
-        return [Rationale(text=text, worker=self.name, finish_reason="template") for text in texts if text]
+            texts.setdefault(template.format_map(item.fields).strip(), digest(template))
+        return [
+            Rationale(text=text, worker=self.name, finish_reason="template", prompt_hash=template)
+            for text, template in texts.items()
+            if text
+        ]
 
 
 def _field_names(label: str, template: str) -> list[str]:

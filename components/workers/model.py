@@ -1,4 +1,4 @@
-"""Rationales that a vision-language model writes itself, by default the one in training, before it is trained."""
+"""Rationales that the model in training writes itself, before it is trained or (for a refresh) while it is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mmemb.digests import item_digest, module_digest, seed_of
-from mmemb.inference.decode import sample
-from mmemb.inference.encoder import evaluating
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale, Text, pictures
+
+from ._sampling import check_sampling, model_settings, sample_rationales
 
 
 class ModelWorker(Worker, name="model"):
@@ -18,11 +17,12 @@ class ModelWorker(Worker, name="model"):
 
     The prompt is the worker's own. A model that knows nothing of the task can still say what it sees, so an item with
     pictures is shown with the worker's instruction instead of its own instruction and text; an item of text alone is
-    asked as it stands.
+    asked as it stands. Queries that differ in their question alone share a prompt, and so their rationales.
 
     Args:
         backbone: the model; None: the one given to `bind`.
-        instruction: what a picture is shown with.
+        instruction: what a picture is shown with; null shows every item as it stands, which is what a model that has
+            learned the tasks wants.
         temperature: of the sampling, > 0.
         max_new_tokens: longest rationale, in tokens.
         batch_size: sequences decoded at once.
@@ -32,13 +32,12 @@ class ModelWorker(Worker, name="model"):
         self,
         backbone: Backbone | None = None,
         *,
-        instruction: str = "describe the picture",
+        instruction: str | None = "describe the picture",
         temperature: float = 1.0,
         max_new_tokens: int = 40,
         batch_size: int = 64,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"model worker: temperature is {temperature}, expected > 0 (equal answers are of no use)")
+        check_sampling(self.name, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.backbone = backbone
         self.instruction = instruction
         self.temperature = temperature
@@ -55,44 +54,24 @@ class ModelWorker(Worker, name="model"):
 
         Equal texts of one item are merged (the first stays) and empty ones dropped: fewer than k may be left.
         """
-        backbone = self._bound()
-        prompts = [self._prompt(item) for item in items]
-        digests = [item_digest(prompt) for prompt in prompts]
-        # Queries that differ in their question alone share a prompt, and so their rationales.
-        distinct = dict(zip(digests, prompts, strict=True))
-        seeds = [seed_of(seed, key, number) for key in distinct for number in range(k)]
-        with evaluating(backbone):
-            samples = sample(
-                backbone,
-                [prompt for prompt in distinct.values() for _ in range(k)],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                seed=seeds,
-                batch_size=self.batch_size,
-            )
-        keys = list(distinct)
-        written: dict[str, dict[str, Rationale]] = {key: {} for key in distinct}
-        for row, (drawn, row_seed) in enumerate(zip(samples, seeds, strict=True)):
-            if drawn.text:
-                rationale = Rationale(
-                    text=drawn.text,
-                    worker=self.name,
-                    model=backbone.identity,
-                    seed=row_seed,
-                    tokens=drawn.tokens,
-                    finish_reason=drawn.finish_reason,
-                )
-                written[keys[row // k]].setdefault(drawn.text, rationale)
-        return [list(written[key].values()) for key in digests]
+        return sample_rationales(
+            self._bound(),
+            [self._prompt(item) for item in items],
+            k,
+            worker=self.name,
+            seed=seed,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            think=True,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
         """Model (identity and a probe of its weights), prompt and sampling."""
-        backbone = self._bound()
         return {
             "worker": self.name,
-            "model": backbone.identity,
-            "weights": module_digest(backbone),
+            **model_settings(self._bound()),
             "instruction": self.instruction,
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
@@ -104,7 +83,7 @@ class ModelWorker(Worker, name="model"):
         return self.backbone
 
     def _prompt(self, item: Item) -> Item:
-        if next(pictures(item), None) is None:
+        if self.instruction is None or next(pictures(item), None) is None:
             return replace(item, fields={})
         seen = tuple(part for part in item.parts if not isinstance(part, Text))
         return Item(instruction=self.instruction, parts=seen)

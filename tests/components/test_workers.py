@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from mmemb.components.backbones.tiny import FOLDER
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
 from mmemb.digests import module_digest
 from mmemb.interfaces import Worker
 from mmemb.registry import available, create
-from mmemb.types import Image, Item, Text
+from mmemb.types import EMB, END_THINK, THINK, Image, Item, Text
+from tests.components.chat_server import chat_server
 from tests.inference.fakes import FakeBackbone
 
 ITEMS = [
     Item("what is", (Text("the currency of chile"),), {"rationale": "chile peso", "country": "chile"}),
-    Item("what is", (Image("bundled:red"), Text("the capital")), {"rationale": "peru lima", "country": "peru"}),
-    Item("", (Image("bundled:left-right"),), {"rationale": "red apple", "country": ""}),
+    Item("what is", (Image("bundled:noto/1f921"), Text("the capital")), {"rationale": "peru lima", "country": "peru"}),
+    Item("", (Image("bundled:noto/1f47b"),), {"rationale": "red apple", "country": ""}),
 ]
 
 
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
+    """What a worker cannot be built without."""
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    with chat_server() as server:
+        yield {
+            "openai": {"model": "m", "base_url": server.url},
+            "transformers": {"model": str(FOLDER), "dtype": "float32", "max_new_tokens": 8},
+            "corrupting": {"worker": MetadataWorker({"a": "{rationale} is here", "b": "{country} {rationale}"})},
+        }
+
+
 @pytest.fixture(params=available("worker"))
-def worker(request: pytest.FixtureRequest) -> Worker:
-    made = create("worker", request.param)
+def worker(request: pytest.FixtureRequest, arguments: dict[str, dict[str, Any]]) -> Worker:
+    made = create("worker", request.param, **arguments.get(request.param, {}))
     assert isinstance(made, Worker)
-    if hasattr(made, "bind"):
-        made.bind(FakeBackbone(seed=3))
+    made.bind(FakeBackbone(seed=3))
+    made.prepare(ITEMS)
     return made
 
 
@@ -43,6 +59,8 @@ def test_every_worker_gives_at_most_k_distinct_rationales_an_item(worker: Worker
             assert len(set(texts)) == len(texts)
             assert all(rationale.worker == worker.name for rationale in rationales)
             assert {rationale.finish_reason for rationale in rationales} <= {"stop", "length", "template"}
+            assert all(len(rationale.prompt_hash) == 16 for rationale in rationales)
+            assert all(token not in text for text in texts for token in (THINK, END_THINK, EMB))
 
 
 def test_every_worker_says_the_same_for_the_same_seed_whatever_the_batch(worker: Worker) -> None:

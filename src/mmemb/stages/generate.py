@@ -122,6 +122,8 @@ def generate(
             f"{folder}: {written} new candidates, {leaking} of them set aside as leaks; "
             f"{done} of {len(pairs)} pairs were there already"
         )
+        for line in filter(None, (worker.report for worker in workers if missing)):
+            say(line)
     return RationalePool.open(pool)
 
 

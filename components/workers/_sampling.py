@@ -1,0 +1,88 @@
+"""What workers that sample from a local model share: seeds by content, one prefill an item, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmemb.digests import item_digest, module_digest, seed_of
+from mmemb.inference.decode import sample
+from mmemb.inference.encoder import evaluating
+from mmemb.interfaces import Backbone
+from mmemb.types import Item, Rationale
+
+
+def sample_rationales(
+    backbone: Backbone,
+    prompts: Sequence[Item],
+    k: int,
+    *,
+    worker: str,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    think: bool,
+) -> list[list[Rationale]]:
+    """At most k rationales for each prompt; a sample is seeded by its prompt's content and number.
+
+    Batches are cut from all samples in order of length. Equal texts of one prompt are merged (the first stays) and
+    empty ones dropped: fewer than k may be left.
+
+    Args:
+        backbone: the model; its training mode is restored.
+        prompts: B prompts. Equal ones are asked once, and share what comes of it.
+        k: samples a prompt.
+        worker: short name, for the provenance.
+        seed: derives every sample's seed.
+        temperature: of the sampling.
+        max_new_tokens: longest rationale, in tokens.
+        batch_size: sequences decoded at once.
+        think: whether the model is made to write between ``<think>`` and ``</think>``.
+    """
+    digests = [item_digest(prompt) for prompt in prompts]
+    distinct = dict(zip(digests, prompts, strict=True))
+    seeds = [seed_of(seed, key, number) for key in distinct for number in range(k)]
+    with evaluating(backbone):
+        samples = sample(
+            backbone,
+            [prompt for prompt in distinct.values() for _ in range(k)],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seeds,
+            batch_size=batch_size,
+            think=think,
+        )
+    keys = list(distinct)
+    written: dict[str, dict[str, Rationale]] = {key: {} for key in distinct}
+    for row, (drawn, row_seed) in enumerate(zip(samples, seeds, strict=True)):
+        if drawn.text:
+            rationale = Rationale(
+                text=drawn.text,
+                worker=worker,
+                model=backbone.identity,
+                seed=row_seed,
+                tokens=drawn.tokens,
+                finish_reason=drawn.finish_reason,
+                prompt_hash=keys[row // k],
+            )
+            written[keys[row // k]].setdefault(drawn.text, rationale)
+    return [list(written[key].values()) for key in digests]
+
+
+def model_settings(backbone: Backbone) -> dict[str, Any]:
+    """The model by its identity and a probe of its weights."""
+    return {"model": backbone.identity, "weights": module_digest(backbone)}
+
+
+def check_sampling(worker: str, *, temperature: float, max_new_tokens: int, batch_size: int) -> None:
+    """Refuses settings that make no sense.
+
+    Raises:
+        ValueError: names the setting and what is expected.
+    """
+    if not temperature > 0:
+        raise ValueError(f"{worker} worker: temperature is {temperature}, expected > 0 (equal answers are of no use)")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{worker} worker: {name} is {value}, expected at least 1")

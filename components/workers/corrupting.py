@@ -1,0 +1,153 @@
+"""A worker that spoils what another one proposes: the control with which selection is tested."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from mmemb.digests import item_digest, seed_of
+from mmemb.interfaces import Backbone, Worker
+from mmemb.types import Item, Rationale
+
+Corruption = Literal["wrong_entity", "shuffled", "empty_talk"]
+
+EMPTY_TALK = (
+    "let me think about this step by step before i decide",
+    "this is an interesting question with several sides to it",
+    "there are many things that one could say about this",
+    "first i look at the input , then i consider what it means",
+    "it is important to pay attention to every detail here",
+    "the answer depends on what exactly is being asked",
+    "taking everything into account , a careful look is needed",
+    "i should compare what i see with what i know",
+)
+"""Sentences that fit any item, and so tell nothing of it."""
+
+_DONORS_TRIED = 3  # each is one more item for the other worker, and most have something else to say
+
+
+class CorruptingWorker(Worker, name="corrupting"):
+    """Damages a share of another worker's candidates, and marks which in `Rationale.corruption`.
+
+    - ``wrong_entity``: what the worker says of another item, of the same instruction where there is one.
+    - ``shuffled``: the same words in random order (of two words or more).
+    - ``empty_talk``: a sentence that says nothing.
+
+    A damage that cannot be done to a candidate (one word cannot be shuffled) gives way to the next one.
+
+    Args:
+        worker: whose candidates are damaged.
+        share: probability that a candidate is, from 0 to 1.
+        kinds: the damages, each as likely.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        share: float = 0.5,
+        kinds: Sequence[Corruption] = ("wrong_entity", "shuffled", "empty_talk"),
+    ) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"corrupting worker: share is {share}, expected 0 to 1")
+        if unknown := set(kinds) - {"wrong_entity", "shuffled", "empty_talk"}:
+            raise ValueError(
+                f"corrupting worker: unknown kinds {sorted(unknown)}; there are wrong_entity, shuffled, empty_talk"
+            )
+        if not kinds:
+            raise ValueError(
+                "corrupting worker: kinds is empty; name at least one of wrong_entity, shuffled, empty_talk"
+            )
+        self.worker = worker
+        self.share = share
+        self.kinds = tuple(kinds)
+        self._items: list[Item] = []
+        self._of_instruction: dict[str, list[int]] = {}
+
+    def bind(self, backbone: Backbone) -> None:
+        """Hands the model in training on."""
+        self.worker.bind(backbone)
+
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Keeps the items: a wrong entity is taken from one of them."""
+        self.worker.prepare(items)
+        self._items = list(items)
+        self._of_instruction = {}
+        for number, item in enumerate(self._items):
+            self._of_instruction.setdefault(item.instruction, []).append(number)
+
+    def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
+        """See `Worker.propose`: the other worker's candidates, damaged or as they are, all under this worker's name.
+
+        Raises:
+            ValueError: a wrong entity is asked for and `prepare` was not called.
+        """
+        if "wrong_entity" in self.kinds and not self._items and items:
+            raise ValueError("corrupting worker: a wrong entity needs other items; call prepare(items) first")
+        proposals = self.worker.propose(items, k, seed=seed)
+        donors = [self._donors(item, seed) if "wrong_entity" in self.kinds else [] for item in items]
+        foreign = iter(self.worker.propose([donor for of_item in donors for donor in of_item], k, seed=seed))
+        others = [[text for _ in of_item for text in next(foreign)] for of_item in donors]
+        return [
+            self._damaged(item, rationales, strange, seed)
+            for item, rationales, strange in zip(items, proposals, others, strict=True)
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The other worker's, the share and the kinds."""
+        return {
+            "worker": self.name,
+            "of": {"worker": self.worker.name or type(self.worker).__qualname__, **self.worker.settings},
+            "share": self.share,
+            "kinds": list(self.kinds),
+        }
+
+    def _donors(self, item: Item, seed: int) -> list[Item]:
+        """Items whose rationales may stand in for this one's, drawn by its content."""
+        own = item_digest(item)
+        alike = self._of_instruction.get(item.instruction, [])
+        pool: Sequence[int] = alike if len(alike) > 1 else range(len(self._items))
+        draw = random.Random(seed_of(seed, "donors", own))
+        drawn = (self._items[number] for number in draw.sample(pool, min(_DONORS_TRIED, len(pool))))
+        return [donor for donor in drawn if item_digest(donor) != own]
+
+    def _damaged(
+        self, item: Item, rationales: Sequence[Rationale], strange: Sequence[Rationale], seed: int
+    ) -> list[Rationale]:
+        own = item_digest(item)
+        taken = {rationale.text for rationale in rationales}
+        out = []
+        for number, rationale in enumerate(rationales):
+            draw = random.Random(seed_of(seed, "corrupt", own, number))
+            made = replace(rationale, worker=self.name)
+            if draw.random() < self.share:
+                first = draw.randrange(len(self.kinds))
+                for kind in self.kinds[first:] + self.kinds[:first]:
+                    damaged = self._by(kind, made, strange, draw, taken)
+                    if damaged is not None:
+                        made = damaged
+                        taken.add(made.text)
+                        break
+            out.append(made)
+        return out
+
+    @staticmethod
+    def _by(
+        kind: Corruption, rationale: Rationale, strange: Sequence[Rationale], draw: random.Random, taken: set[str]
+    ) -> Rationale | None:
+        """The candidate with one damage done to it; None where that cannot give a text of its own."""
+        if kind == "wrong_entity":
+            other = next((each for each in strange if each.text not in taken), None)
+            return None if other is None else replace(other, worker=rationale.worker, corruption=kind)
+        if kind == "shuffled":
+            words = rationale.text.split()
+            draw.shuffle(words)
+            texts = [" ".join(words), " ".join(words[::-1])]  # of two words one order is the candidate's own
+        else:
+            texts = draw.sample(EMPTY_TALK, len(EMPTY_TALK))
+        text = next((each for each in texts if each not in taken), None)
+        tokens = rationale.tokens if kind == "shuffled" else 0
+        return None if text is None else replace(rationale, text=text, tokens=tokens, corruption=kind)

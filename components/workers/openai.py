@@ -1,0 +1,206 @@
+"""Rationales by any OpenAI-compatible chat endpoint: vLLM, SGLang, a hosted model."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmemb.digests import describe, item_digest, seed_of
+from mmemb.interfaces import Worker
+from mmemb.types import Item, Rationale
+
+from ._endpoint import Answer, Budget, Endpoint, Refused, all_of, message_content
+from ._prompts import REQUEST, asked, thought
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+class OpenAIWorker(Worker, name="openai"):
+    """Samples rationales from an OpenAI-compatible chat endpoint, many requests in flight.
+
+    Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
+    that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
+    A request that fails for now (429, 5xx, timeouts, cut connections, damaged answers) is repeated after a growing
+    pause; one that the endpoint refuses for what it is (a picture too large, say) gives no candidate and a warning.
+
+    The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
+    'mmemb[openai]'``).
+
+    Args:
+        model: the model's name at the endpoint.
+        base_url: as in ``http://host:8000/v1``; null: the environment's ``OPENAI_BASE_URL``, or OpenAI itself.
+        api_key_variable: the environment variable that holds the key; null for an endpoint that wants none.
+        instruction: what is asked after the item.
+        temperature: of the sampling.
+        top_p: share of the probability that is sampled from.
+        max_new_tokens: longest answer, in tokens; of a model that thinks first, thoughts included.
+        limit_name: what the endpoint calls that limit; OpenAI's newer models know `max_completion_tokens` alone.
+        extra_body: further fields of each request, as the endpoint knows them.
+        max_pixels: largest picture area; a larger one is shrunk.
+        concurrency: requests in flight.
+        timeout: seconds an answer may take.
+        retries: further attempts of a request.
+        token_budget: prompt and completion tokens after which a run stops, give or take the requests in flight; null:
+            no limit.
+        cost_budget: cost after which a run stops, in the prices' unit; null: no limit.
+        input_price: price of a million prompt tokens.
+        output_price: price of a million completion tokens.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_variable: str | None = "OPENAI_API_KEY",
+        instruction: str = REQUEST,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 128,
+        limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        extra_body: dict[str, Any] | None = None,
+        max_pixels: int = 1_048_576,
+        concurrency: int = 32,
+        timeout: float = 120.0,
+        retries: int = 6,
+        token_budget: int | None = None,
+        cost_budget: float | None = None,
+        input_price: float = 0.0,
+        output_price: float = 0.0,
+    ) -> None:
+        for name, value, least in (
+            ("temperature", temperature, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("max_pixels", max_pixels, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+            ("input_price", input_price, 0),
+            ("output_price", output_price, 0),
+        ):
+            if value < least:
+                raise ValueError(f"openai worker: {name} is {value}, expected at least {least}")
+        if not timeout > 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"openai worker: timeout is {timeout} and top_p {top_p}; expected timeout > 0 and 0 < top_p <= 1"
+            )
+        if cost_budget is not None and not (input_price or output_price):
+            raise ValueError("openai worker: cost_budget needs input_price and output_price, of a million tokens each")
+        self.model = model
+        self.instruction = instruction
+        self.max_pixels = max_pixels
+        self.concurrency = concurrency
+        self.budget = Budget(token_budget, cost_budget, input_price, output_price)
+        self._endpoint = Endpoint(
+            base_url=base_url, key_variable=api_key_variable, timeout=timeout, retries=retries, budget=self.budget
+        )
+        self._sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        self._extra = dict(extra_body or {})
+        self._request = {"model": model, "temperature": temperature, "top_p": top_p, limit_name: max_new_tokens}
+
+    def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
+        """See `Worker.propose`. A sample is seeded by its prompt's content and number; equal texts are merged.
+
+        Raises:
+            ImportError: the client library is not installed.
+            ValueError: there is no key; the endpoint refuses key, model or every request; the budget is used up.
+            ConnectionError: the endpoint is down, or gives no proper answer, after all attempts.
+        """
+        prompts = [asked(item, self.instruction) for item in items]
+        digests = [item_digest(prompt) for prompt in prompts]
+        distinct = dict(zip(digests, prompts, strict=True))
+        seeds = {key: [_request_seed(seed, key, number) for number in range(k)] for key in distinct}
+        if not distinct or not k:
+            return [[] for _ in items]
+        found = self._endpoint.run(lambda client: self._ask_all(client, distinct, seeds))
+        rationales = dict(zip(distinct, map(self._rationales, distinct, found, seeds.values()), strict=True))
+        self._report_refused(distinct, found)
+        return [rationales[key] for key in digests]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Model, prompt and sampling. Where the endpoint stands is left out: a server may move, the model stays."""
+        return {
+            "worker": self.name,
+            "model": self.model,
+            "instruction": self.instruction,
+            **self._sampling,
+            "max_pixels": self.max_pixels,
+            "extra_body": self._extra,
+        }
+
+    @property
+    def report(self) -> str:
+        """What the endpoint was asked so far, and what that cost."""
+        return f"{self.name} ({self.model}): {self.budget}"
+
+    async def _ask_all(
+        self, client: AsyncOpenAI, prompts: dict[str, Item], seeds: dict[str, list[int]]
+    ) -> list[list[Answer | Refused]]:
+        """k answers a prompt. As many prompts as requests are held encoded at a time."""
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def one(content: Any, seed: int) -> Answer | Refused:
+            async with gate:
+                try:
+                    return await self._endpoint.ask(
+                        client,
+                        messages=[{"role": "user", "content": content}],
+                        seed=seed,
+                        extra_body=self._extra or None,
+                        **self._request,
+                    )
+                except Refused as refusal:
+                    return refusal
+
+        async def of_prompt(key: str) -> list[Answer | Refused]:
+            content = await asyncio.to_thread(message_content, prompts[key], max_pixels=self.max_pixels)
+            jobs = [lambda each=each: one(content, each) for each in seeds[key]]  # type: ignore[misc]
+            return await all_of(jobs, at_once=len(jobs))
+
+        asked_of = [lambda key=key: of_prompt(key) for key in prompts]  # type: ignore[misc]
+        return await all_of(asked_of, at_once=self.concurrency)
+
+    def _rationales(self, prompt: str, answers: Sequence[Answer | Refused], seeds: Sequence[int]) -> list[Rationale]:
+        texts: dict[str, Rationale] = {}
+        for answer, seed in zip(answers, seeds, strict=True):
+            if isinstance(answer, Refused) or answer.finish_reason == "content_filter":
+                continue
+            if text := thought(answer.text):
+                rationale = Rationale(
+                    text=text,
+                    worker=self.name,
+                    model=answer.model or self.model,
+                    seed=seed,
+                    tokens=answer.tokens,
+                    finish_reason="length" if answer.finish_reason == "length" else "stop",
+                    prompt_hash=prompt,
+                )
+                texts.setdefault(text, rationale)
+        return list(texts.values())
+
+    @staticmethod
+    def _report_refused(prompts: dict[str, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
+        """One warning for what was refused; an error where nothing else came."""
+        refused = [
+            (prompt, answer)
+            for prompt, answers in zip(prompts.values(), found, strict=True)
+            for answer in answers
+            if isinstance(answer, Refused)
+        ]
+        if not refused:
+            return
+        prompt, refusal = refused[0]
+        count = sum(map(len, found))
+        share = f"{len(refused)} of {count} requests were refused"
+        text = f"openai worker: {share}; the first, {describe(prompt)!r}: {refusal}"
+        if len(refused) == count:
+            raise ValueError(f"{text}; check the model's name and what it can take")
+        warnings.warn(f"{text}; they give no candidates", stacklevel=3)
+
+
+def _request_seed(seed: int, prompt: str, number: int) -> int:
+    """The seed of one request: 31 bits, which every endpoint takes."""
+    return seed_of(seed, prompt, number) >> 32

@@ -1,0 +1,151 @@
+"""Rationales by a local vision-language model that is not the one in training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mmemb.digests import digest
+from mmemb.interfaces import Backbone, Worker
+from mmemb.types import Item, Rationale
+
+from ._prompts import REQUEST, asked
+from ._sampling import check_sampling, sample_rationales
+
+_BLOCKS, _BLOCK_BYTES = 16, 65536
+
+
+class TransformersWorker(Worker, name="transformers"):
+    """Samples rationales from any image-text-to-text model of the transformers library, by hub id or folder.
+
+    The model is loaded with the first proposal, through the `transformers` backbone: so are its families, its chat
+    template, its pictures. Samples are decoded in batches of similar length; the k samples of an item share a prefill.
+
+    Args:
+        model: hub id or local folder.
+        revision: branch, tag or commit of the hub's model.
+        style: ``instruct`` lets the model write right after the prompt, ``thinking`` between ``<think>`` and
+            ``</think>``, for a model that knows those tokens.
+        instruction: what is asked after the item.
+        temperature: of the sampling, > 0.
+        max_new_tokens: longest rationale, in tokens.
+        batch_size: sequences decoded at once.
+        dtype: precision of the parameters.
+        device: where it runs; null: a GPU if there is one.
+        quantization: ``nf4`` (4 bits) or ``int8`` holds the decoder's linear layers in fewer bits.
+        max_prompt_tokens: longest prompt, pictures included.
+        max_pixels: largest picture area; a larger one is shrunk. null: the model's own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        style: Literal["instruct", "thinking"] = "instruct",
+        instruction: str = REQUEST,
+        temperature: float = 1.0,
+        max_new_tokens: int = 96,
+        batch_size: int = 32,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        device: str | None = None,
+        quantization: Literal["none", "nf4", "int8"] = "none",
+        max_prompt_tokens: int = 4096,
+        max_pixels: int | None = None,
+    ) -> None:
+        check_sampling(self.name, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if style not in ("instruct", "thinking"):
+            raise ValueError(f"transformers worker: style is {style!r}, expected instruct or thinking")
+        self.model = model
+        self.revision = revision
+        self.style = style
+        self.instruction = instruction
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.device = device
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "quantization": quantization,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_pixels": max_pixels,
+        }
+        self._backbone: Backbone | None = None
+
+    def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
+        """See `Worker.propose`. A sample is seeded by its item's content and number, whatever the items around it.
+
+        Equal texts of one item are merged (the first stays) and empty ones dropped: fewer than k may be left.
+
+        Raises:
+            FileNotFoundError: the model's folder is missing.
+            ValueError: the model cannot be read, or is of no supported family.
+        """
+        return sample_rationales(
+            self._loaded(),
+            [asked(item, self.instruction) for item in items],
+            k,
+            worker=self.name,
+            seed=seed,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            think=self.style == "thinking",
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Model (identity and a mark of its weights), how it is loaded, prompt and sampling; loads no weights."""
+        return {
+            "worker": self.name,
+            **source(self.model, revision=self.revision),
+            **self._options,
+            "style": self.style,
+            "instruction": self.instruction,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def _loaded(self) -> Backbone:
+        if self._backbone is None:
+            import torch
+
+            from mmemb.components.backbones.transformers import TransformersBackbone
+
+            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            backbone = TransformersBackbone(self.model, revision=self.revision, **self._options)
+            self._backbone = backbone.requires_grad_(False).eval()
+            if self._options["quantization"] == "none":  # a quantised model lies where it was packed
+                self._backbone.to(device)
+        return self._backbone
+
+
+def source(model: str, *, revision: str | None) -> dict[str, str]:
+    """What a model is recognised by without loading it: identity, and the hub's commit or a digest of a folder's files.
+
+    Of a folder's weights a few blocks of every file are read: training moves all of them.
+
+    Raises:
+        FileNotFoundError: the model's folder or its config is missing.
+        ValueError: the config cannot be read, or is of no supported family.
+    """
+    from mmemb.components.backbones import loading
+
+    folder = Path(model).expanduser()
+    config, _ = loading.load_config(str(folder) if folder.is_dir() else model, revision=revision, overrides={})
+    identity = f"{loading.origin_of(str(folder) if folder.is_dir() else model, revision)}#{loading.digest(config)}"
+    if not folder.is_dir():
+        return {"model": identity, "weights": str(getattr(config, "_commit_hash", None) or revision or "main")}
+    return {"model": identity, "weights": digest([_probe(file) for file in sorted(folder.glob("*.safetensors"))])}
+
+
+def _probe(file: Path) -> list[str]:
+    size = file.stat().st_size
+    content = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in range(_BLOCKS):
+            stream.seek(block * size // _BLOCKS)
+            content.update(stream.read(_BLOCK_BYTES))
+    return [file.name, str(size), content.hexdigest()]
