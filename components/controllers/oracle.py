@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mmemb.components.controllers._binary import binary
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
 
 class Oracle(Controller, name="oracle"):
-    """Reasons exactly where the known utility exceeds the price: an upper bound, for evaluation only.
+    """Reasons exactly where what it brings is known to exceed the price: an upper bound, for evaluation only.
 
     Source: reasoning should be invoked only where delta = s_r - s_d > 0 (MMEmb-R1, arXiv 2604.06156), net of its cost.
 
     Args:
-        price: least utility worth thinking for, in units of the utility.
+        gain: what counts: ``hit`` is what thinking adds to hit@1, ``utility`` to the positive's log-probability.
+        price: least gain worth thinking for, in its units.
         budget: most rationale tokens of a row.
     """
 
     needs_utility = True
 
-    def __init__(self, price: float = 0.0, budget: int = 48) -> None:
+    def __init__(self, gain: Literal["hit", "utility"] = "hit", price: float = 0.0, budget: int = 48) -> None:
+        self.gain = gain
         self.price = price
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """Compares utility and price.
+        """Compares gain and price.
 
         Raises:
-            ValueError: the utility is unknown, as it always is outside evaluation.
+            ValueError: the gain is unknown, as it always is outside evaluation.
         """
-        if state.utility is None:
+        gain = state.hit_gain if self.gain == "hit" else state.utility
+        if gain is None:
             raise ValueError(
                 "controller oracle: the utility is unknown here; it works in evaluation only, choose another"
             )
-        think = state.utility > self.price
+        think = gain > self.price
         return binary(think, think.float(), budget=self.budget)

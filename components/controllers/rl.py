@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mmemb.components.controllers._binary import binary
+import torch
+
+from mmemb.components.controllers._calibration import check_settings, fit_cut
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
@@ -10,20 +12,68 @@ from mmemb.types import Decision, PrefillState
 class Rl(Controller, name="rl"):
     """Follows the model's own decision token, trained jointly and by reinforcement learning.
 
-    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO; at inference we take the likelier
-    of the two tokens, p = softmax([l_think + offset, l_emb])[0] > 0.5. The offset is the price dial: lower thinks less.
+    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO. The margin m = l_think - l_emb +
+    offset decides: think where m > 0. The offset is the price dial, one number for all queries: lower thinks less.
+    `calibrate` fits it on validation queries to what thinking adds there to hit@1, less a price a token, within a
+    budget of tokens; an offset that is given stays.
+
+    With ``short_budget`` there are three levels: none, short (0 < m <= ``full_margin``) and full (m above).
 
     Args:
-        offset: added to the logit of ``<think>``, in nats.
-        budget: most rationale tokens of a row.
+        offset: added to the logit of ``<think>``, in nats; null fits it (0 until then).
+        price: what a rationale token costs, in hit@1; used by the fit.
+        token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
+            limit.
+        budget: most rationale tokens of a row that thinks.
+        short_budget: most rationale tokens of a row that thinks a little; null leaves this level out.
+        full_margin: margin above which a row has the full budget, in nats; used with ``short_budget``.
+
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
-    def __init__(self, offset: float = 0.0, budget: int = 48) -> None:
-        self.offset = offset
+    def __init__(
+        self,
+        offset: float | None = None,
+        price: float = 0.0,
+        token_share: float | None = None,
+        budget: int = 48,
+        short_budget: int | None = None,
+        full_margin: float = 1.0,
+    ) -> None:
+        check_settings(price, token_share, "rl")
+        if short_budget is not None and not (0 < short_budget < budget and full_margin > 0):
+            raise ValueError(
+                f"controller rl: short_budget is {short_budget} of {budget}, full_margin {full_margin}; "
+                "use 0 < short_budget < budget and a margin above 0"
+            )
+        self.offset = 0.0 if offset is None else offset
+        self.fitted = offset is None
+        self.price = price
+        self.token_share = token_share
         self.budget = budget
+        self.short_budget = short_budget
+        self.full_margin = full_margin
 
     def decide(self, state: PrefillState) -> Decision:
-        """Thinks where the model says ``<think>``."""
-        logits = state.decision_logits.float()
-        probability = (logits[:, 0] - logits[:, 1] + self.offset).sigmoid()
-        return binary(probability > 0.5, probability, budget=self.budget)
+        """Thinks where the margin is above 0."""
+        margin = state.margin + self.offset
+        think = margin > 0
+        budget = torch.where(think, self.budget, 0)
+        if self.short_budget is not None:
+            budget = torch.where(think & (margin <= self.full_margin), self.short_budget, budget)
+        return Decision(think, margin.sigmoid(), budget)
+
+    def calibrate(self, state: PrefillState) -> None:
+        """Fits the offset, unless one was given.
+
+        Raises:
+            ValueError: no queries, or what thinking adds is unknown.
+        """
+        if self.fitted:
+            self.offset = -fit_cut(state.margin, state, price=self.price, token_share=self.token_share, who="rl")
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """The offset."""
+        return {"offset": self.offset}

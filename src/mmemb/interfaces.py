@@ -237,7 +237,8 @@ class Controller(Component, ABC, kind="controller"):
     """Decides from the prefill who thinks, and for how long."""
 
     needs_utility: ClassVar[bool] = False
-    """Whether a decision reads ``PrefillState.utility``: then everybody thinks first (evaluation only)."""
+    """Whether a decision reads what thinking brought (``PrefillState.utility`` and the fields after it): then everybody
+    thinks first (evaluation only)."""
     budget: int = 48
     """Most rationale tokens of a row that thinks."""
 
@@ -246,4 +247,9 @@ class Controller(Component, ABC, kind="controller"):
         """B decisions."""
 
     def calibrate(self, state: PrefillState) -> None:
-        """Fits what the controller needs on validation queries (``utility`` is known there)."""
+        """Fits what the controller needs on validation queries (all of the state is known there)."""
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What was fitted, by constructor argument: built with these, the controller decides alike."""
+        return {}

@@ -245,12 +245,23 @@ class PrefillState:
         confidence: [B] float in [0, 1], largest softmax probability of the direct embedding over the reference bank;
             None without a bank.
         utility: [B] float, s_r - s_d where known (evaluation only); None otherwise.
+        hit_gain: [B] float in [-1, 1], what the row's own rationale adds to its hit@1; known as ``utility`` is.
+        tokens: [B] int64, length of that rationale, brackets included; known as ``utility`` is.
+        weight: [B] float, how much each row counts in a fit; None: all alike.
     """
 
     decision_logits: Tensor
     direct: Tensor
     confidence: Tensor | None = None
     utility: Tensor | None = None
+    hit_gain: Tensor | None = None
+    tokens: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def margin(self) -> Tensor:
+        """How much the model leans to ``<think>``: the difference of the decision logits [B], in nats."""
+        return self.decision_logits[:, 0].float() - self.decision_logits[:, 1].float()
 
 
 @dataclass

@@ -25,7 +25,27 @@ def state(rows: int = 6, **known: torch.Tensor) -> PrefillState:
 
 
 def known(rows: int = 6) -> PrefillState:
-    return state(rows, confidence=torch.linspace(0.1, 0.9, rows), utility=torch.linspace(-1, 1, rows))
+    return state(
+        rows,
+        confidence=torch.linspace(0.1, 0.9, rows),
+        utility=torch.linspace(-1, 1, rows),
+        hit_gain=torch.linspace(-1, 1, rows).round(),
+        tokens=torch.arange(rows) + 3,
+        weight=torch.ones(rows),
+    )
+
+
+def fitting(signal: list[float], gain: list[float], tokens: list[int] | None = None) -> PrefillState:
+    """Queries on which the margin falls as the confidence rises, so that both controllers see the same order."""
+    confidence = torch.tensor(signal)
+    logits = torch.stack([-confidence, torch.zeros(len(signal))], dim=1)
+    return PrefillState(
+        logits,
+        torch.zeros(len(signal), 4),
+        confidence=confidence,
+        hit_gain=torch.tensor(gain),
+        tokens=torch.tensor(tokens or [10] * len(signal)),
+    )
 
 
 def built(name: str) -> Controller:
@@ -47,7 +67,7 @@ def test_a_row_is_decided_without_its_neighbours(name: str) -> None:
     whole, controller = known(), built(name)
     together = controller.decide(whole)
     for row in range(6):
-        one = PrefillState(*(part[row : row + 1] for part in vars(whole).values()))
+        one = PrefillState(*(part[row : row + 1] for part in vars(whole).values() if part is not None))
         assert controller.decide(one).think.item() == together.think[row].item()
 
 
@@ -66,10 +86,12 @@ def test_rl_follows_the_decision_token_and_its_offset() -> None:
     assert Rl().decide(given).probability[0].item() == pytest.approx(1 / (1 + math.exp(-1)))
 
 
-def test_oracle_thinks_where_utility_exceeds_the_price() -> None:
-    given = state(3, utility=torch.tensor([-0.1, 0.0, 0.3]))
-    assert Oracle().decide(given).think.tolist() == [False, False, True]
-    assert Oracle(price=0.3).decide(given).think.tolist() == [False, False, False]
+def test_oracle_thinks_where_the_gain_exceeds_the_price() -> None:
+    given = state(3, utility=torch.tensor([-0.1, 0.0, 0.3]), hit_gain=torch.tensor([1.0, 0.0, 0.5]))
+    assert Oracle().decide(given).think.tolist() == [True, False, True]
+    assert Oracle(price=0.5).decide(given).think.tolist() == [True, False, False]
+    assert Oracle(gain="utility").decide(given).think.tolist() == [False, False, True]
+    assert Oracle(gain="utility", price=0.3).decide(given).think.tolist() == [False, False, False]
 
 
 def test_oracle_refuses_an_unknown_utility() -> None:
@@ -116,43 +138,84 @@ def test_threshold_on_entropy_thinks_where_the_direct_path_is_not_certain() -> N
     assert degree.tolist() == pytest.approx([(1 - certainty) / 2, degree[1].item(), 0.5, (1 + certainty) / 2], abs=1e-5)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])
-def test_calibration_to_a_rate_hits_it(rate: float) -> None:
-    given = state(8, confidence=torch.rand(8, generator=torch.Generator().manual_seed(0)))
-    controller = Threshold(rate=rate)
+def decided(controller: Controller, given: PrefillState) -> list[bool]:
     controller.calibrate(given)
-    assert controller.decide(given).think.float().mean().item() == rate
+    return controller.decide(given).think.tolist()
 
 
-def test_calibration_to_utility_maximises_the_mean_net_utility() -> None:
-    confidence = torch.tensor([0.9, 0.1, 0.3, 0.5, 0.7])
-    utility = torch.tensor([-0.5, 0.4, -0.1, 0.3, -0.2])
-    controller = Threshold()
-    controller.calibrate(state(5, confidence=confidence, utility=utility))
-    assert controller.threshold == pytest.approx(0.6)  # gains .4 - .1 + .3, against .4 for a threshold of .2
-    controller = Threshold(price=0.15)
-    controller.calibrate(state(5, confidence=confidence, utility=utility))
-    assert controller.threshold == pytest.approx(0.2)  # net gains .25, -.25, .15: the second no longer pays for the gap
+FITTED = pytest.mark.parametrize("kind", [Threshold, Rl])
 
 
-def test_calibration_thinks_never_where_it_never_pays_and_always_where_it_always_does() -> None:
-    confidence = torch.tensor([0.2, 0.4])
-    controller = Threshold()
-    controller.calibrate(state(2, confidence=confidence, utility=torch.tensor([-1.0, -1.0])))
-    assert controller.threshold == -math.inf
-    controller.calibrate(state(2, confidence=confidence, utility=torch.tensor([1.0, 1.0])))
-    assert controller.threshold == math.inf
+@FITTED
+def test_calibration_maximises_what_thinking_adds(kind: type) -> None:
+    given = fitting([0.9, 0.1, 0.3, 0.5, 0.7], [-0.5, 0.4, -0.1, 0.3, -0.2])
+    assert decided(kind(), given) == [False, True, True, True, False]  # .4 - .1 + .3, against .4 for the first alone
+    # At .015 a token of 10, the second gap is no longer paid for.
+    assert decided(kind(price=0.015), given) == [False, True, False, False, False]
 
 
-def test_calibration_does_not_part_equal_signals() -> None:
-    confidence = torch.tensor([0.5, 0.5, 0.8])
-    utility = torch.tensor([1.0, -3.0, 0.5])
-    controller = Threshold()
-    controller.calibrate(state(3, confidence=confidence, utility=utility))
-    assert controller.threshold == -math.inf  # splitting the pair would look like +1
-    controller = Threshold(rate=1 / 3)
-    controller.calibrate(state(3, confidence=confidence))
-    assert not controller.decide(state(3, confidence=confidence)).think.any()
+@FITTED
+def test_calibration_keeps_within_its_share_of_tokens(kind: type) -> None:
+    given = fitting([0.1, 0.2, 0.3, 0.4], [0.1, 0.1, 0.1, 0.1], [10, 20, 30, 40])
+    assert decided(kind(token_share=0.6), given) == [True, True, True, False]
+    assert decided(kind(token_share=0.59), given) == [True, True, False, False]
+    assert decided(kind(token_share=0.0), given) == [False] * 4
+    assert decided(kind(token_share=1.0), given) == [True] * 4
+
+
+@FITTED
+def test_calibration_thinks_never_where_it_never_pays_and_always_where_it_always_does(kind: type) -> None:
+    assert decided(kind(), fitting([0.2, 0.4], [-1.0, -1.0])) == [False, False]
+    assert decided(kind(), fitting([0.2, 0.4], [1.0, 1.0])) == [True, True]
+    assert decided(kind(), fitting([0.2, 0.4], [0.0, 0.0])) == [False, False], "nothing gained, nothing spent"
+
+
+@FITTED
+def test_calibration_does_not_part_equal_signals(kind: type) -> None:
+    given = fitting([0.5, 0.5, 0.8], [1.0, -3.0, 0.5])
+    assert decided(kind(), given) == [False] * 3  # splitting the pair would look like +1
+
+
+@FITTED
+def test_calibration_counts_rows_by_their_weight(kind: type) -> None:
+    given = fitting([0.1, 0.2], [0.5, -0.4])
+    given.weight = torch.tensor([1.0, 1.0])
+    assert decided(kind(), given) == [True, False]
+    given = fitting([0.1, 0.2], [-0.5, 0.4])
+    given.weight = torch.tensor([1.0, 2.0])
+    assert decided(kind(), given) == [True, True]
+
+
+@FITTED
+def test_a_fit_can_be_given_to_another_controller(kind: type) -> None:
+    given = fitting([0.9, 0.1, 0.3, 0.5, 0.7], [-0.5, 0.4, -0.1, 0.3, -0.2])
+    controller = kind()
+    controller.calibrate(given)
+    told = kind(**controller.calibration)
+    told.calibrate(fitting([0.5], [1.0]))  # a value that was given stays
+    assert told.decide(given).think.tolist() == controller.decide(given).think.tolist()
+
+
+@FITTED
+def test_a_fit_needs_queries_of_which_all_is_known(kind: type) -> None:
+    with pytest.raises(ValueError, match="what thinking adds is unknown"):
+        kind().calibrate(state(2, confidence=torch.tensor([0.1, 0.2])))
+    with pytest.raises(ValueError, match="no validation queries"):
+        kind().calibrate(state(0, confidence=torch.zeros(0)))
+    for wrong in ({"price": -1.0}, {"token_share": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            kind(**wrong)
+
+
+def test_rl_can_think_a_little() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [2.0, 0.0]])
+    given = PrefillState(decision_logits=logits, direct=torch.zeros(3, 4))
+    decision = Rl(offset=0.0, short_budget=8, full_margin=1.0).decide(given)
+    assert decision.think.tolist() == [False, True, True]
+    assert decision.budget.tolist() == [0, 8, 48]
+    assert Rl(offset=0.6, short_budget=8).decide(given).budget.tolist() == [0, 48, 48]
+    with pytest.raises(ValueError, match="short_budget is 48 of 48"):
+        Rl(short_budget=48)
 
 
 def test_the_threshold_says_what_it_misses() -> None:
@@ -161,9 +224,3 @@ def test_the_threshold_says_what_it_misses() -> None:
         Threshold().decide(given)
     with pytest.raises(ValueError, match="no reference bank"):
         Threshold(threshold=0.5).decide(state(2))
-    with pytest.raises(ValueError, match="give a `rate`"):
-        Threshold().calibrate(given)
-    with pytest.raises(ValueError, match="no validation queries"):
-        Threshold(rate=0.5).calibrate(state(0, confidence=torch.zeros(0)))
-    with pytest.raises(ValueError, match="rate is 2"):
-        Threshold(rate=2)

@@ -57,6 +57,7 @@ def record(
         utility=None if reasoned is None else reasoned - direct,
         rationale="" if reasoned is None else "the flag of chile, so the chilean peso",
         tokens=tokens,
+        margin=tokens - 8.0,
     )
 
 
@@ -83,7 +84,10 @@ def test_the_summary_has_exactly_the_schema(results: EvaluationResults) -> None:
     assert set(made) == {"settings", "modes", "versions", "seconds"}
     assert set(made["modes"]) == {"never", "always_reason", "chance"}
     for mode in made["modes"].values():
-        assert set(mode) == {"hit@1", "think_rate", "tokens_per_query", "by_task"}
+        assert {"hit@1", "think_rate", "tokens_per_query", "by_task"} <= set(mode)
+    for name in ("never", "always_reason"):
+        extra = {"queries_per_second", "above_random"}
+        assert set(made["modes"][name]) == {"hit@1", "think_rate", "tokens_per_query", "by_task"} | extra
         for task in mode["by_task"].values():
             assert {"hit@1", "n", "candidates"} <= set(task)
     assert made["modes"]["always_reason"]["hit@1"] == 0.5
@@ -98,6 +102,19 @@ def test_the_summary_has_exactly_the_schema(results: EvaluationResults) -> None:
     }
     assert made["seconds"] == 12.5
     assert {"python", "torch", "mmemb"} <= set(versions())
+
+
+def test_above_random_is_the_height_over_the_line_between_never_and_always(results: EvaluationResults) -> None:
+    results.modes["rl"] = mode_scores({"flag_easy": scores(1.0, 1), "scene": scores(0.5, 4)})
+    results.modes["always_reason"] = mode_scores({"flag_easy": scores(0.9, 5), "scene": scores(0.5, 15)})
+    modes = summary(results, settings={}, seconds=1)["modes"]
+    # A coin at 2.5 of 10 tokens: .5 + 1/4 (.7 - .5).
+    assert modes["rl"]["above_random"] == pytest.approx(0.75 - 0.55)
+    assert modes["never"]["above_random"] == modes["always_reason"]["above_random"] == pytest.approx(0)
+    assert "above_random" not in modes["chance"]
+    page = markdown(summary(results, settings={}, seconds=1)).splitlines()
+    assert page[page.index("## Think rate by task") + 2].startswith("| task | never | always_reason | rl |")
+    assert "| scene | 0.0 | 15.0 | 4.0 |" in page[page.index("## Tokens by task") :]
 
 
 def test_a_row_from_elsewhere_joins_as_a_mode(results: EvaluationResults) -> None:
@@ -152,6 +169,9 @@ def test_the_curves_by_hand(results: EvaluationResults) -> None:
     # Least confident first: the scene query that is helped (20 tokens), the other (10), the hurt one (6), the easy one.
     expected = [(0, 0, 0.5), (0.25, 5, 0.75), (0.5, 7.5, 0.75), (0.75, 9, 0.5), (1, 10, 0.5)]
     np.testing.assert_allclose(threshold, expected)
+    # By the margins of the decision: 20, 10, 6, 4 tokens.
+    rl = [(p.tokens_per_query, p.hit) for p in points if p.curve == "rl"]
+    np.testing.assert_allclose(rl, [(0, 0.5), (5, 0.75), (7.5, 0.75), (9, 0.5), (10, 0.5)])
     oracle = [(p.tokens_per_query, p.hit) for p in points if p.curve == "oracle"]
     np.testing.assert_allclose([*oracle[:2], oracle[-1]], [(0, 0.5), (5, 0.75), (10, 0.5)])
     coin = [(p.tokens_per_query, p.hit) for p in points if p.curve == "random"]
@@ -162,7 +182,7 @@ def test_curves_are_written_as_picture_and_table(results: EvaluationResults, tmp
     picture, table = write_curves(tmp_path, results)
     assert PILImage.open(picture).size[0] > 400
     rows = list(csv.DictReader(table.open()))
-    assert {row["curve"] for row in rows} == {"threshold", "oracle", "random"}
+    assert {row["curve"] for row in rows} == {"rl", "threshold", "oracle", "random"}
     assert float(rows[0]["hit@1"]) == pytest.approx(0.5)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["quality_tokens.csv", "quality_tokens.png"]
 

@@ -86,7 +86,8 @@ def test_the_summary_has_the_schema_and_nothing_else(run: Path) -> None:
     assert 0 < summary["seconds"] < 280
     assert set(summary["modes"]) == set(MODES)
     for mode, scores in summary["modes"].items():
-        assert set(scores) == {"hit@1", "think_rate", "tokens_per_query", "by_task"}, mode
+        measured = set() if mode == "chance" else {"queries_per_second", "above_random"}
+        assert set(scores) == {"hit@1", "think_rate", "tokens_per_query", "by_task"} | measured, mode
         assert set(scores["by_task"]) == set(TASKS)
         for task, by_task in scores["by_task"].items():
             assert {"hit@1", "n", "candidates", "think_rate", "tokens_per_query"} <= by_task.keys()
@@ -119,7 +120,7 @@ def test_the_page_the_pictures_and_the_curves_are_there(run: Path, events: Any) 
     assert (shown.width, shown.height, shown.step) == (width, height, STEPS)
     assert {"evaluation/quality_tokens", "evaluation/gallery"} <= set(events.Tags()["images"])
     with (run / "quality_tokens.csv").open(encoding="utf-8") as file:
-        assert {row["curve"] for row in csv.DictReader(file)} == {"threshold", "oracle", "random"}
+        assert {row["curve"] for row in csv.DictReader(file)} == {"rl", "threshold", "oracle", "random"}
     assert (run / "quality_tokens.png").stat().st_size > 1000
 
 

@@ -3,6 +3,7 @@
 A controller is a point; a dial is a curve. The curves are drawn from the records of one evaluation, without running the
 model: queries are sorted by a signal, and the first share of them takes the reasoned path.
 
+- ``rl``: those the model most leans to think about first (what the learned controller does as its offset rises);
 - ``threshold``: least confident first (what the threshold controller does as its threshold rises);
 - ``oracle``: largest gain of hit@1 a token first, the upper bound (it knows the answers);
 - ``random``: the straight line between never and always, the expectation of a coin.
@@ -16,7 +17,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,12 @@ from matplotlib.figure import Figure
 
 from mmemb.evaluation.runner import EvaluationResults, QueryRecord
 
-_STYLES = {"threshold": ("#3f5fb5", "-"), "oracle": ("#2e7d5b", "-"), "random": ("#66727f", "--")}
+_STYLES = {
+    "rl": ("#b3402f", "-"),
+    "threshold": ("#3f5fb5", "-"),
+    "oracle": ("#2e7d5b", "-"),
+    "random": ("#66727f", "--"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Point:
 
 
 def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[Point]:
-    """The three curves, each from thinking about nobody to everybody.
+    """The curves, each from thinking about nobody to everybody.
 
     Args:
         records: one a query; those whose reasoned path is unknown are left out.
@@ -55,12 +61,15 @@ def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[P
     known = [record for record in records if record.reasoned_hit is not None]
     if not known:
         return []
-    by_confidence = sorted(known, key=lambda record: record.confidence)
-    by_gain = sorted(known, key=lambda record: -_gain(record) / max(record.tokens, 1))
-    threshold, oracle = _sweep("threshold", by_confidence, steps), _sweep("oracle", by_gain, steps)
-    ends = threshold[0], threshold[-1]
+    keys: dict[str, Callable[[QueryRecord], float]] = {
+        "rl": lambda record: -record.margin,
+        "threshold": lambda record: record.confidence,
+        "oracle": lambda record: -_gain(record) / max(record.tokens, 1),
+    }
+    curves = {name: _sweep(name, sorted(known, key=key), steps) for name, key in keys.items()}
+    ends = curves["rl"][0], curves["rl"][-1]
     coin = [Point("random", end.think_rate, end.tokens_per_query, end.hit) for end in ends]
-    return threshold + oracle + coin
+    return [point for curve in curves.values() for point in curve] + coin
 
 
 def draw_curves(results: EvaluationResults) -> Figure | None:

@@ -3,10 +3,13 @@
 The schema of ``summary.json``::
 
     {"settings": {...},
-     "modes": {mode: {"hit@1": x, "think_rate": x, "tokens_per_query": x,
+     "modes": {mode: {"hit@1": x, "think_rate": x, "tokens_per_query": x, "queries_per_second": x, "above_random": x,
                       "by_task": {task: {"hit@1": x, "n": n, "candidates": m, ...}}}},
      "versions": {...},
      "seconds": x}
+
+``think_rate`` is the share of queries thought about (the invocation ratio); ``above_random`` the hit@1 above the line
+from ``never`` to ``always_reason`` at the same tokens a query, which a coin reaches; where both are there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from mmemb.evaluation.curves import draw_curves, write_curves
 from mmemb.evaluation.gallery import draw_gallery, write_gallery
 from mmemb.evaluation.runner import EvaluationResults, mode_scores
 
-_MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query")
+_MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query", "queries_per_second", "above_random")
 _PACKAGES = ("mmemb", "torch", "lightning", "transformers", "torchmetrics", "peft", "bitsandbytes", "triton", "pillow")
 _SCORES = ("hit@1", "hit@5", "mrr")
 CHANCE = "chance"
@@ -44,7 +47,7 @@ def summary(results: EvaluationResults, *, settings: Mapping[str, Any], seconds:
         settings: what makes the numbers comparable, JSON-ready.
         seconds: what the run took.
     """
-    modes = dict(results.modes)
+    modes = {mode: {**scores, **_above_random(scores, results.modes)} for mode, scores in results.modes.items()}
     sized = next((scores["by_task"] for scores in modes.values() if _has_chance(scores["by_task"])), None)
     if sized is not None:
         modes[CHANCE] = mode_scores({task: _chance(scores) for task, scores in sized.items()})
@@ -57,6 +60,19 @@ def summary(results: EvaluationResults, *, settings: Mapping[str, Any], seconds:
         "versions": versions(),
         "seconds": seconds,
     }
+
+
+def _above_random(scores: Mapping[str, Any], modes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """A mode's hit@1 above the line between never and always_reason at its tokens; empty where a number is missing."""
+    ends = [modes.get(name, {}) for name in ("never", "always_reason")]
+    if not all(key in each for each in (scores, *ends) for key in ("hit@1", "tokens_per_query")):
+        return {}
+    start, end = ends
+    span = end["tokens_per_query"] - start["tokens_per_query"]
+    if span <= 0:
+        return {}
+    share = (scores["tokens_per_query"] - start["tokens_per_query"]) / span
+    return {"above_random": scores["hit@1"] - start["hit@1"] - share * (end["hit@1"] - start["hit@1"])}
 
 
 def versions() -> dict[str, str]:
@@ -91,6 +107,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for score in _SCORES:
         header, rows = _grid(summary, score)
         lines += [f"## {score}", "", *_markdown_table(header, rows), ""]
+    for title, (key, show) in _BY_TASK.items():
+        lines += [f"## {title} by task", "", *_markdown_table(*_costs(summary, key, show)), ""]
     lines += [f"Seconds: {summary['seconds']:.0f}", ""]
     for title in ("settings", "versions"):
         listed = [[str(key), f"`{value}`"] for key, value in summary[title].items()]
@@ -156,7 +174,19 @@ def log_results(writer: Any, summary: Mapping[str, Any], results: EvaluationResu
         writer.add_figure("evaluation/quality_tokens", figure, step)
 
 
-_COSTS = {"think rate": "think_rate", "tokens a query": "tokens_per_query"}
+def _costs(
+    summary: Mapping[str, Any], key: str, show: Callable[[float | None], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one cost's table: a row a task, then the mean; modes that have it."""
+    modes = {
+        mode: scores["by_task"]
+        for mode, scores in summary["modes"].items()
+        if mode != CHANCE and all(key in each for each in scores["by_task"].values())
+    }
+    tasks = dict.fromkeys(task for by_task in modes.values() for task in by_task)
+    rows = [[task, *[show(by_task.get(task, {}).get(key)) for by_task in modes.values()]] for task in tasks]
+    rows.append(["mean", *[show(_mean(by_task, key)) for by_task in modes.values()]])
+    return ["task", *modes], rows
 
 
 def _grid(summary: Mapping[str, Any], score: str) -> tuple[list[str], list[list[str]]]:
@@ -173,8 +203,7 @@ def _grid(summary: Mapping[str, Any], score: str) -> tuple[list[str], list[list[
     rows.append(["mean", "", *[_percent(_mean(scores["by_task"], score)) for scores in modes.values()]])
     if score != "hit@1":
         return ["task", "n/M", *modes], rows
-    for title, key in _COSTS.items():
-        show = _percent if key == "think_rate" else _number
+    for title, (key, show) in _COSTS.items():
         rows.append([title, "", *["" if mode == CHANCE else show(scores.get(key)) for mode, scores in modes.items()]])
     return ["task", "n/M", *modes], rows
 
@@ -222,3 +251,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "think rate": ("think_rate", _percent),
+    "tokens a query": ("tokens_per_query", _number),
+    "queries a second": ("queries_per_second", _number),
+    "above random": ("above_random", _percent),
+}
+"""Rows below the table of hit@1."""
+_BY_TASK = {"Think rate": _COSTS["think rate"], "Tokens": _COSTS["tokens a query"]}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +67,7 @@ class QueryRecord:
         task: its task.
         pair: the query and its positive.
         confidence: of the direct path among the task's candidates.
+        margin: how much the model leans to thinking: difference of the decision logits, in nats.
         direct_rank: expected rank of the positive, direct path.
         direct_hit: expected hit@1, direct path.
         direct_top: the first three candidate ids, direct path.
@@ -90,6 +91,7 @@ class QueryRecord:
     utility: float | None = None
     rationale: str = ""
     tokens: int = 0
+    margin: float = float("nan")
 
 
 @dataclass
@@ -166,7 +168,7 @@ def evaluate(
 
 
 def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:
-    """Fits, in place, every controller that has something to fit, on the queries of all tasks together.
+    """Fits, in place, every controller that has something to fit, on the queries of all tasks; each task counts once.
 
     Args:
         encoder: the model.
@@ -177,12 +179,10 @@ def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controller
     if not fitted:
         return
     states = [_Run.of(encoder, task, {"everyone": None}).state for task in tasks]
-    whole = PrefillState(
-        decision_logits=torch.cat([state.decision_logits for state in states]),
-        direct=torch.cat([state.direct for state in states]),
-        confidence=torch.cat([state.confidence for state in states if state.confidence is not None]),
-        utility=torch.cat([state.utility for state in states if state.utility is not None]),
-    )
+    for state in states:
+        state.weight = torch.full((len(state.direct),), 1 / len(state.direct))  # every task counts once
+    joined = {each.name: torch.cat([getattr(state, each.name) for state in states]) for each in fields(PrefillState)}
+    whole = PrefillState(**joined)
     for controller in fitted:
         controller.calibrate(whole)
 
@@ -239,14 +239,18 @@ class _Run:
         paths = merge_paths(order, [part for rows, part in shares if rows], width=candidates.shape[1])
         direct = paths.state.direct
         temperature = encoder.confidence_temperature
-        known = paths.decision.think
+        known = bool(paths.decision.think.all())
         utility = _log_probability(paths.embedding, candidates, positive, temperature)
         utility = utility - _log_probability(direct, candidates, positive, temperature)
         state = PrefillState(
             decision_logits=paths.state.decision_logits,
             direct=direct,
             confidence=confidence_over(direct, candidates, temperature=temperature),
-            utility=utility if bool(known.all()) else None,
+            utility=utility if known else None,
+            hit_gain=_hits(paths.embedding, candidates, positive) - _hits(direct, candidates, positive)
+            if known
+            else None,
+            tokens=paths.tokens if known else None,
         )
         return cls(task, positive, candidates, paths, state)
 
@@ -325,6 +329,7 @@ def _records(run: _Run) -> list[QueryRecord]:
     reasoned = _placed(run, run.paths.embedding)
     utility = run.state.utility
     confidence = run.state.confidence
+    margin = run.state.margin
     records = []
     for row, pair in enumerate(run.task.queries):
         record = QueryRecord(
@@ -334,6 +339,7 @@ def _records(run: _Run) -> list[QueryRecord]:
             direct_rank=direct[row][0],
             direct_hit=direct[row][1],
             direct_top=direct[row][2],
+            margin=margin[row].item(),
         )
         if known[row]:
             record.reasoned_rank, record.reasoned_hit, record.reasoned_top = reasoned[row]
@@ -353,6 +359,12 @@ def _placed(run: _Run, embedding: Tensor) -> list[tuple[float, float, tuple[str,
         for rank, hit, columns in zip(ranks, hits, best, strict=True):
             placed.append((rank, hit, tuple(run.task.candidate_ids[column] for column in columns)))
     return placed
+
+
+def _hits(embedding: Tensor, candidates: Tensor, positive: Tensor) -> Tensor:
+    """Expected hit@1 [N] float64."""
+    parts = torch.arange(len(embedding)).split(_ROWS)
+    return torch.cat([expected_hit(cosine_scores(embedding[rows], candidates), positive[rows], 1) for rows in parts])
 
 
 def _log_probability(embedding: Tensor, candidates: Tensor, positive: Tensor, temperature: float) -> Tensor:

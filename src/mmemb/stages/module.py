@@ -359,6 +359,7 @@ class EmbeddingModule(L.LightningModule):
             "batch_size": self.datamodule.batch_size,
             "world_size": self.trainer.world_size,
             "budget": self.budget,
+            "calibration": {name: part.calibration for name, part in self.controllers.items() if part.calibration},
         }
 
     def predict_step(self, items: Sequence[Item], batch_idx: int) -> Tensor:
