@@ -205,6 +205,22 @@ class PairDataModule(L.LightningDataModule):
         """Ends the workers of the training loader."""
         self.teardown("fit")
 
+    def coming_pairs(self, batches: int) -> list[Pair]:
+        """The distinct training pairs of this rank's next batches in order; the control phase's are left out.
+
+        Args:
+            batches: how many batches to look ahead.
+        """
+        first, sampler, rows = self.batches_trained, self._sampler(), self.train_pairs
+        end = first + batches if self._control_collate is None else min(first + batches, self._control_start)
+        numbers = dict.fromkeys(number for index in range(first, end) for number in sampler.batch(index))
+        return [rows[number] for number in numbers]
+
+    def restart(self) -> None:
+        """Drops the training batches prepared ahead: what the collate function reads from has changed."""
+        if self._loader is not None:
+            self._loader.restart()
+
     # -- resume ------------------------------------------------------------------------------------------------------
 
     @property

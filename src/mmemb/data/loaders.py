@@ -171,6 +171,13 @@ class TrainLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
 
+    def restart(self) -> None:
+        """Begins anew at the next batch, in new workers: what these had prepared is out of date."""
+        if self._running is not None:
+            self._loader = None
+            self._window.start = self._position()
+            self._running = iter(self._open())
+
     def close(self) -> None:
         """Forgets the DataLoader and its iterator, which nothing else holds; workers end with them."""
         self._loader = self._running = None

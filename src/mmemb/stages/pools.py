@@ -9,7 +9,7 @@ from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.objective import Choose, Parts
-from mmemb.stages.select import build_pool, choose, evaluator_name
+from mmemb.stages.select import CandidateSource, build_pool, choose, evaluator_name
 from mmemb.types import Pair, Rationale
 
 
@@ -99,7 +99,7 @@ class PoolSettings:
         name = None if self.evaluator is None else evaluator_name(self.evaluator)
         return RationalePool.open(self.path, evaluator=name, keep_leaks=keep_leaks)
 
-    def choice(self, pool: RationalePool, selector: Selector) -> Choose:
+    def choice(self, pool: CandidateSource, selector: Selector) -> Choose:
         """What the objective asks for each pair of a batch."""
 
         def choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:

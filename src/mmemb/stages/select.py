@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -167,7 +167,14 @@ def build_pool(
     return pool
 
 
-def choose(pool: RationalePool, selector: Selector, pair_id: str, seed: int) -> Selected:
+class CandidateSource(Protocol):
+    """What a choice is made from: a pool, or a pool with what a run has added to it."""
+
+    def candidates(self, pair_id: str) -> Candidates:
+        """The candidates of a pair with their scores."""
+
+
+def choose(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -> Selected:
     """A pair's rationale for one epoch: ``(rationale or None, loss weight)``.
 
     Args:

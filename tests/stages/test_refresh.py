@@ -1,0 +1,200 @@
+"""Refresh: the coming batches see what the model has just proposed, and a resumed run the same as one in one go."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmemb.components.evaluators.retrieval import RetrievalEvaluator
+from mmemb.components.selectors.best_of import BestOf
+from mmemb.components.selectors.random import Random
+from mmemb.components.workers.model import ModelWorker
+from mmemb.data.pool import RationalePool
+from mmemb.interfaces import Evaluator
+from mmemb.stages.generate import generate
+from mmemb.stages.pools import PoolSettings
+from mmemb.stages.refresh import FOLDER, GrownPool, RefreshPool
+from mmemb.stages.select import choose, score
+from mmemb.types import Pair, Selection
+from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
+from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
+
+
+class Plain(Evaluator):
+    """Longer is better; cheap."""
+
+    def prepare_bank(self, pairs: object) -> None: ...
+
+    def score(self, pairs: Any, rationales: Any) -> list[float]:
+        return [-1.0 if text is None else -1.0 / (1 + len(text)) for text in rationales]
+
+    settings = {"of": "length"}
+
+
+def refresher(every: int = 2, **options: Any) -> RefreshPool:
+    worker = ModelWorker(max_new_tokens=4)
+    settings = {"worker": worker, "evaluator": Plain(), "candidates": 2, **options}
+    return RefreshPool(every, **settings)
+
+
+def run(folder: Path, callback: RefreshPool, *, steps: int, resume: Path | None = None, workers: int = 0) -> Any:
+    """A small run on the bundled pool; returns module and trainer."""
+    module = small_module(selector=Random(), pool=PoolSettings("bundled:pool"))
+    trainer = small_trainer(folder, max_steps=steps, callbacks=[callback])
+    trainer.fit(module, datamodule=small_data(num_workers=workers), ckpt_path=resume)
+    return module, trainer
+
+
+def texts(folder: Path) -> dict[str, list[str | None]]:
+    """What each refresh of a run proposed."""
+    found = {}
+    for path in sorted((folder / FOLDER).glob("step-*/rank-*")):
+        pool = RationalePool.open(path)
+        found[path.parent.name] = [each.text for pair in pool for each in pool.candidates(pair).rationales]
+    return found
+
+
+def test_the_pairs_of_the_coming_steps_get_candidates_of_the_model_in_training(tmp_path: Path) -> None:
+    callback = refresher(2, evaluator=RetrievalEvaluator(negatives=4))
+    module, _ = run(tmp_path, callback, steps=4)
+    assert callback.steps == [2]  # none at the end: nothing would be trained on it
+    pool = RationalePool.open(tmp_path / FOLDER / "step-000000002" / "rank-0")
+    data = small_data()
+    data.setup("fit")
+    sampler = data._sampler()
+    coming = {data.train_pairs[row].id for index in (2, 3) for row in sampler.batch(index)}
+    assert set(pool) == coming
+    assert pool.complete
+    models = {each.model for pair in pool for each in pool.candidates(pair).rationales}
+    assert models == {module.backbone.identity}
+    found = [pool.candidates(pair) for pair in pool]
+    assert all(math.isfinite(each) for candidates in found for each in candidates.scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_batch_sees_them_and_the_batches_before_do_not(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, int]] = []
+
+    class Newest(Random):
+        """The run's own candidate where there is one; marked by its weight."""
+
+        def select(self, candidates: Any, *, seed: int) -> Any:
+            own = [row for row, each in enumerate(candidates.rationales) if each.seed in range(2**63) and each.tokens]
+            of_run = [row for row in own if candidates.scores[row] > 0]
+            return Selection(of_run[0] if of_run else None)
+
+    class High(Plain):
+        """Scores so high that the run's own candidates are known by it."""
+
+        def score(self, pairs: Any, rationales: Any) -> list[float]:
+            return [0.0 if text is None else 100.0 for text in rationales]
+
+    module = small_module(selector=Newest(), pool=PoolSettings("bundled:pool"))
+    step = module.objective.step
+
+    def watched(parts: Any, batch: Any, engine: Any) -> Any:
+        reasoned = sum(len(chunk.reasoned_rows) for chunk in batch.chunks)
+        trained.append((module.global_step, reasoned))
+        return step(parts, batch, engine)
+
+    monkeypatch.setattr(module.objective, "step", watched)
+    trainer = small_trainer(tmp_path, max_steps=5, callbacks=[refresher(3, evaluator=High())])
+    trainer.fit(module, datamodule=small_data(num_workers=workers))
+    assert [number for number, _ in trained] == [0, 1, 2, 3, 4]
+    assert [reasoned > 0 for _, reasoned in trained] == [False, False, False, True, True]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_proposes_and_trains_as_one_in_one_go(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole", refresher(2), steps=6)
+    _, trainer = run(tmp_path / "first", refresher(2), steps=4)
+    trainer.save_checkpoint(tmp_path / "at4.ckpt")  # where a refresh was due, which the end left out
+    # What a process leaves that was killed after its last checkpoint.
+    shutil.copytree(tmp_path / "first" / FOLDER / "step-000000002", tmp_path / "first" / FOLDER / "step-000000004")
+    resumed, _ = run(tmp_path / "second", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
+    assert list(texts(tmp_path / "second")) == ["step-000000002", "step-000000004"]
+    assert texts(tmp_path / "second") == texts(tmp_path / "whole")
+    assert largest_difference(weights(whole), weights(resumed)) == 0.0
+
+    shutil.rmtree(tmp_path / "first" / FOLDER / "step-000000002")
+    with pytest.raises(FileNotFoundError, match="candidates that are gone"):
+        run(tmp_path / "third", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
+
+
+def test_the_share_of_self_made_candidates_is_logged(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="log")
+    module = small_module(selector=Random(), pool=PoolSettings("bundled:pool"))
+    trainer = small_trainer(tmp_path, max_steps=3, callbacks=[refresher(2)], logger=logger)
+    trainer.fit(module, datamodule=small_data())
+    with Path(logger.log_dir, "metrics.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = [each for each in csv.DictReader(file) if each.get("refresh/self_made")]
+    assert row["step"] == "2"
+    assert 0 < float(row["refresh/self_made"]) < 1
+    assert 0 < float(row["refresh/self_made_chosen"]) < 1
+    assert float(row["refresh/keep_rate"]) == 1.0
+    assert float(row["refresh/mean_gain"]) > 0
+    assert (Path(logger.log_dir) / FOLDER / "step-000000002").is_dir()
+
+
+def two_pools(folder: Path, *, is_scored: bool = True) -> tuple[list[Pair], RationalePool, RationalePool]:
+    pairs = make_pairs(12)
+    for name, label, evaluator in (("base", "a", ByNumber()), ("own", "b", ByNumber(shift=7.0))):
+        generate(pairs, [Numbered(label=label)], 3, pool=folder / name, seed=0, progress=False)
+        if is_scored or name == "own":
+            score(pairs, evaluator, folder / name, progress=False)
+    return pairs, RationalePool.open(folder / "base"), RationalePool.open(folder / "own")
+
+
+def test_a_grown_pool_keeps_every_gain_and_the_pools_own_candidates_first(tmp_path: Path) -> None:
+    pairs, base, own = two_pools(tmp_path)
+    grown = GrownPool(base, [own])
+    seen = 0
+    for pair in pairs:
+        there, new, both = base.candidates(pair.id), own.candidates(pair.id), grown.candidates(pair.id)
+        assert both.rationales == there.rationales + new.rationales
+        assert both.score_none == there.score_none
+        gains = [value - both.score_none for value in both.scores[len(there.scores) :]]
+        assert gains == pytest.approx([value - new.score_none for value in new.scores], abs=1e-5)
+        assert len(both.scores) == len(both.rationales)
+        assert grown.added(pair.id) == len(new.rationales)
+        seen += len(new.rationales)
+    assert seen > 5
+    for pair in pairs:
+        assert GrownPool(base, [base]).candidates(pair.id) == base.candidates(pair.id)  # nothing twice
+        assert GrownPool(base, []).candidates(pair.id) == base.candidates(pair.id)
+
+
+def test_a_pool_without_scores_grows_without_scores(tmp_path: Path) -> None:
+    pairs, base, own = two_pools(tmp_path, is_scored=False)
+    grown = GrownPool(base, [own])
+    many = next(pair.id for pair in pairs if grown.added(pair.id))
+    assert all(map(math.isnan, grown.candidates(many).scores))
+    assert choose(grown, Random(), many, 0).rationale is not None
+    with pytest.raises(ValueError, match="have not been scored"):
+        choose(grown, BestOf(), many, 0)
+
+
+@pytest.mark.parametrize("name", ["candidates", "most_pairs", "keep"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"refresh: {name} is 0, expected 1 or more"):
+        refresher(**{name: 0})
+    with pytest.raises(ValueError, match="refresh_every_n_steps is 0"):
+        refresher(0)
+
+
+def test_a_run_without_a_pool_has_nothing_to_refresh(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, callbacks=[refresher()])
+    with pytest.raises(ValueError, match="nothing to refresh; give model.pool and model.selector"):
+        trainer.fit(small_module(), datamodule=small_data())
+    assert torch.is_grad_enabled()
