@@ -1,95 +1,133 @@
-"""A whole optimiser step at a large batch: gradient cache against one plain backward pass, time and peak memory.
+"""A whole optimiser step of the bundled tiny model: gradient cache, plain backward, sentence-transformers' cached loss.
 
-    python -m benchmarks.gradcache [--smoke] [--device cpu] [--repeats 5] [--output FOLDER]
+    python -m benchmarks.gradcache                                       global batches 64 ... 8192 in chunks of 32
+    python -m benchmarks.gradcache --batches 256 --ways mmemb plain --budget 2000
 
-The encoder is a deep perceptron whose activations outweigh its embeddings, as a language model's do. The cache encodes
-all chunks but one twice: at least 4/3 of the plain step (a backward pass costs two forward passes), more where small
-chunks use the machine less well.
+Every way and batch is measured in a process of its own, which may take --budget MB: one that does not fit is a row, not
+a crash. Within the process the step takes turns with a floor: every row forward and backward once and one step of the
+optimiser, each chunk with a loss of its own. The cache encodes all chunks but one twice: 4/3 of the floor where a
+backward pass costs two forward passes. Prints and appends to `gradcache.jsonl`; columns: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import normalize
-
 from benchmarks import harness
-from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
+from benchmarks.peers import INSTALL
+from benchmarks.steps import WAYS, Task, measure
 
-PLAIN_LIMIT = {"cpu": 4096, "cuda": 65536}
-"""Largest batch that the plain step is asked to hold."""
-
-
-def encoder(width: int, depth: int) -> nn.Module:
-    """``depth`` layers of ``width`` with an embedding of 64."""
-    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1))]
-    return nn.Sequential(*layers, nn.Linear(width, 64))
-
-
-def steps(batch: int, chunk: int, width: int, depth: int, device: str) -> dict[str, Callable[[], None]]:
-    """The two ways to an optimiser step."""
-    torch.manual_seed(0)
-    net, loss = encoder(width, depth).to(device), InfoNCE().to(device)
-    optimizer = torch.optim.AdamW([*net.parameters(), *loss.parameters()], lr=1e-4)
-    query, target = torch.randn(2, batch, width, device=device)
-
-    def encode(x: Tensor) -> Tensor:
-        return normalize(net(x), dim=1)
-
-    def forward(rows: slice, final: bool) -> ChunkOutput:
-        return ChunkOutput({"query": encode(query[rows]), "target": encode(target[rows])})
-
-    def all_rows(embeddings: dict[str, Tensor]) -> CachedLoss:
-        result = loss.with_grads(embeddings["query"], embeddings["target"])
-        gradients = {"query": result.query_grad, "target": result.candidate_grad}
-        return CachedLoss(result.loss, gradients, loss.temperature_term(result))
-
-    def cached() -> None:
-        cached_step([slice(start, start + chunk) for start in range(0, batch, chunk)], forward, all_rows)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def plain() -> None:
-        loss(encode(query), encode(target)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return {"cached": cached} | ({"plain": plain} if batch <= PLAIN_LIMIT[device] else {})
+BATCHES = (64, 256, 1024, 4096, 8192)
+EMPTY: dict[str, Any] = dict.fromkeys(
+    ("seconds", "floor_seconds", "ratio_to_floor", "peak_mb", "error", "repeats", "note")
+)
+DISTRIBUTION = {"sentence-transformers": "sentence-transformers"}
+"""What a way needs installed, and whose version its rows show."""
 
 
-def measure(batch: int, chunk: int, *, width: int, depth: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row a way."""
-    ways = steps(batch, chunk, width, depth, device)
-    times = harness.paired(ways, repeats=repeats, device=device)
-    return [
-        {
-            "rival": name,
-            "batch": batch,
-            "chunk": chunk,
-            "width": width,
-            "depth": depth,
-            "seconds": statistics.median(times[name]),
-            "ratio_to_plain": harness.median_ratio(times[name], times["plain"]) if "plain" in times else None,
-            "peak_mb": harness.peak_megabytes(step, device=device),
-        }
-        for name, step in ways.items()
-    ]
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = harness.parser(str(__doc__))
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help=f"pairs of a step (default: {BATCHES})")
+    parser.add_argument("--chunk", type=int, default=32, help="pairs of one backward pass (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument(
+        "--budget", type=float, default=4000.0, metavar="MB", help="memory a step may take (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="time for a row's repetitions (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=float, default=300.0, help="longest process in seconds (default: %(default)g)")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.chunk, options.batches = 4, options.batches or [8]
+    options.batches = options.batches or list(BATCHES)
+    wrong = [batch for batch in options.batches if batch < 1 or batch % options.chunk]
+    if options.chunk < 1 or wrong:
+        parser.error(f"--batches {wrong} with --chunk {options.chunk}: a batch is a positive multiple of the chunk")
+    return options
+
+
+def in_a_process(task: Task, *, limit: float) -> dict[str, Any]:
+    """`measure` in a process of its own; a note instead where that ends early.
+
+    Raises:
+        RuntimeError: our own way failed otherwise than by memory or time.
+    """
+    command = [sys.executable, "-m", "benchmarks.steps", json.dumps(dataclasses.asdict(task))]
+    return outcome(command, limit=limit, must_work=task.way == "mmemb")
+
+
+def outcome(command: Sequence[str], *, limit: float, must_work: bool) -> dict[str, Any]:
+    """The JSON object that a command prints last, or a note that says how it ended."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"note": f"took more than {limit:g} s (--limit)"}
+    if done.returncode < 0:
+        return {"note": f"ended by {signal.Signals(-done.returncode).name}, as a process out of memory is"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
+        if must_work:
+            raise RuntimeError(f"{command[:3]} failed:\n{done.stderr[-4000:]}")
+        return {"note": last[:160]}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def row(way: str, batch: int, chunk: int, found: dict[str, Any]) -> dict[str, Any]:
+    """One row of the results."""
+    version = harness.version(DISTRIBUTION.get(way, "torch"))
+    return {"rival": way, "version": version, "batch": batch, "chunk": chunk, **EMPTY, **found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and appends to ``gradcache.jsonl``."""
-    options = harness.arguments(str(__doc__), argv)
-    batches, width, depth = ([16], 16, 2) if options.smoke else ([64, 256, 1024, 4096, 8192], 256, 8)
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        chunk = 4 if options.smoke else 32
-        rows += measure(batch, chunk, width=width, depth=depth, repeats=options.repeats, device=options.device)
-    path = harness.append(rows, output=options.output, name="gradcache", smoke=options.smoke, device=options.device)
-    print(harness.table(rows), f"appended to {path}", sep="\n")
+    """Measures; after each batch its rows are printed and appended to ``gradcache.jsonl``."""
+    options = parse(argv)
+    # A smoke run stays in this process: three more would load torch three times.
+    run: Callable[[Task], dict[str, Any]] = (
+        measure if options.smoke else lambda task: in_a_process(task, limit=options.limit)
+    )
+    ended: dict[str, str] = {}
+    progress, advance = harness.bar("gradcache", len(options.batches) * len(options.ways))
+    with progress:
+        for batch in sorted(options.batches):
+            rows = []
+            for way in options.ways:
+                if harness.version(DISTRIBUTION.get(way, "torch")) is None:
+                    found: dict[str, Any] = {"note": INSTALL}
+                elif way in ended:
+                    found = {"note": f"not tried: {ended[way]}"}
+                else:
+                    found = run(
+                        Task(
+                            way=way,
+                            batch=batch,
+                            chunk=options.chunk,
+                            device=options.device,
+                            repeats=options.repeats,
+                            seconds=0.0 if options.smoke else options.seconds,
+                            budget_mb=None if options.smoke else options.budget,
+                        )
+                    )
+                    if found.get("note"):
+                        ended[way] = f"{batch} pairs: {found['note']}"
+                rows.append(row(way, batch, options.chunk, found))
+                advance(f"batch {batch}, {way}")
+            path = harness.append(
+                rows, output=options.output, name="gradcache", smoke=options.smoke, device=options.device
+            )
+            columns = [name for name in rows[0] if name != "version"]
+            print("", harness.table(rows, columns=columns), sep="\n", flush=True)
+    print(f"appended to {path}")
 
 
 if __name__ == "__main__":

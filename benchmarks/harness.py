@@ -77,10 +77,13 @@ def timed(function: Callable[[], object], *, device: str) -> float:
     return before.elapsed_time(after) / 1000
 
 
-def paired(functions: Mapping[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every function in each repetition, after one call of each to warm up."""
-    for function in functions.values():
-        function()
+def paired(
+    functions: Mapping[str, Callable[[], object]], *, repeats: int, device: str, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every function in each repetition, by default after one call of each to warm up."""
+    if warm_up:
+        for function in functions.values():
+            function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -107,6 +110,7 @@ def peak_megabytes(function: Callable[[], object], *, device: str) -> float:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report every start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         function()
     assert trace.profiler is not None

@@ -1,32 +1,72 @@
-"""InfoNCE loss and both gradients against naive torch and the bare matrix products, in the same repetition.
+"""InfoNCE loss and both gradients, N queries against N candidates of width D, against the bare matrix products.
 
-    python -m benchmarks.infonce [--smoke] [--device cpu] [--repeats 5] [--output FOLDER]
+    python -m benchmarks.infonce                            the official run of this device
+    python -m benchmarks.infonce --full                     every N in 2k ... 64k and every D in 256, 1024, 2048
+    python -m benchmarks.infonce --cases 8192x256 --dtypes float32 --rivals mmemb naive
 
-The floor is three matrix products of N x M x D: S, dQ and dK, by stripes into buffers that exist already. The symmetric
-loss needs a fourth and is measured against the same floor.
+Each rival takes turns with the floor: the three matrix products S, dQ and dK (the symmetric loss needs a fourth and is
+measured against the same floor), in stripes, into buffers that exist already. Prints and appends to `infonce.jsonl` one
+row a rival and case, and draws `infonce.png`. What the columns mean: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import harness
-from mmemb.kernels import infonce_with_grads, reference
-from mmemb.kernels._infonce_tiled import ROWS
+from benchmarks import harness, peers
+from benchmarks.peers import RIVALS, Rival
+from benchmarks.plot import draw
 
-TEMPERATURE = 0.05
+FLOOR_ROWS = {"cpu": 2048, "cuda": 4096}
+"""Rows of a stripe of the floor; on two cores 2048 was the fastest of 256 ... 8192 at 8192 x 256."""
+
+CHECKED = 1024
+"""Most rows on which a rival's error is measured: the float64 reference keeps whole matrices."""
+
+SIZES, WIDTHS = (2048, 4096, 8192, 16384, 32768, 65536), (256, 1024, 2048)
+CASES = {"cpu": "2048x256 8192x256 8192x1024 16384x256", "cuda": "2048x256 8192x256 8192x1024 32768x1024 65536x2048"}
+SMOKE = "64x16"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = ("rival", "seconds", "ratio_to_floor", "tflops", "extra_mb", "error", "repeats", "note")
 
 
-def floor(query: Tensor, candidate: Tensor) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Case:
+    """N queries and candidates of width D, one dtype, one or both directions."""
+
+    n: int
+    width: int
+    dtype: str
+    symmetric: bool
+
+    def __str__(self) -> str:
+        return f"{self.n} x {self.width} {self.dtype} {'symmetric' if self.symmetric else 'one direction'}"
+
+    @property
+    def work(self) -> int:
+        """What time grows with."""
+        return self.n * self.n * self.width
+
+    def embeddings(self, device: str, *, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """Seeded unit rows [N, D]."""
+        made = torch.Generator().manual_seed(0)
+        shape = (2, rows or self.n, self.width)
+        query, candidate = normalize(torch.randn(shape, generator=made), dim=2).to(device, DTYPES[self.dtype])
+        return query, candidate
+
+
+def floor(query: Tensor, candidate: Tensor, *, rows: int) -> Callable[[], None]:
     """The three products alone."""
-    rows = min(ROWS, len(query))
+    rows = min(rows, len(query))
     logits = query.new_empty(rows, len(candidate))
     query_grad, candidate_grad = torch.empty_like(query), torch.zeros_like(candidate)
 
@@ -40,54 +80,165 @@ def floor(query: Tensor, candidate: Tensor) -> Callable[[], None]:
     return run
 
 
-def naive(query: Tensor, candidate: Tensor, *, symmetric: bool) -> tuple[Tensor, ...]:
-    """Full matrix and autograd."""
-    leaves = [x.detach().requires_grad_() for x in (query, candidate)]
-    loss = reference.infonce(leaves[0], leaves[1], temperature=TEMPERATURE, symmetric=symmetric)
-    return torch.autograd.grad(loss, leaves)
+class Course:
+    """Measures case after case; what was seen of a rival tells which later cases would take it too long.
 
+    Args:
+        device: ``cpu`` or ``cuda``.
+        repeats: most repetitions of a case.
+        seconds: time for the repetitions of one rival in one case; at least two are made.
+        limit: a call that would take more seconds is not made.
+    """
 
-def measure(
-    n: int, width: int, dtype: torch.dtype, *, symmetric: bool, repeats: int, device: str
-) -> list[dict[str, Any]]:
-    """One row a rival."""
-    torch.manual_seed(0)
-    query, candidate = (normalize(torch.randn(n, width, device=device), dim=1).to(dtype) for _ in range(2))
-    rivals: dict[str, Callable[[], object]] = {
-        "mmemb": lambda: infonce_with_grads(query, candidate, temperature=TEMPERATURE, symmetric=symmetric),
-        "naive": lambda: naive(query, candidate, symmetric=symmetric),
-    }
-    times = harness.paired({"floor": floor(query, candidate), **rivals}, repeats=repeats, device=device)
-    return [
-        {
-            "rival": name,
-            "n": n,
-            "width": width,
-            "dtype": str(dtype).removeprefix("torch."),
-            "symmetric": symmetric,
-            "seconds": statistics.median(times[name]),
-            "ratio_to_floor": harness.median_ratio(times[name], times["floor"]),
-            "tflops": (8 if symmetric else 6) * n * n * width / statistics.median(times[name]) / 1e12,
-            "peak_mb": harness.peak_megabytes(function, device=device),
+    def __init__(self, *, device: str, repeats: int, seconds: float, limit: float) -> None:
+        self.device, self.repeats, self.seconds, self.limit = device, repeats, seconds, limit
+        self._seen: dict[tuple[str, str, bool], float] = {}
+
+    def measure(self, rival: Rival, case: Case) -> dict[str, Any]:
+        """One row; of what was not measured it says why."""
+        row = empty_row(rival, case)
+        if reason := self._refusal(rival, case):
+            return {**row, "note": reason}
+        try:
+            return {**row, **self._measured(rival, case)}
+        except Exception as failure:
+            # Another project's limits are a finding; our own are a fault.
+            if rival.name == "mmemb":
+                raise
+            message = (str(failure).splitlines() or [""])[0][:160]
+            return {**row, "note": f"{type(failure).__name__}: {message}"}
+
+    def _refusal(self, rival: Rival, case: Case) -> str | None:
+        if not rival.installed:
+            return peers.INSTALL
+        if case.symmetric and not rival.both:
+            return "one direction only"
+        megabytes = rival.matrices * case.n**2 * DTYPES[case.dtype].itemsize / 1e6
+        free = harness.available_megabytes(self.device)
+        if megabytes > free:
+            return f"needs more than {megabytes:.0f} MB, {free:.0f} MB are free"
+        pace = self._seen.get((rival.name, case.dtype, case.symmetric))
+        if pace is not None and pace * case.work > self.limit:
+            return f"would take about {pace * case.work:.0f} s a call (--limit {self.limit:g})"
+        return None
+
+    def _measured(self, rival: Rival, case: Case) -> dict[str, Any]:
+        few = case.embeddings(self.device, rows=min(case.n, CHECKED))
+        error = peers.error(rival, *few, symmetric=case.symmetric)
+        query, candidate = case.embeddings(self.device)
+        call = rival.make(query, candidate, case.symmetric)
+        gradients = (query.nbytes + candidate.nbytes) / 1e6
+        # The first call at this size warms up and shows the memory; the second shows the pace.
+        extra = harness.peak_megabytes(call, device=self.device) - gradients
+        products = floor(query, candidate, rows=FLOOR_ROWS[self.device])
+        first = {name: harness.timed(run, device=self.device) for name, run in (("floor", products), ("rival", call))}
+        busy = {name: harness.busy_seconds(value, device=self.device) for name, value in first.items()}
+        self._seen[rival.name, case.dtype, case.symmetric] = busy["rival"] / case.work
+        repeats = max(2, min(self.repeats, int(self.seconds / sum(busy.values()))))
+        times = harness.paired({"floor": products, "rival": call}, repeats=repeats, device=self.device, warm_up=False)
+        seconds = statistics.median(times["rival"])
+        products_needed = 4 if case.symmetric else 3
+        operations = 2 * products_needed * case.work
+        return {
+            "version": harness.version(rival.distribution or "torch"),
+            "seconds": seconds,
+            "floor_seconds": statistics.median(times["floor"]),
+            "ratio_to_floor": harness.median_ratio(times["rival"], times["floor"]),
+            "tflops": operations / harness.busy_seconds(seconds, device=self.device) / 1e12,
+            "extra_mb": extra,
+            "error": error,
+            "repeats": repeats,
         }
-        for name, function in rivals.items()
-    ]
+
+
+def empty_row(rival: Rival, case: Case) -> dict[str, Any]:
+    """The row of a case before anything is measured."""
+    return {
+        "rival": rival.name,
+        "version": None,
+        "n": case.n,
+        "width": case.width,
+        "dtype": case.dtype,
+        "symmetric": case.symmetric,
+        "seconds": None,
+        "floor_seconds": None,
+        "ratio_to_floor": None,
+        "tflops": None,
+        "extra_mb": None,
+        "error": None,
+        "repeats": None,
+        "note": None,
+    }
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """What the options ask for, smaller sizes first."""
+    sizes = list(itertools.product(SIZES, WIDTHS)) if options.full else options.cases
+    if sizes is None:
+        sizes = [size(text) for text in (SMOKE if options.smoke else CASES[options.device]).split()]
+    ways = [way == "symmetric" for way in options.directions]
+    sizes = sorted(sizes, key=lambda pair: pair[0] ** 2 * pair[1])
+    return [Case(n, width, dtype, both) for (n, width), dtype, both in itertools.product(sizes, options.dtypes, ways)]
+
+
+def size(text: str) -> tuple[int, int]:
+    """``8192x256`` as (8192, 256), for argparse."""
+    n, _, width = text.partition("x")
+    if not (n.isdecimal() and width.isdecimal() and int(n) > 1 and int(width) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} given; a case is NxD, such as 8192x256")
+    return int(n), int(width)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = harness.parser(str(__doc__))
+    names = [rival.name for rival in RIVALS]
+    parser.add_argument("--cases", type=size, nargs="+", metavar="NxD", help=f"sizes (default: {CASES})")
+    parser.add_argument(
+        "--full", action="store_true", help=f"every N in {SIZES} with every D in {WIDTHS}; hours on CPU"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: both")
+    ways = ["one", "symmetric"]
+    parser.add_argument("--directions", nargs="+", choices=ways, default=ways, help="default: both")
+    parser.add_argument("--rivals", nargs="+", choices=names, default=names, help="default: all that suit the device")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="for the repetitions of a row (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=float, help="longest call in seconds (default: 15; with --full 60)")
+    options = parser.parse_args(argv)
+    if options.full and options.cases:
+        parser.error("--full and --cases: give one of them")
+    options.limit = options.limit or (60.0 if options.full else 15.0)
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and appends to ``infonce.jsonl``."""
-    options = harness.arguments(str(__doc__), argv)
-    if options.smoke:
-        sizes, widths = [64], [16]
-    elif options.device == "cpu":
-        sizes, widths = [2048, 8192], [256, 1024]
-    else:
-        sizes, widths = [2048, 8192, 32768], [256, 1024, 2048]
+    """Measures; after each case its rows are printed and appended to ``infonce.jsonl``; draws ``infonce.png``."""
+    options = parse(argv)
+    rivals = [rival for rival in RIVALS if rival.name in options.rivals and (options.device != "cpu" or not rival.cuda)]
+    wanted = cases(options)
+    course = Course(
+        device=options.device,
+        repeats=options.repeats,
+        seconds=0.0 if options.smoke else options.seconds,
+        limit=options.limit,
+    )
     rows: list[dict[str, Any]] = []
-    for n, width, dtype, both in itertools.product(sizes, widths, [torch.float32, torch.bfloat16], [False, True]):
-        rows += measure(n, width, dtype, symmetric=both, repeats=options.repeats, device=options.device)
-    path = harness.append(rows, output=options.output, name="infonce", smoke=options.smoke, device=options.device)
-    print(harness.table(rows), f"appended to {path}", sep="\n")
+    progress, advance = harness.bar("infonce", len(wanted) * len(rivals))
+    with progress:
+        for case in wanted:
+            found = []
+            for rival in rivals:
+                found.append(course.measure(rival, case))
+                advance(f"{case}, {rival.name}")
+            rows += found
+            path = harness.append(
+                found, output=options.output, name="infonce", smoke=options.smoke, device=options.device
+            )
+            print(f"\n{case}", harness.table(found, columns=COLUMNS), sep="\n", flush=True)
+    picture = path.with_suffix(".png")
+    draw(rows, picture, title=harness.environment(options.device))
+    print(f"appended to {path}", f"drawn to {picture}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""The ways to an optimiser step of the bundled tiny model, and the measurement of one of them.
+
+Run by `benchmarks.gradcache` in a process of its own, so that running out of memory ends that process alone:
+
+    python -m benchmarks.steps '{"way": "mmemb", "batch": 64, ...}'      the fields of `Task`; prints JSON
+
+Legend: N pairs of the batch, C pairs of a chunk, D embedding width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.peers import TEMPERATURE, full_matrix
+from mmemb.components.backbones.tiny import TinyBackbone
+from mmemb.components.poolers.embed_token import EmbedToken
+from mmemb.data.records import Source, read_pairs
+from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
+from mmemb.types import ModelInputs
+
+WAYS = ("mmemb", "plain", "sentence-transformers")
+DISTINCT = 256
+"""Different pairs at most; a larger batch repeats them, which costs a step the same."""
+STATUS = Path("/proc/self/status")
+"""Where Linux says what a process holds."""
+CHECKED = 2
+"""Chunks of the batch on which a way's gradients are compared with the plain step's."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures.
+
+    Attributes:
+        way: one of `WAYS`.
+        batch: pairs of a step, a multiple of ``chunk``.
+        chunk: pairs of one backward pass (of the plain step: all).
+        device: ``cpu`` or ``cuda``.
+        repeats: most repetitions.
+        seconds: time for the repetitions; at least one is made.
+        budget_mb: memory in 10^6 bytes that the step may take beyond what the process holds before it; None: no bound.
+    """
+
+    way: str
+    batch: int
+    chunk: int
+    device: str
+    repeats: int
+    seconds: float
+    budget_mb: float | None
+
+
+class Bench:
+    """The model with random weights, its optimiser, and prepared batches of the bundled training pairs."""
+
+    def __init__(self, task: Task) -> None:
+        torch.manual_seed(0)
+        self.chunk, self.device = task.chunk, task.device
+        self.backbone = TinyBackbone(weights="random").to(task.device)
+        self.pooler = EmbedToken()
+        self.pooler.build(self.backbone.hidden_size)
+        self.loss = InfoNCE(temperature=TEMPERATURE, learnable=False).to(task.device)
+        self.parameters = [*self.backbone.parameters(), *self.pooler.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        pairs = read_pairs(Source(path="bundled:train"))
+        count = max(task.chunk, min(task.batch, DISTINCT))
+        self.pairs = [pairs[row] for row in random.Random(0).sample(range(len(pairs)), count)]
+        starts = range(0, count - count % task.chunk, task.chunk)
+        self._queries = [self._prepare("query", start, task.chunk) for start in starts]
+        self._targets = [self._prepare("positive", start, task.chunk) for start in starts]
+
+    def encode(self, inputs: ModelInputs) -> Tensor:
+        """Embeddings [rows, D]."""
+        hidden = self.backbone(inputs)
+        return self.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
+
+    def query(self, number: int) -> Tensor:
+        """Query embeddings [C, D] of a chunk."""
+        return self.encode(self._queries[number % len(self._queries)])
+
+    def target(self, number: int) -> Tensor:
+        """Target embeddings [C, D] of a chunk."""
+        return self.encode(self._targets[number % len(self._targets)])
+
+    def backward(self, way: str, batch: int) -> Callable[[], None]:
+        """A way to the parameters' gradients of the loss over ``batch`` pairs; the inputs are prepared beforehand."""
+        chunks = range(batch // self.chunk)
+        if way == "floor":
+            return lambda: self._floor(chunks)
+        if way == "mmemb":
+            return lambda: self._cached(chunks)
+        if way == "plain":
+            query, target = self._prepare("query", 0, batch), self._prepare("positive", 0, batch)
+            return lambda: full_matrix(self.encode(query), self.encode(target)).backward()
+        return self._cached_multiple_negatives(batch)
+
+    def step(self, way: str, batch: int) -> Callable[[], None]:
+        """The same with the optimiser's step."""
+        backward = self.backward(way, batch)
+
+        def run() -> None:
+            backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return run
+
+    def gradient(self, way: str, batch: int) -> Tensor:
+        """All parameters' gradients in a row."""
+        self.optimizer.zero_grad()
+        self.backward(way, batch)()
+        found = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in self.parameters]
+        self.optimizer.zero_grad()
+        return torch.cat([x.flatten() for x in found])
+
+    def _prepare(self, side: str, start: int, count: int) -> ModelInputs:
+        rows = [self.pairs[row % len(self.pairs)] for row in range(start, start + count)]
+        return self.backbone.prepare([getattr(pair, side) for pair in rows]).to(self.device)
+
+    def _floor(self, chunks: range) -> None:
+        """Every chunk forward and backward once, with a loss of its own: no way that sees all pairs does less."""
+        for number in chunks:
+            full_matrix(self.query(number), self.target(number)).backward()
+
+    def _cached(self, chunks: range) -> None:
+        def forward(number: int, final: bool) -> ChunkOutput:
+            return ChunkOutput({"query": self.query(number), "target": self.target(number)})
+
+        def all_rows(embeddings: dict[str, Tensor]) -> CachedLoss:
+            result = self.loss.with_grads(embeddings["query"], embeddings["target"])
+            return CachedLoss(result.loss, {"query": result.query_grad, "target": result.candidate_grad})
+
+        cached_step(chunks, forward, all_rows)
+
+    def _cached_multiple_negatives(self, batch: int) -> Callable[[], None]:
+        """sentence-transformers' loss around the same model: its cache, its loss, its second pass.
+
+        Its mini-batches are cut out of a column of row numbers, by which the model finds its prepared chunk.
+        """
+        losses: Any = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+        loss = losses.CachedMultipleNegativesRankingLoss(
+            _ByRowNumber(self, batch), scale=1 / TEMPERATURE, mini_batch_size=self.chunk
+        )
+        rows = torch.arange(2 * batch, device=self.device)[:, None]
+        return lambda: loss([{"input_ids": rows[:batch]}, {"input_ids": rows[batch:]}], None).backward()
+
+
+class _ByRowNumber(nn.Sequential):
+    """What sentence-transformers takes for a model: rows 0 ... N - 1 are queries, N ... 2 N - 1 their targets."""
+
+    def __init__(self, bench: Bench, batch: int) -> None:
+        super().__init__(nn.Identity())
+        self._embed = lambda row: (bench.query if row < batch else bench.target)(row % batch // bench.chunk)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings of one mini-batch of row numbers [C, 1]."""
+        return {"sentence_embedding": self._embed(int(features["input_ids"][0, 0]))}
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Error, peak memory and times of a way; a note instead where it runs out of memory."""
+    bench = Bench(task)
+    few = min(task.batch, CHECKED * task.chunk)
+    plain, found = bench.gradient("plain", few), bench.gradient(task.way, few)
+    step, floor = bench.step(task.way, task.batch), bench.step("floor", task.batch)
+    bench.step("floor", few)()  # the optimiser's state is there before memory is looked at
+    try:
+        peak, first = _bounded(step, task)
+    except (RuntimeError, MemoryError) as failure:  # torch.OutOfMemoryError is a RuntimeError
+        if "memory" not in str(failure).lower() and not isinstance(failure, MemoryError):
+            raise
+        return {"note": f"does not fit in {task.budget_mb:.0f} MB" if task.budget_mb else "out of memory"}
+    repeats = max(1, min(task.repeats, int(task.seconds / (2 * harness.busy_seconds(first, device=task.device)))))
+    times = harness.paired({"floor": floor, "way": step}, repeats=repeats, device=task.device, warm_up=False)
+    return {
+        "seconds": statistics.median(times["way"]),
+        "floor_seconds": statistics.median(times["floor"]),
+        "ratio_to_floor": harness.median_ratio(times["way"], times["floor"]),
+        "peak_mb": peak,
+        "error": float((found - plain).norm() / plain.norm()),
+        "repeats": repeats,
+    }
+
+
+def _bounded(step: Callable[[], None], task: Task) -> tuple[float, float]:
+    """Peak memory of a step beyond what there was, in 10^6 bytes, and its seconds, within the budget.
+
+    On a CPU it is the process's resident memory (of tensors alone where the system does not tell); on a GPU that of its
+    tensors.
+    """
+    if task.device == "cpu" and STATUS.exists():
+        return _bounded_resident(step, task.budget_mb)
+    if task.device != "cpu" and task.budget_mb is not None:
+        allowed = torch.cuda.memory_reserved() + task.budget_mb * 1e6
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / torch.cuda.mem_get_info()[1]))
+    seconds: list[float] = []
+    peak = harness.peak_megabytes(lambda: seconds.append(harness.timed(step, device=task.device)), device=task.device)
+    return peak, seconds[0]
+
+
+def _bounded_resident(step: Callable[[], None], budget_mb: float | None) -> tuple[float, float]:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # memory that was freed goes back to the system, lest the step find it lying about
+        trim(0)
+    before = _status("VmRSS")
+    if budget_mb is not None:
+        import resource
+
+        limit = int((_status("VmData") + budget_mb) * 1e6)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    STATUS.with_name("clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+    seconds = harness.timed(step, device="cpu")
+    return _status("VmHWM") - before, seconds
+
+
+def _status(name: str) -> float:
+    """A line of the process's status in 10^6 bytes."""
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1.024e-3
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Task(**json.loads(sys.argv[1])))))

@@ -1,0 +1,147 @@
+"""The loss benchmark: every rival computes the same loss, and what cannot be measured is a row that says why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import infonce, peers
+from benchmarks.infonce import Case, Course
+
+HERE = [rival for rival in peers.RIVALS if rival.module is None and not rival.cuda]
+SENTENCE_TRANSFORMERS = [rival for rival in peers.RIVALS if rival.module == "sentence_transformers"]
+MMEMB, NAIVE = peers.RIVALS[0], peers.RIVALS[1]
+
+
+def course(**changes: float) -> Course:
+    return Course(**{"device": "cpu", "repeats": 2, "seconds": 0.0, "limit": 60.0} | changes)  # type: ignore[arg-type]
+
+
+def answers_the_same(rival: peers.Rival) -> None:
+    """Odd sizes; mini-batches of 32 leave a remainder."""
+    for symmetric in (False, True) if rival.both else (False,):
+        query, candidate = Case(70, 9, "float32", symmetric).embeddings("cpu")
+        # Not of unit length, so that a rival that normalises is told from one that does not.
+        assert peers.error(rival, query * 1.5, candidate, symmetric=symmetric) < 1e-5
+
+
+@pytest.mark.parametrize("rival", HERE, ids=lambda rival: rival.name)
+def test_rivals_compute_the_same_loss_and_gradients(rival: peers.Rival) -> None:
+    answers_the_same(rival)
+
+
+def test_sentence_transformers_computes_the_same_loss_and_gradients() -> None:
+    pytest.importorskip("sentence_transformers")
+    for rival in SENTENCE_TRANSFORMERS:
+        answers_the_same(rival)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rival", [rival for rival in peers.RIVALS if rival.cuda], ids=lambda rival: rival.name)
+def test_gpu_rivals_compute_the_same_loss_and_gradients(rival: peers.Rival) -> None:
+    if not rival.installed:
+        pytest.skip(peers.INSTALL)
+    for symmetric in (False, True):
+        query, candidate = Case(512, 256, "bfloat16", symmetric).embeddings("cuda")
+        assert peers.error(rival, query, candidate, symmetric=symmetric) < 3e-2
+
+
+def test_error_sees_a_wrong_gradient() -> None:
+    def make(query: Tensor, candidate: Tensor, symmetric: bool) -> peers.Call:
+        answer = NAIVE.make(query, candidate, symmetric)()
+        return lambda: answer._replace(candidate=[answer.candidate[0] * 1.01])
+
+    query, candidate = Case(20, 4, "float32", False).embeddings("cpu")
+    assert peers.error(replace(NAIVE, make=make), query, candidate, symmetric=False) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_smoke_run_appends_a_row_a_rival_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [rival.name for rival in HERE]
+    argv = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--rivals", *names]
+    infonce.main(argv)
+    path = tmp_path / "infonce_smoke.jsonl"
+    once = path.read_text(encoding="utf-8").splitlines()
+    infonce.main([*argv, "--dtypes", "float32", "--directions", "one"])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(once) == len(names) * 4
+    assert len(rows) == len(once) + len(names)
+    assert {row["rival"] for row in rows} == set(names)
+    for row in rows:
+        if row["symmetric"] and row["rival"] == "gradcache-loss":
+            assert row["note"] == "one direction only"
+            assert row["seconds"] is None
+            continue
+        assert row["note"] is None
+        assert row["ratio_to_floor"] > 0
+        assert row["tflops"] > 0
+        assert row["extra_mb"] > 0
+        assert row["error"] < (1e-5 if row["dtype"] == "float32" else 2e-2)
+        assert row["torch"] == torch.__version__
+        assert row["device"]
+        assert row["commit"]
+    with Image.open(tmp_path / "infonce_smoke.png") as picture:
+        assert picture.format == "PNG"
+    printed = capsys.readouterr().out
+    assert "ratio_to_floor" in printed
+    assert f"appended to {path}" in printed
+
+
+def test_memory_is_counted_beyond_the_gradients() -> None:
+    case = Case(512, 8, "float32", False)
+    naive = course().measure(NAIVE, case)
+    # Logits, their log-softmax and gradient: at least two of the 512 x 512 matrices at once.
+    assert 2 * 512**2 * 4e-6 < naive["extra_mb"] < 6 * 512**2 * 4e-6
+
+
+def test_a_missing_peer_is_a_row() -> None:
+    missing = replace(NAIVE, name="missing", module="no_such_module", distribution="no-such-distribution")
+    row = course().measure(missing, Case(8, 4, "float32", False))
+    assert row["note"] == "not installed (pip install -e .[bench])"
+    assert row["seconds"] is None
+
+
+def test_a_failing_peer_is_a_row_and_our_own_failure_is_not() -> None:
+    def fails(query: Tensor, candidate: Tensor, symmetric: bool) -> peers.Call:
+        raise TypeError("bfloat16 only\nand more")
+
+    case = Case(8, 4, "float32", False)
+    assert course().measure(replace(NAIVE, make=fails), case)["note"] == "TypeError: bfloat16 only"
+    with pytest.raises(TypeError):
+        course().measure(replace(MMEMB, make=fails), case)
+
+
+def test_what_would_not_fit_or_takes_too_long_is_not_tried() -> None:
+    huge = Case(10_000_000, 1, "float32", False)
+    assert "MB are free" in course().measure(NAIVE, huge)["note"]
+    slow = course(limit=1e-6)
+    assert slow.measure(MMEMB, Case(64, 16, "float32", False))["seconds"] > 0
+    assert "--limit 1e-06" in slow.measure(MMEMB, Case(128, 16, "float32", False))["note"]
+    # Nothing is known yet of the other dtype.
+    assert slow.measure(MMEMB, Case(64, 16, "bfloat16", False))["seconds"] > 0
+
+
+def test_the_floor_is_the_three_products() -> None:
+    query, candidate = Case(10, 3, "float32", False).embeddings("cpu")
+    run = infonce.floor(query, candidate, rows=4)
+    run()
+    cells = dict(zip(run.__code__.co_freevars, (cell.cell_contents for cell in run.__closure__), strict=True))
+    logits = query @ candidate.T
+    torch.testing.assert_close(cells["query_grad"], logits @ candidate)
+    torch.testing.assert_close(cells["candidate_grad"], logits.T @ query)
+
+
+def test_options_name_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    options = infonce.parse(["--cases", "64x32", "16x8", "--dtypes", "float32", "--directions", "one"])
+    assert infonce.cases(options) == [Case(16, 8, "float32", False), Case(64, 32, "float32", False)]
+    full = infonce.cases(infonce.parse(["--full"]))
+    assert len(full) == 6 * 3 * 2 * 2
+    assert {case.n for case in full} == {2048, 4096, 8192, 16384, 32768, 65536}
+    with pytest.raises(SystemExit):
+        infonce.parse(["--cases", "8192"])
+    assert "NxD" in capsys.readouterr().err
