@@ -86,6 +86,7 @@ def distributed_infonce_with_grads(
     weight: Tensor | None = None,
     symmetric: bool = False,
     averaged: bool = True,
+    gather_dtype: torch.dtype | None = None,
 ) -> InfoNCEResult:
     """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
 
@@ -103,6 +104,9 @@ def distributed_infonce_with_grads(
         averaged: the parameters' gradients will be averaged over ranks (DDP, FSDP), so the returned embedding gradients
             carry a factor W and the average is the single-process gradient of the whole batch. Otherwise no factor: the
             sum over ranks is.
+        gather_dtype: what the candidates are rounded to on their way between ranks, e.g. `torch.bfloat16` for half the
+            bytes of float32; every rank then scores the rounded ones, its own included. None: as they are. Their
+            gradients are summed in their own dtype. Without effect on one rank.
 
     Returns:
         The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's
@@ -128,9 +132,11 @@ def distributed_infonce_with_grads(
         positive = torch.arange(n, device=query.device)
     counts = row_counts(len(candidate), device=query.device)
     offset = sum(counts[: dist.get_rank()])
-    candidates = gather_rows(candidate, counts=counts)
+    sent = candidate if gather_dtype is None else candidate.to(gather_dtype)
+    candidates = gather_rows(sent, counts=counts).to(candidate.dtype)
     candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
-    scale = torch.as_tensor(temperature, device=query.device)
+    exact = None if isinstance(temperature, Tensor) else torch.float64
+    scale = torch.as_tensor(temperature, device=query.device, dtype=exact)
     problem, weights = prepare(
         query,
         candidates,

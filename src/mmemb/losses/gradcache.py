@@ -11,19 +11,24 @@ The last chunk keeps its graph in the first pass and is not encoded again, so C 
 one chunk the step is a plain step. Its backward pass comes first: at no time does more than one chunk's graph exist.
 Memory grows with the batch by its embeddings and their gradients alone.
 
+Under DDP and FSDP every forward pass with a graph and every backward pass communicates; `gradient_hold` makes one
+reduction a step of it. Give it as ``no_sync``.
+
 Idea: GradCache (Gao et al., 2021, arXiv 2101.06983). Nothing is kept between calls.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 C = TypeVar("C")
 Logs: TypeAlias = Mapping[str, float | Tensor]
@@ -118,8 +123,8 @@ def cached_step(
             numbers until the embeddings are made.
         loss: called once, with the detached embeddings of all chunks by name, concatenated in chunk order.
         backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
-        no_sync: a context around every forward and backward pass with a graph but the last, so that DDP reduces
-            gradients once a step.
+        no_sync: a context around every forward and backward pass with a graph but the last, so that gradients are
+            reduced over ranks once a step (`gradient_hold`).
 
     Raises:
         ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its
@@ -168,6 +173,37 @@ def cached_step(
         del output, terms
     after.restore()
     return CachedStep(cached.loss.detach(), chunk_loss, embeddings, logs | dict(cached.logs))
+
+
+def gradient_hold(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context in which backward passes do not reduce gradients over ranks; contexts may be nested.
+
+    Nested around several cached steps it accumulates their gradients with one reduction in all: hold all but the last.
+
+    Args:
+        module: DDP holds by its ``no_sync``. FSDP2 (`torch.distributed.fsdp.fully_shard`, anywhere inside the module)
+            then keeps whole gradients on every rank until the last backward pass; without holding it reduces a shard a
+            chunk, which costs communication instead of memory. Any other module reduces nothing, and nothing is held.
+    """
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    depth = 0
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        for part in sharded:
+            part.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            depth -= 1
+            for part in sharded:
+                part.set_requires_gradient_sync(depth == 0, recurse=False)
+
+    return hold
 
 
 def _encode(forward: Callable[[C, bool], ChunkOutput], chunk: C, *, final: bool) -> ChunkOutput:

@@ -1,0 +1,261 @@
+"""What each of two and of three gloo ranks does for the tests of this folder, and the global batch they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmemb.kernels import reference
+from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step, gradient_hold
+from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
+
+QUERIES = {2: [3, 5], 3: [2, 1, 5]}
+CANDIDATES = {2: [4, 9], 3: [3, 4, 6]}
+POSITIVES = {2: [1, 0, 3, 8, 2, 0, 5, 1], 3: [1, 0, 3, 5, 2, 0, 4, 1]}
+"""Rows by rank, and each query's row of its own rank's candidates, by number of ranks; hard negatives are uneven."""
+
+MOST = 3
+
+
+def batch(world: int) -> dict[str, Tensor]:
+    """The global batch in float64; positives are rows of a rank's own candidates."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rows(n: int) -> Tensor:
+        return normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=1)
+
+    return {
+        "query": rows(8),
+        "candidate": rows(13),
+        "positive": torch.tensor(POSITIVES[world]),
+        "query_id": torch.randint(4, (8,), generator=generator),
+        "candidate_id": torch.randint(4, (13,), generator=generator),
+        "weight": torch.rand(8, generator=generator, dtype=torch.float64) + 0.1,
+    }
+
+
+def share(values: dict[str, Tensor], world: int, rank: int) -> dict[str, Any]:
+    """A rank's rows of the global batch."""
+    return {
+        name: value.split((CANDIDATES if name.startswith("candidate") else QUERIES)[world])[rank]
+        for name, value in values.items()
+    }
+
+
+def own_queries(world: int, rank: int) -> slice:
+    """A rank's rows of all queries."""
+    start = sum(QUERIES[world][:rank])
+    return slice(start, start + QUERIES[world][rank])
+
+
+def joined_positive(values: dict[str, Tensor], world: int) -> dict[str, Any]:
+    """The global batch with positives counted over all candidates."""
+    offsets = torch.tensor([sum(CANDIDATES[world][:rank]) for rank in range(world)])
+    return values | {"positive": values["positive"] + offsets.repeat_interleave(torch.tensor(QUERIES[world]))}
+
+
+class Encoder(nn.Module):
+    """Two layers; a third that only some ranks use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second, self.sometimes = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 6)
+        self.double()
+
+    def forward(self, x: Tensor, sometimes: bool = False) -> Tensor:
+        hidden = self.second(torch.tanh(self.first(x)))
+        return normalize(hidden + self.sometimes(x) if sometimes else hidden, dim=1)
+
+
+class Whole(nn.Module):
+    """Encoder and loss in one module, as a trainer wraps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.loss = Encoder(), InfoNCE(temperature=0.1).double()
+        self.encoder.sometimes.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+def train(
+    encode: Callable[..., Tensor],
+    contrast: InfoNCE,
+    x: Tensor,
+    y: Tensor,
+    chunk: int,
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    **arguments: bool,
+) -> None:
+    """A cached step on queries x and targets y."""
+
+    def forward(piece: tuple[Tensor, Tensor], final: bool) -> ChunkOutput:
+        query, target = encode(torch.cat(piece), **arguments).split(len(piece[0]))
+        return ChunkOutput({"query": query, "target": target})
+
+    def loss(embeddings: dict[str, Tensor]) -> CachedLoss:
+        result = contrast.with_grads(embeddings["query"], embeddings["target"])
+        gradients = {"query": result.query_grad, "target": result.candidate_grad}
+        return CachedLoss(result.loss, gradients, contrast.temperature_term(result))
+
+    cached_step(list(zip(x.split(chunk), y.split(chunk), strict=True)), forward, loss, no_sync=no_sync)
+
+
+def plain_gradients(world: int) -> dict[str, Tensor]:
+    """What one process finds with one backward pass over the global batch, in which the last rank uses every layer."""
+    encoder, contrast = Encoder(), InfoNCE(temperature=0.1).double()
+    x, y = batch(world)["query"], batch(world)["candidate"][:8]
+    last = own_queries(world, world - 1)
+    query, target = (
+        torch.cat([encoder(values[: last.start]), encoder(values[last], sometimes=True)]) for values in (x, y)
+    )
+    reference.infonce(query, target, temperature=contrast.temperature).backward()
+    named = [*encoder.named_parameters(), *contrast.named_parameters()]
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What a call that must fail says."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def losses(world: int, rank: int) -> dict[str, Any]:
+    """The loss across ranks in every form."""
+    result: dict[str, Any] = {}
+    local = share(batch(world), world, rank)
+    for averaged in (True, False):
+        for symmetric in (False, True):
+            grads = distributed_infonce_with_grads(**local, temperature=0.1, averaged=averaged, symmetric=symmetric)
+            result[f"{averaged} {symmetric}"] = list(grads)
+    result["rounded"] = list(distributed_infonce_with_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
+    diagonal = {name: local[name] for name in ("query", "candidate")}
+    result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
+    # One rank without queries, and one whose weights are all 0.
+    lone = local | {name: local[name][:0] for name in ("query", "positive", "query_id", "weight")}
+    for symmetric in (False, True):
+        given = lone if rank == 0 else local
+        grads = distributed_infonce_with_grads(**given, temperature=0.1, symmetric=symmetric)
+        result[f"lone {symmetric}"] = list(grads)
+    unweighted = local | {"weight": local["weight"] * float(rank > 0)}
+    result["unweighted"] = list(distributed_infonce_with_grads(**unweighted, temperature=0.1))
+    wrong = [local | {"weight": local["weight"] * 0}, local | {"positive": local["positive"] + 9}]
+    result["errors"] = [
+        refusal(lambda given=given: distributed_infonce_with_grads(**given, temperature=0.1))  # type: ignore[misc]
+        for given in wrong
+    ]
+    result["rows"] = gather_rows(local["query_id"])
+    result["empty"] = gather_rows(local["query"][: 2 * rank])
+    result["sum"] = all_sum(torch.tensor(float(rank + 1)))
+    return result
+
+
+def data_parallel(world: int, rank: int) -> dict[str, Any]:
+    """Cached steps under DDP: gradients, and how often they were reduced."""
+    result: dict[str, Any] = {}
+    reductions: list[int] = []
+
+    def counted(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reductions.append(bucket.index())
+        done = dist.all_reduce(bucket.buffer().div_(world), async_op=True)
+        assert done is not None
+        return done.get_future().then(lambda future: future.value()[0])
+
+    def wrap(module: nn.Module, **options: bool) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(module, **options)
+        wrapped.register_comm_hook(None, lambda _, bucket: counted(bucket))
+        return wrapped
+
+    own = own_queries(world, rank)
+    x, y = batch(world)["query"][own], batch(world)["candidate"][:8][own]
+    chunk = [1, 2, 3][rank]  # 2 or 3 chunks here, 1 or 2 there
+    whole = Whole()
+    wrapped = wrap(whole)
+    train(wrapped, whole.loss, x, y, chunk, wrapped.no_sync)
+    result["trained"] = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    result["reductions"] = len(reductions)
+    # Two steps' gradients accumulated, reduced once.
+    reductions.clear()
+    whole.zero_grad()
+    hold = gradient_hold(wrapped)
+    with hold():
+        train(wrapped, whole.loss, x, y, chunk, hold)
+    train(wrapped, whole.loss, x, y, chunk, hold)
+    result["accumulated"] = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    result["accumulated reductions"] = len(reductions)
+    # Layers that a rank leaves out: the loss then stays outside the wrapped module.
+    encoder, contrast = Encoder(), InfoNCE(temperature=0.1).double()
+    wrapped = wrap(encoder, find_unused_parameters=True)
+    train(wrapped, contrast, x, y, chunk, wrapped.no_sync, sometimes=rank == world - 1)
+    named = [*encoder.named_parameters(), *contrast.named_parameters()]
+    result["outside"] = {name: p.grad for name, p in named if p.grad is not None}
+    return result
+
+
+class Reductions(TorchDispatchMode):
+    """Counts the reduce-scatters inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def sharded(world: int, rank: int) -> dict[str, Any]:
+    """Cached steps under FSDP2, reducing every chunk's gradients or once a step."""
+    result: dict[str, Any] = {}
+    mesh = init_device_mesh("cpu", (world,))
+    own = own_queries(world, rank)
+    x, y = batch(world)["query"][own], batch(world)["candidate"][:8][own]
+    # Every forward pass gathers parameters, so the ranks need equally many: two chunks each; three ranks have one.
+    chunk = {2: [2, 3], 3: [2, 1, 5]}[world][rank]
+    for held in (False, True):
+        encoder, contrast = Encoder(), InfoNCE(temperature=0.1).double()
+        for part in (encoder.first, encoder.second):
+            fully_shard(part, mesh=mesh)
+        fully_shard(encoder, mesh=mesh).set_reduce_scatter_unused_params(True)
+        hold = gradient_hold(encoder) if held else nullcontext
+        with Reductions() as reductions:
+            train(encoder, contrast, x, y, chunk, hold, sometimes=rank == world - 1)
+        result[f"{held} reductions"] = reductions.count
+        named = [*encoder.named_parameters(), *contrast.named_parameters()]
+        result[f"{held}"] = {
+            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            for name, p in named
+            if p.grad is not None
+        }
+        result["own rows"] = [len(p.to_local()) for p in encoder.parameters() if isinstance(p, DTensor)]
+    return result
+
+
+def worker(rank: int, folder: str) -> None:
+    """Joins the two-rank group, if it is of it, then that of all, and writes what it found."""
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    for world in (2, MOST):
+        if rank >= world:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world)
+        try:
+            found = losses(world, rank) | data_parallel(world, rank) | {"sharded": sharded(world, rank)}
+            torch.save(found, f"{folder}/{world}-{rank}.pt")
+        finally:
+            dist.destroy_process_group()
