@@ -137,7 +137,7 @@ class MmembCLI(LightningCLI):
             callbacks.append(StepsBar())
         callbacks.append(self.interrupt)
         if self.command == "predict":
-            from mmemb.inference.writer import EmbeddingWriter
+            from mmemb.predictions import EmbeddingWriter
 
             callbacks.append(EmbeddingWriter())
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,13 +77,73 @@ def test_a_file_of_items_is_embedded_and_searched_by_text(cli: Cli, model: Path,
     assert Path("found/here.png").is_file()
 
 
+def test_options_may_stand_in_a_file(cli: Cli, model: Path, pictures: Path) -> None:
+    Path("embed.yaml").write_text(f"checkpoint: {model}\nreason: always\nbudget: 2\ndim: 8\n", encoding="utf-8")
+    code, out, _ = cli("embed", "--config", "embed.yaml", "--input", "pictures", "--output", "all.parquet")
+    assert code == 0
+    assert "3 embeddings of 8 dimensions" in out
+    assert "100% thought about" in out
+    assert max(pq.read_table("all.parquet")["tokens"].to_pylist()) <= 4
+    code, out, _ = search(cli, model, "--image", "pictures/red.png")  # the query is cut to the index's width
+    assert code == 0
+    assert search(cli, model, "--image", "pictures/red.png", "--reason", "always")[0] == 0
+
+
+def test_an_index_of_another_checkpoint_is_refused(cli: Cli, model: Path, pictures: Path) -> None:
+    backbone = create("backbone", "tiny", weights="random", seed=1)
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    other = Embedder(backbone, pooler).save(pictures / "other")
+    assert embed(cli, model, "--input", "pictures/more").code == 0
+    code, _, err = search(cli, other, "--query", "apple")
+    assert code == 2
+    assert "all.parquet: embedded by another checkpoint of the same architecture" in err
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed(
+    cli: Cli, model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [json.dumps({"id": f"n{row}", "text": f"apple {row}"}) for row in range(120)]
+    Path("items.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    words = ["--input", "items.jsonl", "--part_rows", "2", "--batch_size", "2"]
+    command = [sys.executable, "-m", "mmemb", "embed", "--checkpoint", str(model), "--output", "all.parquet"]
+    command += ["--device", "cpu", *words]
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, env={**environment, "RANK": rank}) for rank in ("0", "1")]
+    parts = Path("all.parquet.parts")
+    deadline = time.monotonic() + 120
+    while not any(int(file.stem) % 2 for file in parts.glob("0*.parquet")):  # the second has written its first part
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    both[1].kill()
+    assert both[0].wait(120) == 0
+    assert both[1].wait(120) != 0
+    assert not Path("all.parquet").exists()
+    left = len(list(parts.glob("0*.parquet")))
+    assert 30 < left < 60
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = embed(cli, model, *words)
+    assert code == 0
+    assert f"{(left - 30) * 2} were there from an earlier run" in out
+    assert not parts.exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    found = pq.read_table("all.parquet")
+    assert embed(cli, model, *words, "--output", "whole.parquet").code == 0
+    assert found.equals(pq.read_table("whole.parquet"))
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (["--input", "pictures", "--dim", "7000"], "dim is 7000"),
+        (["--input", "pictures", "--budget", "0"], "--budget 0"),
         (["--input", "pictures", "--output", "a.txt"], "a name that ends in .parquet"),
         (["--input", "none"], "none"),
         (["--input", "pictures", "--checkpoint", "none"], "none"),
-        (["--input", "pictures", "--reason", "sometimes"], "reason: expected one of 'never', 'always', 'auto'"),
+        (["--input", "pictures", "--reason", "sometimes"], "reason: expected one of 'auto', 'always', 'never'"),
         (["--input", "pictures", "--inputs", "x"], "there is no option '--inputs'; did you mean '--input'?"),
         (["--input", "empty"], "holds nothing to embed"),
         (["--input", "broken"], "broken.png"),

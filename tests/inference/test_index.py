@@ -79,7 +79,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'text'"):
         read_embeddings(tmp_path / "other.parquet")
     write_embeddings(tmp_path / "e.parquet", ITEMS, encoded(VECTORS), model="tiny#1")
-    with pytest.raises(ValueError, match=r"embedded by tiny#1, but the query's model is tiny#2"):
+    with pytest.raises(ValueError, match=r"embedded by another model .tiny#1., but the query's model is tiny#2"):
         read_embeddings(tmp_path / "e.parquet", model="tiny#2")
     table = pq.read_table(tmp_path / "e.parquet")
     loose = table.set_column(3, "embedding", pa.array([[1.0]] * 4))
@@ -123,3 +123,10 @@ def test_text_wraps_within_its_width() -> None:
     assert len(cut) == 2
     assert cut[1].endswith("…")
     assert font(15).getlength(cut[1]) <= 120
+
+
+def test_another_checkpoint_of_the_same_architecture_is_told_apart(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.parquet", ITEMS, encoded(VECTORS), model="tiny#1+aa")
+    assert read_embeddings(path, model="tiny#1+aa").model == "tiny#1+aa"
+    with pytest.raises(ValueError, match="embedded by another checkpoint of the same architecture"):
+        read_embeddings(path, model="tiny#1+bb")

@@ -96,7 +96,7 @@ def test_predict_writes_what_the_embedder_gives(on_checkpoint: Cli, trained: Pat
     assert [len(images) for images in index.images] == [1] * len(COLOURS)
     embedder = Embedder.from_checkpoint(trained / LAST, device="cpu")
     assert index.model == embedder.backbone.identity
-    expected = embedder.encode([trained / "pictures" / name for name in index.ids], "never").embedding
+    expected = embedder.encode([trained / "pictures" / name for name in index.ids], reason="never").embedding
     assert (index.embeddings - expected).abs().max() < 1e-5  # other batches, so sums in another order
     assert not list(folder.glob(".*.part"))
 

@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
         description="Finds what is nearest to a text, a picture or both, and draws the top results.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--checkpoint", type=str, required=True, help="the checkpoint that the index was embedded with")
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="what the index was embedded with: run, .ckpt, folder, hub id"
+    )
     parser.add_argument("--index", type=str, required=True, help="a file that `mmemb embed` wrote")
     parser.add_argument("--query", type=str, help="the text to search for")
     parser.add_argument("--image", type=str, help="the picture to search for; with --query, one query of both")
@@ -52,8 +54,11 @@ def main(argv: Sequence[str]) -> int:
     parts += [options.query] if options.query else []
     query = as_item(parts, instruction=options.instruction, place="the query")
     embedder = Embedder.from_checkpoint(options.checkpoint, device=options.device)
-    index = read_embeddings(options.index, model=embedder.backbone.identity)
-    encoded = embedder.encode([query], options.reason)
+    index = read_embeddings(options.index, model=embedder.identity)
+    width = index.embeddings.shape[1]
+    # An index of fewer dimensions was cut to its first ones; so is the query.
+    dim = width if width < embedder.pooler.size else None
+    encoded = embedder.encode([query], reason=options.reason, return_rationales=True, dim=dim)
     hits = index.search(encoded.embedding, k=options.top)[0]
     _print(hits, encoded.rationale[0])
     print(draw_results(options.output, query, [(hit.item, hit.score) for hit in hits]))

@@ -1,7 +1,9 @@
 """The public way to embed: load a trained model, give it anything, say whether it may think.
 
 embedder = Embedder.from_checkpoint("runs/r1/version_0")
-encoded = embedder.encode(["currency of chile", Path("flag.png")], reason="auto")
+queries = embedder.encode(["currency of chile", Path("flag.png")])
+targets = embedder.encode(["chilean peso", "euro"], side="target")
+embedder.similarity(queries, targets)  # [2, 2]
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -20,14 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmemb.checkpoint import read_checkpoint, refuse_other_backbone
+from mmemb.data.images import BUNDLED
+from mmemb.data.records import parse_item
+from mmemb.inference.embeddings import Embeddings, direct, similarity
 from mmemb.inference.encoder import Encoder
+from mmemb.inference.index import model_identity
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.registry import create
 from mmemb.types import Encoded, Image, Item, Page, Part, Text, Video
 
 Reason: TypeAlias = Literal["auto", "always", "never"]
-One: TypeAlias = str | Path | PILImage | Item | Sequence[Any]
+Side: TypeAlias = Literal["query", "target"]
+One: TypeAlias = str | Path | PILImage | Item | Mapping[str, Any] | Sequence[Any]
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _SETTINGS, _BACKBONE, _POOLER = "embedder.json", "backbone", "pooler.safetensors"
 
 
@@ -40,7 +50,7 @@ class Embedder:
         controller: decides under ``reason="auto"``; None follows the model's own decision token (`rl`).
         batch_size: rows of one forward pass.
         budget: most rationale tokens of a row.
-        progress: show a bar over batches.
+        progress: show a bar over items.
     """
 
     def __init__(
@@ -57,54 +67,102 @@ class Embedder:
         self.pooler = pooler
         self.controller = controller or create("controller", "rl", budget=budget)
         self.encoder = Encoder(backbone, pooler, batch_size=batch_size, budget=budget, progress=progress)
+        self._identity: str | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str | torch.device | None = None, **options: Any) -> Embedder:
         """Loads a model without running code from the file: tensors and plain settings only.
 
         Args:
-            path: a ``.ckpt`` that ``mmemb fit`` wrote, its run folder (the last checkpoint is taken), or a folder that
-                `save` wrote.
+            path: a ``.ckpt`` that ``mmemb fit`` wrote, its run folder (the last checkpoint is taken), a folder that
+                `save` wrote, or the hub id (``owner/name`` or ``owner/name@revision``) of such a folder; a local path
+                comes first, and only a hub id may use the network.
             device: where the model goes; None: the GPU if there is one.
             **options: further arguments of the constructor.
 
         Raises:
-            FileNotFoundError: there is no such file, or no model in the folder.
+            FileNotFoundError: there is no such file or hub id, or no model in the folder.
             ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``.
         """
-        path = Path(path)
-        if path.is_dir() and (path / _SETTINGS).is_file():
-            backbone, pooler = _read_folder(path)
+        folder = Path(path).expanduser()
+        if not folder.exists() and _HUB_ID.fullmatch(str(path)):
+            folder = _download(str(path))
+        identity = None
+        if folder.is_dir() and (folder / _SETTINGS).is_file():
+            backbone, pooler, identity = _read_folder(folder)
         else:
-            backbone, pooler = _read_lightning(_last_checkpoint(path) if path.is_dir() else path)
+            backbone, pooler = _read_lightning(_last_checkpoint(folder) if folder.is_dir() else folder)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(backbone.to(place), pooler.to(place), **options)
+        embedder = cls(backbone.to(place), pooler.to(place), **options)
+        embedder._identity = identity
+        return embedder
 
     def encode(
         self,
         items: One,
-        reason: Reason = "auto",
         *,
+        side: Side = "query",
+        reason: Reason = "auto",
+        budget: int | None = None,
+        return_rationales: bool = False,
+        dim: int | None = None,
         instruction: str = "",
         bank: Tensor | None = None,
-    ) -> Encoded:
-        """Embeds one thing or a list of things.
+    ) -> Embeddings:
+        """Embeds one thing or a list of things; batches that do not fit the memory are halved.
 
         Args:
-            items: a string (text), a path (picture), a PIL image or an `Item`; or a list of these. A list within the
-                list is one item of several parts, in order.
-            reason: ``auto`` lets the controller decide by row, ``always`` and ``never`` decide for it. Targets take
-                ``never``.
-            instruction: the task in words, for everything that is not an `Item` already.
+            items: a string (text), a path (picture), a PIL image, a dict (an item as data files have it, pictures as
+                paths or PIL images) or an `Item`; or a list of these. A list within the list is one item of several
+                parts, in order.
+            side: what the items are: queries, or the targets that queries look for.
+            reason: ``auto`` lets the controller decide for every query and thinks about no target; ``always`` and
+                ``never`` decide for all.
+            budget: most rationale tokens of a row; None: the embedder's own.
+            return_rationales: keep what was thought.
+            dim: width of the embeddings: their first entries, normalised again (Matryoshka); None: all.
+            instruction: the task in words, for everything that does not bring its own.
             bank: [M, D] reference embeddings, for a controller that asks for confidence.
+
+        Returns:
+            Embeddings in the order given, normalised, float32, on the CPU.
 
         Raises:
             FileNotFoundError: a picture does not exist.
-            ValueError: something cannot be embedded, or ``reason`` is unknown.
+            ValueError: something cannot be embedded, or an argument is out of its range.
         """
+        if side not in get_args(Side):
+            raise ValueError(f"encode: side is {side!r}; give 'query' or 'target'")
+        if dim is not None and not 1 <= dim <= self.pooler.size:
+            raise ValueError(f"encode: dim is {dim}; this model's embeddings can be cut to 1 to {self.pooler.size}")
+        if budget is not None and budget < 1:
+            raise ValueError(f"encode: budget is {budget}; it counts tokens from 1 (reason='never' thinks about none)")
         things = list(items) if isinstance(items, list | tuple) else [items]
         queries = [as_item(thing, instruction=instruction, place=f"items[{row}]") for row, thing in enumerate(things)]
-        return self.encoder.encode(queries, self._controller(reason), bank=bank)
+        most = self.encoder.budget if budget is None else budget
+        if side == "target" and reason == "auto":
+            reason = "never"
+        controller = self._controller(reason, most)
+        if reason == "never":  # one plain pass: no cache to hold, no decision to read
+            found = direct(self.encoder.encode_queries(queries))
+        else:
+            found = self.encoder.encode(queries, controller, bank=bank, budget=most)
+        values = {each.name: getattr(found, each.name) for each in fields(found)}
+        if not return_rationales:
+            values["rationale"] = [""] * len(queries)
+        return Embeddings(**values).truncated_to(dim)
+
+    @staticmethod
+    def similarity(queries: Encoded | Tensor | Any, targets: Encoded | Tensor | Any) -> Tensor:
+        """Cosines [B, M] of two sets of embeddings (`Embeddings`, tensors or arrays)."""
+        return similarity(queries, targets)
+
+    @property
+    def identity(self) -> str:
+        """The architecture and a digest of the weights: what embeddings must share to be compared."""
+        if self._identity is None:
+            self._identity = model_identity(self.backbone, self.pooler)
+        return self._identity
 
     def save(self, folder: str | Path) -> Path:
         """Writes backbone, pooler and, last, the settings that make it whole; `from_checkpoint` reads them back.
@@ -117,6 +175,8 @@ class Embedder:
             "format": 1,
             "pooler": _describe(self.pooler),
             "max_rationale_tokens": self.backbone.max_rationale_tokens,
+            # Saving may merge adapters into the weights: the same model with another digest.
+            "identity": self.identity,
         }
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save(folder / _BACKBONE)
@@ -128,11 +188,11 @@ class Embedder:
         os.replace(aside, folder / _SETTINGS)
         return folder
 
-    def _controller(self, reason: str) -> Controller:
+    def _controller(self, reason: str, budget: int) -> Controller:
         if reason == "auto":
             return self.controller
         if reason == "always":
-            return create("controller", "always_reason", budget=self.encoder.budget)
+            return create("controller", "always_reason", budget=budget)
         if reason == "never":
             return create("controller", "never")
         raise ValueError(f"encode: reason is {reason!r}; give 'auto', 'always' or 'never'")
@@ -152,6 +212,9 @@ def as_item(thing: One, *, instruction: str = "", place: str = "item") -> Item:
     """
     if isinstance(thing, Item):
         return thing
+    if isinstance(thing, Mapping):
+        item = parse_item(dict(thing), field=place, find=_picture)
+        return item if item.instruction or not instruction else replace(item, instruction=instruction)
     parts = list(thing) if isinstance(thing, list | tuple) else [thing]
     if not parts:
         raise ValueError(f"{place}: an empty list cannot be embedded; give at least one part")
@@ -166,11 +229,41 @@ def _part(thing: Any, place: str) -> Part:
     if isinstance(thing, PILImage):
         return Image(thing)
     if isinstance(thing, Path):
-        if not thing.is_file():
-            raise FileNotFoundError(f"{place}: there is no picture {thing}; correct the path (a plain string is text)")
-        return Image(str(thing.resolve()))
+        return Image(_picture(place, thing))
     kind = type(thing).__name__
-    raise ValueError(f"{place}: a {kind} cannot be embedded; give a string, a pathlib.Path, a PIL image or an Item")
+    raise ValueError(
+        f"{place}: a {kind} cannot be embedded; give a string, a pathlib.Path, a PIL image, a dict or an Item"
+    )
+
+
+def _picture(place: str, source: Any) -> Any:
+    """A picture's source as `Image` takes it: absolute path, ``bundled:`` name or PIL image."""
+    if isinstance(source, PILImage) or (isinstance(source, str) and source.startswith(BUNDLED)):
+        return source
+    if not isinstance(source, str | Path) or not str(source):
+        raise ValueError(f"{place}: expected the path of a picture or a PIL image, got a {type(source).__name__}")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{place}: there is no picture {source}; correct the path (a plain string is text)")
+    return str(path.resolve())
+
+
+def _download(name: str) -> Path:
+    """The folder of a hub id in the local cache, fetched if need be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = Path(snapshot_download(repository, revision=revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"{name}: neither a path here nor a model of the hub that can be read: {first}"
+        ) from error
+    if not (folder / _SETTINGS).is_file():
+        raise FileNotFoundError(f"{name}: no {_SETTINGS} in it; upload a folder that Embedder.save wrote")
+    return folder
 
 
 def _last_checkpoint(folder: Path) -> Path:
@@ -207,7 +300,8 @@ def _read_lightning(path: Path) -> tuple[Backbone, Pooler]:
     return backbone, pooler
 
 
-def _read_folder(folder: Path) -> tuple[Backbone, Pooler]:
+def _read_folder(folder: Path) -> tuple[Backbone, Pooler, str | None]:
+    """Backbone, pooler and identity of a folder that `Embedder.save` wrote."""
     settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
     model, most = str(folder / _BACKBONE), settings["max_rationale_tokens"]
     backbone = create("backbone", "transformers", model=model, max_rationale_tokens=most)
@@ -216,7 +310,7 @@ def _read_folder(folder: Path) -> tuple[Backbone, Pooler]:
     pooler = parser.instantiate_classes(parser.parse_object({"pooler": settings["pooler"]})).pooler
     pooler.build(backbone.hidden_size)
     pooler.load_state_dict(load_file(folder / _POOLER))
-    return backbone, pooler
+    return backbone, pooler, settings.get("identity")
 
 
 def _load(part: nn.Module, state: Mapping[str, Tensor], prefix: str, path: Path) -> None:

@@ -1,11 +1,13 @@
 """Batches items through a backbone and a pooler: direct, teacher-forced or adaptive.
 
 Batches are sorted by length and results come back in the order given; nothing is sampled, so results are deterministic,
-and the training mode of every submodule is restored afterwards. Embeddings return on the CPU.
+and the training mode of every submodule is restored afterwards. Embeddings return on the CPU. A batch that does not fit
+the memory is halved, and so are those after it: a result does not depend on the batch size.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +22,8 @@ from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.types import Decision, Encoded, Item, PrefillState
 
 Result = TypeVar("Result")
+_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says on a CPU, in a plain `RuntimeError`."""
 
 
 @contextmanager
@@ -57,7 +61,7 @@ class Encoder:
         batch_size: rows of one forward pass.
         budget: most rationale tokens of a row, ``<think>`` and ``</think>`` not counted.
         confidence_temperature: temperature of the softmax over a reference bank that gives a row's confidence.
-        progress: show a bar over batches.
+        progress: show a bar over items.
     """
 
     def __init__(
@@ -103,15 +107,18 @@ class Encoder:
         """Embeddings [B, D] float32 of targets: they never think."""
         return self.encode_queries(items)
 
-    def encode(self, items: Sequence[Item], controller: Controller, *, bank: Tensor | None = None) -> Encoded:
+    def encode(
+        self, items: Sequence[Item], controller: Controller, *, bank: Tensor | None = None, budget: int | None = None
+    ) -> Encoded:
         """Thinks where the controller says so; no row is encoded twice.
 
         Args:
             items: B items.
             controller: decides from the prefill.
             bank: [M, D] reference embeddings that give the confidence some controllers ask for.
+            budget: most rationale tokens of a row; None: the encoder's own.
         """
-        return self._adaptive(items, controller, bank).encoded()
+        return self._adaptive(items, controller, bank, self.budget if budget is None else budget).encoded()
 
     def encode_paths(
         self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
@@ -123,13 +130,13 @@ class Encoder:
             controller: who thinks; None means everybody, with the encoder's budget.
             bank: [M, D] reference embeddings that give the confidence.
         """
-        return self._adaptive(items, Everyone(self.budget) if controller is None else controller, bank)
+        return self._adaptive(items, Everyone(self.budget) if controller is None else controller, bank, self.budget)
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in the backbone's tokens."""
         return self.backbone.count_tokens(text)
 
-    def _adaptive(self, items: Sequence[Item], controller: Controller, bank: Tensor | None) -> Paths:
+    def _adaptive(self, items: Sequence[Item], controller: Controller, bank: Tensor | None, budget: int) -> Paths:
         bank = None if bank is None else bank.to(self.backbone.device)
 
         def run(rows: list[int]) -> Paths:
@@ -138,7 +145,7 @@ class Encoder:
                 self.pooler,
                 [items[row] for row in rows],
                 controller,
-                budget=self.budget,
+                budget=budget,
                 bank=bank,
                 confidence_temperature=self.confidence_temperature,
             )
@@ -150,13 +157,33 @@ class Encoder:
     ) -> tuple[list[int], list[Result]]:
         """Runs length-sorted batches; the row order used, and one result a batch."""
         order = length_order(items)
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(batches)) as advance:
-            results = []
-            for rows in batches:
-                results.append(run(rows))
-                advance()
+        results: list[Result] = []
+        start, size = 0, self.batch_size
+        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(items)) as advance:
+            while start < len(order):
+                rows = order[start : start + size]
+                result = _within_memory(run, rows)
+                if result is None:
+                    size = len(rows) // 2
+                    warnings.warn(f"{len(rows)} rows do not fit the memory; going on with {size} at once", stacklevel=3)
+                    continue
+                results.append(result)
+                start += len(rows)
+                advance(len(rows))
         return order, results
+
+
+def _within_memory(run: Callable[[list[int]], Result], rows: list[int]) -> Result | None:
+    """The result of a batch; None if it did not fit the memory and can be halved."""
+    try:
+        return run(rows)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if len(rows) == 1 or not (isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error)):
+            raise
+    # Out of the handler: the traceback kept the failed batch's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def merge_paths(order: Sequence[int], parts: Sequence[Paths], *, width: int) -> Paths:
@@ -206,19 +233,19 @@ def _inverse(order: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over batches; silent where another live display (a trainer's bar) already owns the terminal."""
+def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over items; silent where another live display (a trainer's bar) already owns the terminal."""
     if not show:
-        yield lambda: None
+        yield lambda _: None
         return
     progress = Progress(transient=True)
     try:
         progress.start()
     except LiveError:
-        yield lambda: None
+        yield lambda _: None
         return
     try:
         task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda count: progress.advance(task, count)
     finally:
         progress.stop()

@@ -1,9 +1,9 @@
 """Embeddings on disk, and exact search among them.
 
 A file is Parquet, one row an item: ``id``, ``text`` (a preview), ``images`` (paths or ``bundled:`` names),
-``embedding`` (fixed-size list of float32), ``rationale``, ``tokens``; its metadata names the model, so that a query of
-another one is refused. Search is one matrix product over all rows: right up to some millions; beyond, feed a vector
-database from the same file.
+``embedding`` (fixed-size list of float32), ``rationale``, ``tokens``; its metadata names the model and its weights, so
+that a query of another one, or of another checkpoint of it, is refused. Search is one matrix product over all rows:
+right up to some millions; beyond, feed a vector database from the same file.
 
 Shape legend: B queries, M embedded items, D embedding width.
 """
@@ -21,10 +21,20 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from mmemb.digests import digest, module_digest
 from mmemb.inference.draw import draw_results
+from mmemb.interfaces import Backbone, Pooler
 from mmemb.types import Encoded, Image, Item, Part, Text, pictures
 
-__all__ = ["EmbeddingIndex", "Hit", "draw_results", "embedding_table", "read_embeddings", "write_embeddings"]
+__all__ = [
+    "EmbeddingIndex",
+    "Hit",
+    "draw_results",
+    "embedding_table",
+    "model_identity",
+    "read_embeddings",
+    "write_embeddings",
+]
 
 _PREVIEW = 500
 """Characters of an item's text that are kept."""
@@ -106,6 +116,11 @@ class EmbeddingIndex:
         ]
 
 
+def model_identity(backbone: Backbone, pooler: Pooler) -> str:
+    """Architecture and a digest of the weights of both parts: a probe of every tensor, so it costs next to nothing."""
+    return f"{backbone.identity}+{digest([module_digest(backbone), module_digest(pooler)])}"
+
+
 def embedding_table(
     items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
 ) -> pa.Table:
@@ -144,7 +159,7 @@ def write_embeddings(
         items: M items; pictures given as PIL images leave no name behind.
         encoded: their embeddings.
         ids: M ids; None takes the items' ``id`` fields, else their numbers.
-        model: identity of the model (`Backbone.identity`).
+        model: identity of the model (`model_identity`).
 
     Returns:
         The path.
@@ -185,7 +200,12 @@ def read_embeddings(path: str | Path, *, model: str | None = None) -> EmbeddingI
         raise ValueError(f"{path}: {what}; expected a file made by `mmemb embed`")
     written = (table.schema.metadata or {}).get(_IDENTITY, b"").decode()
     if model is not None and written and written != model:
-        raise ValueError(f"{path}: embedded by {written}, but the query's model is {model}; embed both with one model")
+        architectures = {name.rpartition("+")[0] or name for name in (written, model)}
+        what = "another checkpoint of the same architecture" if len(architectures) == 1 else "another model"
+        raise ValueError(
+            f"{path}: embedded by {what} ({written}), but the query's model is {model}; give the checkpoint it was "
+            "embedded with, or embed it anew"
+        )
     width = table.schema.field("embedding").type.list_size
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return EmbeddingIndex(

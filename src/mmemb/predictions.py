@@ -13,11 +13,10 @@ from typing import Any
 
 import lightning as L
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
-from mmemb.inference.index import embedding_table
-from mmemb.types import Encoded, Item
+from mmemb.inference.embeddings import direct
+from mmemb.inference.index import embedding_table, model_identity
+from mmemb.types import Item
 
 
 class EmbeddingWriter(L.Callback):
@@ -31,13 +30,15 @@ class EmbeddingWriter(L.Callback):
     def __init__(self) -> None:
         self.path: Path | None = None
         self.rows = 0
+        self._model = ""
         self._file: pq.ParquetWriter | None = None
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         processes = trainer.world_size
         name = f"embeddings-{trainer.global_rank:05}-of-{processes:05}" if processes > 1 else "embeddings"
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / f"{name}.parquet"
         self.rows = 0
+        self._model = model_identity(pl_module.backbone, pl_module.pooler)
 
     def on_predict_batch_end(
         self,
@@ -49,7 +50,7 @@ class EmbeddingWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the embeddings [B, D] of B items as one row group."""
-        table = embedding_table(batch, _direct(outputs), model=pl_module.backbone.identity)
+        table = embedding_table(batch, direct(outputs), model=self._model)
         if self._file is None:
             self._aside.parent.mkdir(parents=True, exist_ok=True)
             self._file = pq.ParquetWriter(self._aside, table.schema, compression="zstd")
@@ -74,9 +75,3 @@ class EmbeddingWriter(L.Callback):
     def _aside(self) -> Path:
         assert self.path is not None
         return self.path.with_name(f".{self.path.name}.part")
-
-
-def _direct(embedding: Tensor) -> Encoded:
-    """Embeddings [B, D] of items that nobody thought about."""
-    none = torch.zeros(len(embedding))
-    return Encoded(embedding, none.bool(), none, [""] * len(embedding), none.long(), none.bool())

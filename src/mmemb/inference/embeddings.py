@@ -1,0 +1,77 @@
+"""What `Embedder.encode` returns: unit vectors with what was thought on the way.
+
+Shape legend: B items, M other items, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmemb.types import Encoded
+
+
+@dataclass
+class Embeddings(Encoded):
+    """Embeddings of B items, in the order given; ``embedding`` is the torch tensor [B, D], `numpy` the array.
+
+    NumPy takes the object itself as the array, too. ``rationale`` is filled where rationales were asked for.
+    """
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.embedding)
+
+    def numpy(self) -> NDArray[np.float32]:
+        """The embeddings [B, D] float32; shares memory with ``embedding``."""
+        return self.embedding.numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """NumPy's protocol."""
+        array = self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
+        return array.copy() if copy else array
+
+    def truncated_to(self, dim: int | None) -> Embeddings:
+        """The first ``dim`` entries, normalised again (Matryoshka, arXiv 2205.13147); None keeps all.
+
+        Raises:
+            ValueError: ``dim`` is no width between 1 and D.
+        """
+        if dim is None:
+            return self
+        width = self.embedding.shape[1]
+        if not 1 <= dim <= width:
+            raise ValueError(f"dim is {dim}; the model's embeddings can be cut to between 1 and {width} dimensions")
+        return replace(self, embedding=F.normalize(self.embedding[:, :dim], dim=-1))
+
+
+def direct(embedding: Tensor) -> Encoded:
+    """Embeddings [B, D] of items that nobody thought about."""
+    none = torch.zeros(len(embedding))
+    return Encoded(embedding, none.bool(), none, [""] * len(embedding), none.long(), none.bool())
+
+
+def similarity(queries: Encoded | Tensor | NDArray[Any], targets: Encoded | Tensor | NDArray[Any]) -> Tensor:
+    """Cosines [B, M] float32 of embeddings [B, D] and [M, D]; they need not be normalised.
+
+    Raises:
+        ValueError: the widths differ.
+    """
+    left, right = (_rows(each) for each in (queries, targets))
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"similarity: embeddings of {left.shape[1]} and {right.shape[1]} dimensions; embed both with one model and "
+            "one dim"
+        )
+    return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
+
+
+def _rows(embeddings: Encoded | Tensor | NDArray[Any]) -> Tensor:
+    values = embeddings.embedding if isinstance(embeddings, Encoded) else torch.as_tensor(embeddings)
+    return torch.atleast_2d(values).float().cpu()
