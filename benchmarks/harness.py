@@ -146,6 +146,7 @@ def environment(device: str) -> dict[str, Any]:
     """Where and with what a row was measured."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": device,
         "device": torch.cuda.get_device_name() if device != "cpu" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

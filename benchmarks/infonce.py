@@ -33,7 +33,10 @@ CHECKED = 1024
 """Most rows on which a rival's error is measured: the float64 reference keeps whole matrices."""
 
 SIZES, WIDTHS = (2048, 4096, 8192, 16384, 32768, 65536), (256, 1024, 2048)
-CASES = {"cpu": "2048x256 8192x256 8192x1024 16384x256", "cuda": "2048x256 8192x256 8192x1024 32768x1024 65536x2048"}
+CASES = {
+    "cpu": "2048x256 8192x256 8192x1024 16384x256",
+    "cuda": "2048x256 8192x256 8192x1024 32768x1024 65536x2048 262144x2048",
+}
 SMOKE = "64x16"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = ("rival", "seconds", "ratio_to_floor", "tflops", "extra_mb", "error", "repeats", "note")

@@ -9,8 +9,8 @@ A block is run where the line above it says so: ``<!-- test: run -->``. After th
     pairs            jsonl: read as pairs
     json             parsed
 
-The blocks of a page share one folder, in which they run in order. It stands for the root of a clone (`recipes/` is
-there), is the home folder too, and has a folder `pictures` with a few PNGs.
+The blocks of a page share one folder, in which they run in order. It stands for the root of a clone (`recipes/` and
+`benchmarks/` are there), is the home folder too, and has a folder `pictures` with a few PNGs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the root of a clone and for the home folder, as the working directory."""
     from PIL import Image
 
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "pictures").mkdir()
     for number, name in enumerate(PICTURES):
         Image.new("RGB", (64, 64), (60 * number, 120, 200 - 60 * number)).save(tmp_path / "pictures" / f"{name}.png")

@@ -1,0 +1,67 @@
+"""The claims are judged by the newest rows, and what was not measured is said to be so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import claims
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    base = {"backend": "cpu", "rival": "mmemb", "n": 8192, "width": 256, "dtype": "float32", "symmetric": False}
+    return {**base, "seconds": 1.0, "ratio_to_floor": 1.1, "extra_mb": 66.0, "tflops": 0.1, **changes}
+
+
+def judged(tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    path = tmp_path / "infonce.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    status = claims.main([str(path)])
+    return status, capsys.readouterr().out.splitlines()[1:]
+
+
+def line(lines: list[str], text: str) -> list[str]:
+    return next(each.split()[-3:] for each in lines if text in each)
+
+
+def test_newest_rows_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = judged(tmp_path, [row(ratio_to_floor=2.0), row()], capsys)
+    assert status == 0
+    assert line(lines, "8192 x 256 float32: time / floor") == ["1.12", "1.1", "yes"]
+    assert line(lines, "16384 x 256")[-2:] == ["yet", "-"]
+    assert len(lines) == len(claims.CLAIMS)
+
+
+def test_a_broken_bound_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = judged(tmp_path, [row(extra_mb=131.0)], capsys)
+    assert status == 1
+    assert line(lines, "extra MB") == ["130", "131", "no"]
+
+
+def test_peers_are_compared_by_their_ratios_to_the_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = row(rival="sentence-transformers-32", ratio_to_floor=12.1, seconds=0.001)
+    gone = row(rival="sentence-transformers-512", seconds=None, ratio_to_floor=None)
+    _, lines = judged(tmp_path, [row(), slow, gone], capsys)
+    assert line(lines, "sentence-transformers-32 /") == ["10", "11", "yes"]
+    assert line(lines, "sentence-transformers-512 /")[-2:] == ["yet", "-"]
+
+
+def test_gpu_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = {"backend": "cuda", "n": 32768, "width": 1024, "dtype": "bfloat16"}
+    rows = [row(**gpu, ratio_to_floor=1.6), row(**gpu, ratio_to_floor=2.0, symmetric=True)]
+    peer = row(**gpu, rival="liger-kernel", ratio_to_floor=2.4)
+    _, lines = judged(tmp_path, rows, capsys)
+    assert line(lines, "share of the matmul rate") == ["0.7", "0.833", "yes"]
+    assert line(lines, "symmetric / one direction") == ["1.5", "1.25", "yes"]
+    assert line(lines, "fastest peer")[-2:] == ["yet", "-"]
+    _, lines = judged(tmp_path, [*rows, peer], capsys)
+    assert line(lines, "fastest peer") == ["1", "1.5", "yes"]
+
+
+def test_a_missing_file_says_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        claims.main([str(tmp_path / "none.jsonl")])
+    assert "python -m benchmarks.infonce writes it" in capsys.readouterr().err
