@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mmemb.kernels import _tiles
 from mmemb.kernels._infonce_tiled import SAFE_LOGIT, excess_loss
 from mmemb.kernels._tiles import Tiles
-from mmemb.kernels._triton_kernels import gradient_kernel, own_kernel, sums_kernel
+from mmemb.kernels._triton_kernels import gradient_kernel, own_kernel, positive_kernel, sums_kernel
 from mmemb.kernels.problem import WORKSPACE_BYTES, Columns, Gradients, Merge, Problem
 
 GROUP = 8
@@ -179,6 +179,10 @@ class _Engine:
         rows = self.workspace_bytes // (aligned(columns) * self.dtype.itemsize)
         return rows // self.tiles.rows * self.tiles.rows
 
+    def pieces(self, columns: int) -> int:
+        """Pieces of tiles in a row of tiles so many columns wide."""
+        return cdiv(columns, self.tiles.columns) * self.tiles.parts
+
     def empty(self, *shape: int) -> Tensor:
         return self.query.new_empty(shape, dtype=self.problem.work_dtype)
 
@@ -201,13 +205,13 @@ class _Engine:
     def sums(self, part: _Part, *, columns: bool) -> tuple[Tensor, Tensor]:
         """Log-sum-exp of the part's rows [N] and, if asked for, of its columns [L] (else -inf)."""
         n, m = len(part.left), len(part.right)
-        tiles_n = cdiv(m, self.tiles.columns)
+        pieces = self.pieces(m)
         row_others, column_others = self.empty(n), self.empty(m).fill_(-torch.inf)
         # The reductions keep about two copies of what they reduce.
-        a_tile = (tiles_n * self.tiles.rows + (m if columns else 0)) * 3 * row_others.element_size()
+        a_tile = (pieces * self.tiles.rows + (m if columns else 0)) * 3 * row_others.element_size()
         rows = max(1, self.workspace_bytes // a_tile) * self.tiles.rows
         for start, stop in blocks(n, rows):
-            by_row = self.empty(tiles_n, stop - start)
+            by_row = self.empty(pieces, stop - start)
             by_column = self.empty(cdiv(stop - start, self.tiles.rows) if columns else 0, m)
             self.launch_sums(part, start, stop, by_row, by_column if columns else None)
             row_others[start:stop] = by_row.logsumexp(0)
@@ -244,6 +248,11 @@ class _Engine:
             **self.options(part),
         )
 
+    def place(self, values: Tensor, block: Tensor, own: Tensor, row: int, column: int) -> None:
+        """Writes the rows' values [N] at ``own`` [N] into the block of S that begins at this row and column."""
+        n, m = block.shape
+        positive_kernel[(cdiv(n, 128),)](block, own, values, row, row + n, column, column + m, block.stride(0), BM=128)
+
     def operands(self, part: _Part) -> tuple[Any, ...]:
         """The arguments that both kernels begin with; stand-ins for what is absent."""
         own = (self.own * self.stretch).contiguous()
@@ -275,6 +284,7 @@ class _Engine:
             "BM": tiles.rows,
             "BN": tiles.columns,
             "BK": tiles.depth,
+            "PARTS": tiles.parts,
             "GROUP": GROUP,
             "DESCRIPTORS": self.descriptors(part.left, part.right),
             "WIDEN": not self.query.is_cuda and self.dtype == torch.bfloat16,
@@ -292,21 +302,21 @@ class _Engine:
     def exponentials(self, coefficient: Tensor, extra: Tensor | None) -> tuple[Tensor, Gradients]:
         """`one_direction` at 6U: the slab holds exp(s) of full rows."""
         n, m = len(self.query), len(self.candidate)
-        losses, totals = self.empty(n), self.empty(n)
+        losses, totals, at_positive = self.empty(3, n)
         gradients = _Gradients(self, coefficient)
         rows = self.slab_rows(m)
         slab = self.query.new_empty(min(rows, n), aligned(m))
         for start, stop in blocks(n, rows):
-            by_row, products = self.empty(2, cdiv(m, self.tiles.columns), stop - start)
-            powers = slab[: stop - start]
+            by_row, products = self.empty(2, self.pieces(m), stop - start)
+            powers = slab[: stop - start, :m]
             self.launch_sums(self.main, start, stop, by_row, None, products, powers)
-            powers = powers[:, :m]
             own, others = self.own[start:stop], by_row.logsumexp(0)
             if extra is not None:
                 others = torch.logaddexp(others, extra[start:stop])
             losses[start:stop] = excess_loss(others - own)
             totals[start:stop] = torch.logaddexp(others, own)
-            powers.scatter_(1, self.problem.positive[start:stop, None], -others.exp()[:, None].to(powers.dtype))
+            at_positive[start:stop] = -others.exp()
+            self.place(at_positive, powers, self.main.own, start, 0)
             share = coefficient[start:stop] * (-totals[start:stop]).exp()
             gradients.slope += torch.dot(products.sum(0), share)
             product = add_product(self.empty(stop - start, self.query.shape[1]).zero_(), powers, self.candidate)
@@ -336,14 +346,13 @@ class _Gradients:
 
     def add_further(self, share: Tensor, totals: Tensor) -> None:
         """The further negatives' part, for rows of G = share exp(z - total)."""
-        nothing = torch.zeros_like(share)
         for name, part in self.engine.parts.items():
             if name == "peers":
                 assert self.peers is not None
-                self._add(part, self.query, self.peers, share, totals, nothing)
+                self._add(part, self.query, self.peers, share, totals)
                 continue
             left = torch.zeros_like(self.query)
-            self._add(part, left, self.candidate, share, totals, nothing)
+            self._add(part, left, self.candidate, share, totals)
             # Sorted by row, where index_add_ would add in any order.
             self.candidate.index_put_((part.own,), left, accumulate=True)
 
@@ -354,13 +363,15 @@ class _Gradients:
         right: Tensor,
         share: Tensor,
         totals: Tensor,
-        at_positive: Tensor,
+        at_positive: Tensor | None = None,
         columns: Columns | None = None,
     ) -> None:
         """Adds G right to ``left`` [N, D] and G^T left to ``right`` [L, D], block by block."""
         engine, tiles = self.engine, self.engine.tiles
-        row_vectors = [x.contiguous() for x in (share * self.boost, totals, at_positive * self.boost)]
-        column_vectors = row_vectors  # stand-ins
+        row_vectors = [(share * self.boost).contiguous(), totals.contiguous()]
+        if at_positive is not None:
+            at_positive = (at_positive * self.boost).contiguous()
+        column_vectors = [totals, totals, totals]  # stand-ins
         if columns is not None:
             # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is
             # left out.
@@ -379,6 +390,8 @@ class _Gradients:
                     *operands, *row_vectors, *column_vectors, values, slopes, row, last_row, column, last_column,
                     part.left.shape[1], slab.stride(0), COLUMNS=columns is not None, **options,
                 )  # fmt: skip
+                if at_positive is not None:
+                    engine.place(at_positive, values, part.own, row, column)
                 self.slope += slopes.sum() / self.boost
                 add_product(left[row:last_row], values, part.right[column:last_column])
                 add_product(right[column:last_column], values.T, part.left[row:last_row])

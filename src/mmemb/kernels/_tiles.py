@@ -24,6 +24,7 @@ class Tiles:
         depth: of one step along the embedding width.
         warps: that share a tile.
         stages: steps whose loads are in flight at once.
+        parts: pieces of columns that follow one another once a tile is multiplied, 1, 2 or 4.
         descriptors: load through tensor descriptors (the chip's copy engine), where addresses are 16-byte aligned.
         precision: how float32 products are made; ``tf32x3`` keeps 22 bits of each factor on the tensor cores.
     """
@@ -33,23 +34,24 @@ class Tiles:
     depth: int
     warps: int
     stages: int
+    parts: int = 1
     descriptors: bool = False
     precision: Precision = "ieee"
 
 
 TILES: dict[tuple[str, int], Tiles] = {
-    ("sm_80", 2): Tiles(128, 128, 64, 8, 3),
+    ("sm_80", 2): Tiles(128, 128, 64, 8, 3, 2),
     ("sm_80", 4): Tiles(128, 64, 32, 8, 3, precision="tf32x3"),
-    ("sm_90", 2): Tiles(128, 256, 64, 8, 3, descriptors=True),
-    ("sm_90", 4): Tiles(128, 128, 32, 8, 3, descriptors=True, precision="tf32x3"),
-    ("sm_100", 2): Tiles(128, 256, 64, 8, 3, descriptors=True),
-    ("sm_100", 4): Tiles(128, 128, 32, 8, 3, descriptors=True, precision="tf32x3"),
-    ("amd", 2): Tiles(128, 128, 64, 8, 2),
-    ("amd", 4): Tiles(128, 128, 32, 8, 2),
+    ("sm_90", 2): Tiles(128, 256, 64, 8, 3, 4, descriptors=True),
+    ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
+    ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 4, descriptors=True),
+    ("sm_100", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
+    ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
+    ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),
     # The interpreter on a CPU pays a fixed price a step, whatever its size.
-    ("interpreter", 2): Tiles(128, 128, 128, 4, 1),
-    ("interpreter", 4): Tiles(128, 128, 128, 4, 1),
-    ("interpreter", 8): Tiles(128, 128, 128, 4, 1),
+    ("interpreter", 2): Tiles(128, 128, 128, 4, 1, 2),
+    ("interpreter", 4): Tiles(128, 128, 128, 4, 1, 2),
+    ("interpreter", 8): Tiles(128, 128, 128, 4, 1, 2),
 }
 
 

@@ -25,6 +25,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Below all logits, whose bound is a quarter of the largest float32; finite, so that exp2 of it times anything is 0.
+FLOOR = tl.constexpr(-2e38)
+
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -64,29 +67,51 @@ def _product(
 
 
 @triton.jit
-def _negatives(
-    logits, rows, columns, last_row, last_column, positive, query_id, candidate_id, limit,
-    IDS: tl.constexpr, LIMITED: tl.constexpr,
-):  # fmt: skip
-    """Which entries of the tile [BM, BN] (logits in base 2) are negatives, and which are positives."""
-    here = rows < last_row
-    own = columns[None, :] == tl.load(positive + rows, here, -1)[:, None]
-    kept = here[:, None] & (columns < last_column)[None, :] & (own == 0)
-    if IDS:
-        mine = tl.load(query_id + rows, here, 0)[:, None]
-        kept = kept & (mine != tl.load(candidate_id + columns, columns < last_column, 0)[None, :])
-    if LIMITED:
-        kept = kept & (logits <= tl.load(limit + rows, here, 0.0)[:, None] * LOG2E)
-    return kept, own
+def _piece(tile, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """Columns INDEX * BN / PARTS and on of a tile [BM, BN]; PARTS is 1, 2, 4 or 8.
+
+    The accumulator is spread over the threads so that this moves no data. Every vector along the columns takes a
+    thread as many registers as the piece has columns, over 4: that is why epilogues go by piece.
+    """
+    if PARTS == 8:
+        tile = _half(tile, INDEX // 4)
+    if PARTS >= 4:
+        tile = _half(tile, INDEX // 2 % 2)
+    if PARTS >= 2:
+        tile = _half(tile, INDEX % 2)
+    return tile
 
 
 @triton.jit
-def _logsumexp(logits, kept, AXIS: tl.constexpr):
-    """Natural log-sum-exp of base-2 logits along an axis; -inf where nothing is kept."""
-    top = tl.max(tl.where(kept, logits, float("-inf")), AXIS)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    powers = tl.exp2(logits - tl.expand_dims(shift, AXIS))
-    return (shift + tl.log2(tl.sum(tl.where(kept, powers, 0.0), AXIS))) * LN2
+def _half(tile, INDEX: tl.constexpr):
+    left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+    if INDEX == 0:
+        return left
+    return right
+
+
+@triton.jit
+def _negatives(
+    logits, rows, columns, here, there, positive, query_id, candidate_id, limit,
+    LOWEST: tl.constexpr, IDS: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """The piece's logits [BM, BN] in base 2, LOWEST where they are not negatives'."""
+    kept = columns[None, :] != tl.load(positive + rows, here, -1).to(tl.int32)[:, None]
+    kept = kept & here[:, None] & there[None, :]
+    if IDS:
+        mine = tl.load(query_id + rows, here, 0)[:, None]
+        kept = kept & (mine != tl.load(candidate_id + columns, there, 0)[None, :])
+    if LIMITED:
+        kept = kept & (logits <= tl.load(limit + rows, here, 0.0)[:, None] * LOG2E)
+    return tl.where(kept, logits, LOWEST)
+
+
+@triton.jit
+def _logsumexp(logits, AXIS: tl.constexpr):
+    """Natural log-sum-exp of base-2 logits along an axis."""
+    top = tl.max(logits, AXIS)
+    shift = tl.where(top == float("-inf"), 0.0, top)  # -inf throughout stays -inf
+    return (shift + tl.log2(tl.sum(tl.exp2(logits - tl.expand_dims(shift, AXIS)), AXIS))) * LN2
 
 
 @triton.jit
@@ -95,19 +120,20 @@ def sums_kernel(
     row_sums, column_sums, row_products, exponentials,
     first_row, last_row, last_column, width, row_stride, exponential_stride,
     IDS: tl.constexpr, LIMITED: tl.constexpr, BOUNDED: tl.constexpr, COLUMNS: tl.constexpr, EXPONENTIALS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps of the negatives in each tile, by row and by column.
+    """Log-sum-exps of the negatives in each piece of each tile, by row and by column.
 
     Args:
         query: [N, D] contiguous, a pointer or a descriptor of [BM, BK] blocks; ``candidate`` [M, D] likewise.
         scale: one number in the accumulator's dtype, as all floating-point vectors below.
-        own: [N] p, read with EXPONENTIALS. ``positive`` [N], ``query_id`` [N], ``candidate_id`` [M] int64.
+        own: [N] p times (c + b) / c, read with EXPONENTIALS.
+        positive: [N] int64, as ``query_id`` [N] and ``candidate_id`` [M].
         limit: [N] with LIMITED: negatives whose logit is above it are left out.
-        row_sums: [tiles_n, rows], rows ``row_stride`` apart: a row's log-sum-exp within each column of tiles.
+        row_sums: [tiles_n * PARTS, rows], rows ``row_stride`` apart: a row's log-sum-exp within each piece.
         column_sums: [tiles_m, M] with COLUMNS: a column's log-sum-exp within each row of tiles.
-        row_products: as ``row_sums``, with EXPONENTIALS: sums of exp(s) (s - p).
+        row_products: as ``row_sums``, with EXPONENTIALS: sums of exp(s) (s - own).
         exponentials: [rows, M] in the embeddings' dtype, rows ``exponential_stride`` apart, with EXPONENTIALS: exp(s),
             0 where not a negative.
         BOUNDED: |s| is small enough for exp(s) without subtracting a maximum; EXPONENTIALS needs it.
@@ -117,88 +143,97 @@ def sums_kernel(
     tiles_n = tl.cdiv(last_column, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
-        row, column = first_row + tile_m * BM, tile_n * BN
+        row = tile_m * BM  # within the block
         product = _product(
-            query, candidate, row, column, last_row, last_column, width, factor,
+            query, candidate, first_row + row, tile_n * BN, last_row, last_column, width, factor,
             BM, BN, BK, DESCRIPTORS, WIDEN, PRECISION,
         )  # fmt: skip
-        logits = product * factor
-        rows = row + tl.arange(0, BM)
-        columns = column + tl.arange(0, BN)
-        kept, _ = _negatives(
-            logits, rows, columns, last_row, last_column, positive, query_id, candidate_id, limit, IDS, LIMITED
-        )
-        row_at = tile_n.to(tl.int64) * row_stride + rows - first_row
-        column_at = tile_m.to(tl.int64) * last_column + columns
-        if BOUNDED:
-            powers = tl.where(kept, tl.exp2(logits), 0.0)
-            tl.store(row_sums + row_at, tl.log2(tl.sum(powers, 1)) * LN2, rows < last_row)
-            if COLUMNS:
-                tl.store(column_sums + column_at, tl.log2(tl.sum(powers, 0)) * LN2, columns < last_column)
-            if EXPONENTIALS:
-                excess = logits - tl.load(own + rows, rows < last_row, 0.0)[:, None] * LOG2E
-                tl.store(row_products + row_at, tl.sum(powers * excess, 1) * LN2, rows < last_row)
-                at = (rows - first_row).to(tl.int64)[:, None] * exponential_stride + columns[None, :]
-                inside = (rows < last_row)[:, None] & (columns < last_column)[None, :]
-                tl.store(exponentials + at, powers.to(exponentials.dtype.element_ty), inside)
-        else:
-            tl.store(row_sums + row_at, _logsumexp(logits, kept, 1), rows < last_row)
-            if COLUMNS:
-                tl.store(column_sums + column_at, _logsumexp(logits, kept, 0), columns < last_column)
+        inner = row + tl.arange(0, BM)
+        rows = first_row + inner
+        here = rows < last_row
+        for part in tl.static_range(PARTS):
+            logits = _piece(product, part, PARTS) * factor
+            columns = (tile_n * PARTS + part) * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            there = columns < last_column
+            logits = _negatives(
+                logits, rows, columns, here, there, positive, query_id, candidate_id, limit,
+                FLOOR if BOUNDED else float("-inf"), IDS, LIMITED,
+            )  # fmt: skip
+            row_at = (tile_n * PARTS + part).to(tl.int64) * row_stride + inner
+            column_at = tile_m.to(tl.int64) * last_column + columns
+            if BOUNDED:
+                powers = tl.exp2(logits)
+                tl.store(row_sums + row_at, tl.log2(tl.sum(powers, 1)) * LN2, here)
+                if COLUMNS:
+                    tl.store(column_sums + column_at, tl.log2(tl.sum(powers, 0)) * LN2, there)
+                if EXPONENTIALS:
+                    excess = logits - tl.load(own + rows, here, 0.0)[:, None] * LOG2E
+                    tl.store(row_products + row_at, tl.sum(powers * excess, 1) * LN2, here)
+                    at = inner.to(tl.int64)[:, None] * exponential_stride + columns[None, :]
+                    inside = here[:, None] & there[None, :]
+                    tl.store(exponentials + at, powers.to(exponentials.dtype.element_ty), inside)
+            else:
+                tl.store(row_sums + row_at, _logsumexp(logits, 1), here)
+                if COLUMNS:
+                    tl.store(column_sums + column_at, _logsumexp(logits, 0), there)
 
 
 @triton.jit
 def gradient_kernel(
     query, candidate, scale, own, positive, query_id, candidate_id, limit,
-    row_share, row_total, at_positive, column_share, column_total, column_own,
+    row_share, row_total, column_share, column_total, column_own,
     gradient, temperature,
     first_row, last_row, first_column, last_column, width, stride,
     IDS: tl.constexpr, LIMITED: tl.constexpr, COLUMNS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G = share_i exp(s - total_i), with COLUMNS + share_j exp(s - total_j), at negatives; ``at_positive`` at positives.
+    """G = share_i exp(s - total_i), with COLUMNS + share_j exp(s - total_j), at negatives, 0 elsewhere.
 
     Args:
         query ... limit: as in `sums_kernel`.
         row_share: [N], coefficient of the row's loss; ``row_total`` [N], its log-sum-exp with the positive.
-        at_positive: [N] G at the row's positive.
-        column_share: [M], as of rows, with COLUMNS; ``column_total`` [M]; ``column_own`` [M] the logit of the query
+        column_share: [M], as of rows, with COLUMNS; ``column_total`` [M]; ``column_own`` [M] as ``own``, of the query
             whose positive the column is.
         gradient: [rows, columns] in the embeddings' dtype, rows ``stride`` apart.
-        temperature: [tiles] each tile's sum over its negatives of G's row part times s - p_i and G's column part times
-            s - column_own_j: that is sum(G * S), as each part sums to 0 over its row or column.
+        temperature: [tiles] each tile's sum over its negatives of G's row part times s - own_i and G's column part
+            times s - column_own_j: that is sum(G * S), as each part sums to 0 over its row or column.
     """
     factor = tl.load(scale) * LOG2E
     tiles_m = tl.cdiv(last_row - first_row, BM)
     tiles_n = tl.cdiv(last_column - first_column, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
-        row, column = first_row + tile_m * BM, first_column + tile_n * BN
+        row, column = tile_m * BM, tile_n * BN  # within the block
         product = _product(
-            query, candidate, row, column, last_row, last_column, width, factor,
+            query, candidate, first_row + row, first_column + column, last_row, last_column, width, factor,
             BM, BN, BK, DESCRIPTORS, WIDEN, PRECISION,
         )  # fmt: skip
-        logits = product * factor
-        rows = row + tl.arange(0, BM)
-        columns = column + tl.arange(0, BN)
-        here, there = rows < last_row, columns < last_column
-        kept, at_own = _negatives(
-            logits, rows, columns, last_row, last_column, positive, query_id, candidate_id, limit, IDS, LIMITED
-        )
-        total = tl.load(row_total + rows, here, 0.0)[:, None] * LOG2E
-        values = tl.where(kept, tl.exp2(logits - total) * tl.load(row_share + rows, here, 0.0)[:, None], 0.0)
-        slope = values * (logits - tl.load(own + rows, here, 0.0)[:, None] * LOG2E)
-        if COLUMNS:
-            total = tl.load(column_total + columns, there, 0.0)[None, :] * LOG2E
-            share = tl.load(column_share + columns, there, 0.0)[None, :]
-            by_column = tl.where(kept, tl.exp2(logits - total) * share, 0.0)
-            slope += by_column * (logits - tl.load(column_own + columns, there, 0.0)[None, :] * LOG2E)
-            values += by_column
-        tl.store(temperature + tile, tl.sum(tl.sum(slope, 1), 0) * LN2)
-        values = tl.where(at_own, tl.load(at_positive + rows, here, 0.0)[:, None], values)
-        at = (rows - first_row).to(tl.int64)[:, None] * stride + (columns - first_column)[None, :]
-        tl.store(gradient + at, values.to(gradient.dtype.element_ty), here[:, None] & there[None, :])
+        rows = first_row + row + tl.arange(0, BM)
+        here = rows < last_row
+        slopes = tl.zeros((BM,), factor.dtype)
+        for part in tl.static_range(PARTS):
+            logits = _piece(product, part, PARTS) * factor
+            inner = column + part * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            columns = first_column + inner
+            there = columns < last_column
+            logits = _negatives(
+                logits, rows, columns, here, there, positive, query_id, candidate_id, limit, FLOOR, IDS, LIMITED
+            )
+            total = tl.load(row_total + rows, here, 0.0)[:, None] * LOG2E
+            share = tl.load(row_share + rows, here, 0.0)[:, None]
+            values = tl.exp2(logits - total) * share
+            slopes += tl.sum(values * (logits - tl.load(own + rows, here, 0.0)[:, None] * LOG2E), 1)
+            if COLUMNS:
+                total = tl.load(column_total + columns, there, 0.0)[None, :] * LOG2E
+                share = tl.load(column_share + columns, there, 0.0)[None, :]
+                by_column = tl.exp2(logits - total) * share
+                excess = logits - tl.load(column_own + columns, there, 0.0)[None, :] * LOG2E
+                slopes += tl.sum(by_column * excess, 1)
+                values += by_column
+            at = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride + inner[None, :]
+            tl.store(gradient + at, values.to(gradient.dtype.element_ty), here[:, None] & there[None, :])
+        tl.store(temperature + tile, tl.sum(slopes, 0) * LN2)
 
 
 @triton.jit
@@ -219,3 +254,14 @@ def own_kernel(
         k = tl.load(candidate + targets[:, None] * width + depth[None, :], inside, 0.0).to(factor.dtype)
         total += tl.sum(q * k, 1)
     tl.store(own + rows, total * factor, here)
+
+
+@triton.jit
+def positive_kernel(matrix, positive, values, first_row, last_row, first_column, last_column, stride, BM: tl.constexpr):
+    """Writes each row's value [N] at its positive, where the block [rows, columns] of ``matrix`` has it."""
+    inner = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = first_row + inner < last_row
+    column = tl.load(positive + first_row + inner, here, 0)
+    inside = here & (column >= first_column) & (column < last_column)
+    value = tl.load(values + first_row + inner, here, 0.0).to(matrix.dtype.element_ty)
+    tl.store(matrix + inner.to(tl.int64) * stride + column - first_column, value, inside)
