@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mmemb.kernels import InfoNCEResult, infonce, infonce_with_grads, reference
 from mmemb.kernels import _infonce_tiled as tiled
+from mmemb.kernels import infonce, infonce_with_grads, reference
 from mmemb.kernels.infonce import Reduction
 from mmemb.kernels.problem import work_dtype
+from tests.kernels.cases import error, oracle, unit_rows
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 2, 384), (7, 7, 1), (13, 31, 17), (1031, 1031, 8), (1025, 2053, 5)]
 """One row, one column, primes, hard negatives (M > N), one more than a stripe."""
@@ -23,10 +23,6 @@ TOLERANCES = {
     torch.bfloat16: 8e-3,  # the gradients are rounded to 8 bits on return; the input's rounding is in the oracle's too
     torch.float16: 1e-3,  # 11 bits on return
 }
-
-
-def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
 
 
 def options(name: str, n: int, m: int) -> dict[str, Any]:
@@ -43,18 +39,6 @@ def options(name: str, n: int, m: int) -> dict[str, Any]:
         "symmetric all": {"symmetric": True, "positive": positive, "weight": torch.rand(n) + 0.1, **ids},
     }
     return cases[name]
-
-
-def oracle(query: Tensor, candidate: Tensor, temperature: float, **kwargs: Any) -> InfoNCEResult:
-    """Loss and gradients by autograd through the full matrix in float64."""
-    leaves = [x.double().requires_grad_() for x in (query, candidate, torch.tensor(temperature))]
-    loss = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], **kwargs)
-    return InfoNCEResult(loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
-
-
-def error(given: Tensor, expected: Tensor) -> float:
-    """Relative error in norm, absolute where the expected value is next to nothing."""
-    return float((given.double() - expected).norm() / expected.norm().clamp_min(1e-2))
 
 
 @pytest.mark.parametrize("name", ["plain", "positive", "weight", "ids", "all", "symmetric", "symmetric all"])
@@ -202,6 +186,16 @@ IDS = torch.tensor([0, 1])
         ({"weight": torch.zeros(2)}, "weight has minimum 0.0 and sum 0.0"),
         ({"weight": torch.tensor([1.0, float("nan")])}, "weight has minimum nan"),
         ({"reduction": "sum"}, "reduction is 'sum'; allowed are 'mean' and 'none'"),
+        ({"margin": float("nan")}, "margin is nan; allowed are finite numbers, and None"),
+        ({"hardness": -1.0}, "hardness is -1.0; allowed are finite numbers of at least 0"),
+        ({"hardness": 1e38}, "logits may reach"),
+        ({"dims": []}, r"dims is \[\]; allowed are ascending integers from 1 to the width 3"),
+        ({"dims": [2, 1]}, r"dims is \[2, 1\]"),
+        ({"dims": [0, 1]}, r"dims is \[0, 1\]"),
+        ({"dims": [1, 4]}, r"dims is \[1, 4\]"),
+        ({"dims": [1], "query": torch.tensor([[0.0, 1, 1]] * 2)}, "query has a row whose first 1 values have norm 0.0"),
+        ({"workspace_bytes": 0}, "workspace_bytes is 0; allowed are integers of at least 1"),
+        ({"engine": "cuda"}, "engine is 'cuda'; allowed are 'triton', 'tiled' and None"),
     ],
     ids=str,
 )
@@ -217,13 +211,15 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_bound_decides_where_the_maximum_is_subtracted() -> None:
-    logits = torch.tensor([[1.0, 2.0, 30.0], [0.0, -3.0, 5.0]])
-    for bound in (tiled.SAFE_LOGIT, 2 * tiled.SAFE_LOGIT):
-        values = logits.clone()
-        total, shift = tiled.exponentials_(values, bound=bound)
-        torch.testing.assert_close(total.log() + shift, logits.logsumexp(1))
-        torch.testing.assert_close(values / total[:, None], logits.softmax(1))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bound", [0.99 * tiled.SAFE_LOGIT, 1.01 * tiled.SAFE_LOGIT])
+def test_with_and_without_a_maximum_subtracted(bound: float, symmetric: bool) -> None:
+    query = unit_rows(9, 3, torch.float64)
+    candidate = torch.cat([-query, query])  # logits from -bound to bound
+    expected = oracle(query, candidate, 1 / bound, symmetric=symmetric)
+    given = infonce_with_grads(query.float(), candidate.float(), temperature=1 / bound, symmetric=symmetric)
+    for field, value in given._asdict().items():
+        assert error(value, getattr(expected, field)) < 2e-5, field
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -5,12 +5,14 @@ An engine is a module with
     one_direction(problem, *, coefficient, workspace_bytes) -> (losses [N], Gradients or None)
     symmetric(problem, *, coefficient, merge, workspace_bytes) -> the same
 
+An engine but the tiled one sees no ``dims``: it is called once for each of them.
 What the Triton engine does not support, as its ``supports(problem, *, symmetric) -> bool`` says, goes to the tiled one.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Literal, TypeAlias, get_args
@@ -18,9 +20,12 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from mmemb.kernels._prefixes import by_dimension
 from mmemb.kernels.problem import Gradients, Merge, Problem
 
 Engine: TypeAlias = Literal["triton", "tiled"]
+
+TILED, TRITON = "mmemb.kernels._infonce_tiled", "mmemb.kernels._infonce_triton"
 
 ENGINES: tuple[str, ...] = get_args(Engine)
 
@@ -36,13 +41,13 @@ def choose(problem: Problem, *, symmetric: bool, engine: Engine | None = None) -
     Raises:
         ValueError: no such engine; or an engine was asked for that cannot solve this problem on this machine.
     """
-    tiled = import_module("mmemb.kernels._infonce_tiled")
+    tiled = import_module(TILED)
     if engine not in (None, *ENGINES):
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(map(repr, ENGINES))} and None, by device")
     if engine == "tiled" or (engine is None and problem.query.device.type != "cuda"):
         return tiled
     try:
-        triton = import_module("mmemb.kernels._infonce_triton")
+        triton = import_module(TRITON)
     except ImportError as error:
         if engine is None:
             return tiled
@@ -52,7 +57,7 @@ def choose(problem: Problem, *, symmetric: bool, engine: Engine | None = None) -
             f"engine 'triton' needs a CUDA device and query is on {problem.query.device}; "
             "leave engine out, or set TRITON_INTERPRET=1 before the start to run its interpreter"
         )
-    if triton.supports(problem, symmetric=symmetric):
+    if triton.supports(replace(problem, dims=None), symmetric=symmetric):
         return triton
     if engine == "triton":
         raise ValueError("engine 'triton' does not support this problem; leave engine out to fall back to 'tiled'")
@@ -82,8 +87,14 @@ def solve(
         ValueError: see `choose`.
     """
     module = choose(problem, symmetric=symmetric, engine=engine)
-    # Autocast would turn the products back into bfloat16.
-    with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
+
+    def one(problem: Problem) -> tuple[Tensor, Gradients | None]:
         if symmetric:
             return module.symmetric(problem, coefficient=coefficient, merge=merge, workspace_bytes=workspace_bytes)
         return module.one_direction(problem, coefficient=coefficient, workspace_bytes=workspace_bytes)
+
+    # Autocast would turn the products back into bfloat16.
+    with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
+        if problem.dims is not None and module is not import_module(TILED):
+            return by_dimension(problem, one)
+        return one(problem)

@@ -1,0 +1,52 @@
+"""Matryoshka losses one dimension at a time, for an engine that knows no ``dims``.
+
+N queries   M candidates   L peers   D width
+
+The tiled engine shares the products of all dimensions instead; this costs an engine's whole work for every dimension,
+and rounds the normalised prefixes to the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mmemb.kernels.problem import Gradients, Peers, Problem
+
+Solve = Callable[[Problem], tuple[Tensor, Gradients | None]]
+
+
+def by_dimension(problem: Problem, solve: Solve) -> tuple[Tensor, Gradients | None]:
+    """Losses [N] and gradients of a problem with ``dims``, by solving one without for each of them."""
+    work = problem.work_dtype
+    wide = {"query": problem.query, "candidate": problem.candidate}
+    if problem.peers is not None:
+        wide["peers"] = problem.peers.query
+    sums = {name: torch.zeros_like(rows, dtype=work) for name, rows in wide.items()}
+    losses, temperature = problem.scale.new_zeros(len(problem.query)), problem.scale.new_zeros(())
+    found: Gradients | None = None
+    for dim in problem.dims or ():
+        unit = {name: normalize(rows[:, :dim].to(work), dim=1) for name, rows in wide.items()}
+        narrow = {name: rows.to(problem.query.dtype) for name, rows in unit.items()}
+        peers = None if problem.peers is None else Peers(narrow["peers"], problem.peers.own, problem.peers.id)
+        part, found = solve(
+            replace(problem, query=narrow["query"], candidate=narrow["candidate"], peers=peers, dims=None)
+        )
+        losses += part
+        if found is None:
+            continue
+        temperature += found.temperature
+        for name, gradient in (("query", found.query), ("candidate", found.candidate), ("peers", found.peers)):
+            if gradient is not None:
+                gradient = gradient.to(work)
+                along = (gradient * unit[name]).sum(1, keepdim=True)
+                length = wide[name][:, :dim].to(work).norm(dim=1, keepdim=True)
+                sums[name][:, :dim] += (gradient - along * unit[name]) / length
+    if found is None:
+        return losses, None
+    query, candidate = (sums[name].to(problem.query.dtype) for name in ("query", "candidate"))
+    return losses, Gradients(query, candidate, temperature, sums.get("peers"))

@@ -1,0 +1,228 @@
+"""The checks of `mmemb.kernels.infonce`'s input: `check_form` without looking at values, `prepare` with.
+
+N queries   M candidates   L peers   D width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from mmemb.kernels.problem import Peers, Problem, work_dtype
+
+Reduction: TypeAlias = Literal["mean", "none"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_form(
+    query: Tensor,
+    candidate: Tensor,
+    temperature: Tensor,
+    positive: Tensor | None,
+    query_id: Tensor | None,
+    candidate_id: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    *,
+    margin: float | None = None,
+    hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+    may_be_empty: bool = False,
+) -> None:
+    """Checks all that shapes, dtypes, devices and plain numbers show.
+
+    Raises:
+        ValueError: an argument is not what `mmemb.kernels.infonce` allows; the message names what was given and what is
+            allowed.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}; allowed are 'mean' and 'none'")
+    for name, tensor in (("query", query), ("candidate", candidate)):
+        empty = len(tensor) == 0 and not (may_be_empty and name == "query") if tensor.ndim else True
+        if tensor.ndim != 2 or tensor.shape[1] == 0 or empty:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; allowed is [rows, width] with at least one of each"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    n, m = len(query), len(candidate)
+    if query.shape[1] != candidate.shape[1]:
+        raise ValueError(f"query is {query.shape[1]} wide and candidate {candidate.shape[1]}; the widths must be equal")
+    if query.dtype != candidate.dtype:
+        raise ValueError(f"query is {query.dtype} and candidate {candidate.dtype}; the dtypes must be equal")
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature has shape {tuple(temperature.shape)}; allowed is one number")
+    if positive is None and m < n:
+        raise ValueError(
+            f"{m} candidates for {n} queries; without positive= every query needs the candidate of its own row"
+        )
+    if (query_id is None) != (candidate_id is None):
+        given, missing = ("query_id", "candidate_id") if candidate_id is None else ("candidate_id", "query_id")
+        raise ValueError(f"{given} is given without {missing}; give both or neither")
+    integers = {"positive": (positive, n), "query_id": (query_id, n), "candidate_id": (candidate_id, m)}
+    for name, (ids, size) in integers.items():
+        if ids is not None and (ids.shape != (size,) or ids.dtype != torch.int64):
+            raise ValueError(
+                f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; allowed is torch.int64 of shape ({size},)"
+            )
+    if weight is not None and (weight.shape != (n,) or not weight.is_floating_point()):
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; allowed is floating point of shape ({n},)"
+        )
+    others = {"candidate": candidate, "weight": weight} | {name: ids for name, (ids, _) in integers.items()}
+    for name, other in others.items():
+        if other is not None and other.device != query.device:
+            raise ValueError(f"{name} is on {other.device} and query on {query.device}; all must be on one device")
+    if margin is not None and not math.isfinite(margin):
+        raise ValueError(f"margin is {margin}; allowed are finite numbers, and None to keep every negative")
+    if not 0 <= hardness < math.inf:
+        raise ValueError(f"hardness is {hardness}; allowed are finite numbers of at least 0")
+    if dims is not None:
+        _check_dims(dims, query.shape[1])
+
+
+def _check_dims(dims: Sequence[int], width: int) -> None:
+    whole = all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims)
+    ascending = whole and all(a < b for a, b in zip(dims, dims[1:], strict=False))
+    if not (len(dims) and ascending and dims[0] >= 1 and dims[-1] <= width):
+        raise ValueError(f"dims is {list(dims)}; allowed are ascending integers from 1 to the width {width}")
+
+
+def prepare(
+    query: Tensor,
+    candidate: Tensor,
+    temperature: Tensor,
+    positive: Tensor | None,
+    query_id: Tensor | None,
+    candidate_id: Tensor | None,
+    weight: Tensor | None,
+    symmetric: bool,
+    reduction: str,
+    *,
+    margin: float | None = None,
+    peers: Peers | None = None,
+    candidate_negatives: bool = False,
+    hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+    own: range | None = None,
+) -> tuple[Problem, Tensor | None]:
+    """Checks the input of `mmemb.kernels.infonce` and returns it in the engines' form, and the weights.
+
+    Args:
+        query: and the rest as in `mmemb.kernels.infonce`.
+        peers: the queries that are negatives too: these queries, or those of all ranks.
+        own: the queries are one rank's share: their positives are among these rows of ``candidate``, there may be no
+            queries at all, and all their weights may be 0.
+
+    Raises:
+        ValueError: as `check_form`, or a value is not allowed or not finite.
+    """
+    check_form(
+        query,
+        candidate,
+        temperature,
+        positive,
+        query_id,
+        candidate_id,
+        weight,
+        reduction,
+        margin=margin,
+        hardness=hardness,
+        dims=dims,
+        may_be_empty=own is not None,
+    )
+    work = work_dtype(query.dtype)
+    with torch.no_grad():
+        scale = temperature.detach().to(query.device, work).reshape(()).reciprocal()
+        index = torch.arange(len(query), device=query.device) if positive is None else positive
+        weight = None if weight is None else weight.detach().to(work)
+        problem = Problem(
+            query=query.detach(),
+            candidate=candidate.detach(),
+            scale=scale,
+            positive=index,
+            query_id=query_id,
+            candidate_id=candidate_id,
+            bound=math.inf,
+            margin=margin,
+            peers=None if peers is None else Peers(peers.query.detach(), peers.own, peers.id),
+            candidate_negatives=candidate_negatives,
+            hardness=hardness,
+            dims=None if dims is None else tuple(dims),
+        )
+        values = _values(problem, weight, distinct=symmetric)
+    rows = range(len(candidate)) if own is None else own
+    _check_values(values, rows=rows, may_weigh_nothing=own is not None, dims=problem.dims)
+    scale_value = values["scale"] + hardness
+    lengths = {name: 1.0 if dims else values[name] for name in ("query", "candidate", "peers") if name in values}
+    bound = scale_value * lengths.get("query", 0.0) * lengths["candidate"]
+    if peers is not None:
+        bound = max(bound, scale_value * lengths.get("query", 0.0) * lengths.get("peers", 0.0))
+    if candidate_negatives:
+        bound = max(bound, scale_value * lengths["candidate"] ** 2)
+    if bound > torch.finfo(work).max / 4:
+        raise ValueError(f"logits may reach {bound:.3g}; query, candidate or 1 / temperature is too large for {work}")
+    return replace(problem, bound=bound), weight
+
+
+def _values(problem: Problem, weight: Tensor | None, *, distinct: bool) -> dict[str, float]:
+    """What shapes do not show; one transfer from the device in all."""
+    work = problem.work_dtype
+    facts: dict[str, Tensor] = {"scale": problem.scale}
+    rows = {"query": problem.query, "candidate": problem.candidate}
+    if problem.peers is not None:
+        rows["peers"] = problem.peers.query
+    for name, each in rows.items():
+        if len(each) == 0:
+            continue
+        facts[name] = torch.linalg.vector_norm(each, dim=1, dtype=work).amax()
+        if problem.dims is not None:
+            prefix = each[:, : problem.dims[0]]
+            facts[f"{name} prefix"] = torch.linalg.vector_norm(prefix, dim=1, dtype=work).amin()
+    if len(problem.query):
+        facts |= {"positive low": problem.positive.amin(), "positive high": problem.positive.amax()}
+        if distinct:
+            facts["repeated"] = (problem.positive.sort().values.diff() == 0).any()
+        if weight is not None:
+            facts |= {"weight low": weight.amin(), "weight sum": weight.sum()}
+    numbers = torch.stack([fact.double() for fact in facts.values()]).tolist()
+    return dict(zip(facts, numbers, strict=True))
+
+
+def _check_values(
+    values: dict[str, float], *, rows: range, may_weigh_nothing: bool, dims: tuple[int, ...] | None
+) -> None:
+    for name in ("query", "candidate", "peers"):
+        if not values.get(name, 0.0) < math.inf:
+            raise ValueError(f"{name} has a row of norm {values[name]}; every value must be finite")
+    scale = values["scale"]
+    if not 0 < scale < math.inf:
+        raise ValueError(f"temperature is {1 / scale if scale else 'infinite'}; allowed are finite numbers above 0")
+    for name in ("query", "candidate", "peers"):
+        # Its square must be a normal number.
+        if dims is not None and not values.get(f"{name} prefix", 1.0) > 1e-18:
+            raise ValueError(
+                f"{name} has a row whose first {dims[0]} values have norm {values[f'{name} prefix']}; with dims every "
+                "prefix is normalised and needs a norm above 1e-18"
+            )
+    low, high = values.get("positive low", rows.start), values.get("positive high", rows.start - 1)
+    if low < rows.start or high >= rows.stop:
+        raise ValueError(
+            f"positive has values {low - rows.start:.0f} to {high - rows.start:.0f}; "
+            f"allowed are rows of candidate, 0 to {len(rows) - 1}"
+        )
+    if values.get("repeated"):
+        raise ValueError(
+            "positive names a candidate twice; the symmetric loss needs a candidate of its own for every query"
+        )
+    low, total = values.get("weight low", 1.0), values.get("weight sum", 1.0)
+    if not (low >= 0 and (total > 0 or may_weigh_nothing) and total < math.inf):
+        raise ValueError(
+            f"weight has minimum {low} and sum {total}; allowed are finite numbers of at least 0, not all 0"
+        )

@@ -1,0 +1,180 @@
+"""`torch.ops.mmemb.infonce`: the loss as an operator that `torch.compile` and autograd know.
+
+Three operators, none of which makes a graph inside. ``infonce`` gives the loss and, where asked for, its gradients;
+its backward pass is ``infonce_chain``, which multiplies gradients made before, or ``infonce_backward``, which makes
+them for the gradients that come in. Both refuse a second derivative. Arguments are those of `mmemb.kernels.infonce`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmemb.kernels.checks import prepare
+from mmemb.kernels.engines import solve
+from mmemb.kernels.problem import Gradients, Peers, Problem, work_dtype
+
+TENSORS = 7
+"""The first arguments of ``infonce``."""
+
+
+@torch.library.custom_op("mmemb::infonce", mutates_args=())
+def infonce_op(
+    query: Tensor,
+    candidate: Tensor,
+    temperature: Tensor,
+    positive: Tensor | None,
+    query_id: Tensor | None,
+    candidate_id: Tensor | None,
+    weight: Tensor | None,
+    margin: float | None,
+    query_negatives: bool,
+    candidate_negatives: bool,
+    hardness: float,
+    dims: Sequence[int] | None,
+    symmetric: bool,
+    reduction: str,
+    gradients: bool,
+    workspace_bytes: int | None,
+    engine: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reduced loss and, if ``gradients``, its gradients (of the losses' sum for ``none``); else empty tensors."""
+    problem, weight = _prepare(
+        (query, candidate, temperature, positive, query_id, candidate_id, weight),
+        (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
+    )
+    ones = problem.scale.new_ones(len(query)) if weight is None else weight
+    coefficient = ones / ones.sum() if reduction == "mean" else ones
+    losses, found = solve(
+        problem,
+        coefficient=coefficient if gradients else None,
+        symmetric=symmetric,
+        workspace_bytes=workspace_bytes,
+        engine=engine,
+    )
+    loss = (losses * coefficient).sum() if reduction == "mean" else losses if weight is None else losses * weight
+    return loss, *_joined(problem, found)
+
+
+@infonce_op.register_fake
+def _(query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reduction, gradients = rest[11:13]
+    work = work_dtype(query.dtype)
+    loss = query.new_empty(() if reduction == "mean" else (query.shape[0],), dtype=work)
+    if not gradients:
+        return loss, query.new_empty(0), candidate.new_empty(0), query.new_empty(0, dtype=work)
+    return loss, torch.empty_like(query), torch.empty_like(candidate), query.new_empty((), dtype=work)
+
+
+@torch.library.custom_op("mmemb::infonce_backward", mutates_args=())
+def infonce_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    candidate: Tensor,
+    temperature: Tensor,
+    positive: Tensor | None,
+    query_id: Tensor | None,
+    candidate_id: Tensor | None,
+    weight: Tensor | None,
+    margin: float | None,
+    query_negatives: bool,
+    candidate_negatives: bool,
+    hardness: float,
+    dims: Sequence[int] | None,
+    symmetric: bool,
+    reduction: str,
+    gradients: bool,
+    workspace_bytes: int | None,
+    engine: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients [N, D], [M, D] and the temperature's for the loss's, ``grad`` [N] or 0-d."""
+    problem, weight = _prepare(
+        (query, candidate, temperature, positive, query_id, candidate_id, weight),
+        (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
+    )
+    ones = problem.scale.new_ones(len(query)) if weight is None else weight
+    coefficient = grad * (ones / ones.sum() if reduction == "mean" else ones)
+    _, found = solve(
+        problem,
+        coefficient=coefficient,
+        symmetric=symmetric,
+        workspace_bytes=workspace_bytes,
+        engine=engine,
+    )
+    query_grad, candidate_grad, temperature_grad = _joined(problem, found)
+    return query_grad, candidate_grad, temperature_grad.to(temperature).reshape(temperature.shape).clone()
+
+
+@torch.library.custom_op("mmemb::infonce_chain", mutates_args=())
+def infonce_chain_op(
+    grad: Tensor,
+    query: Tensor,
+    candidate: Tensor,
+    temperature: Tensor,
+    query_grad: Tensor,
+    candidate_grad: Tensor,
+    temperature_grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad`` (0-d) times the gradients; the inputs are there for their shapes and for the refusal below."""
+    temperature_grad = (temperature_grad * grad).to(temperature).reshape(temperature.shape)
+    return query_grad * grad.to(query_grad), candidate_grad * grad.to(candidate_grad), temperature_grad
+
+
+@infonce_backward_op.register_fake
+@infonce_chain_op.register_fake
+def _(grad: Tensor, query: Tensor, candidate: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(query), torch.empty_like(candidate), torch.empty_like(temperature)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("mmemb.kernels.infonce is differentiable once; a second derivative was asked for")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
+    ctx.options = inputs[TENSORS:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, query_grad, candidate_grad, temperature_grad = ctx.saved_tensors  # raises if one was changed in place
+    made_before = ctx.options[-3]
+    if made_before:
+        found = infonce_chain_op(grad, *tensors[:3], query_grad, candidate_grad, temperature_grad)
+    else:
+        found = infonce_backward_op(grad.contiguous(), *tensors, *ctx.options)
+    return *found, *[None] * (TENSORS - 3 + len(ctx.options))
+
+
+infonce_op.register_autograd(_backward, setup_context=_save)
+infonce_backward_op.register_autograd(_refuse)
+infonce_chain_op.register_autograd(_refuse)
+
+
+def _prepare(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
+    query, query_id = tensors[0], tensors[4]
+    margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction = options
+    own = torch.arange(len(query), device=query.device)
+    return prepare(
+        *tensors,
+        symmetric,
+        reduction,
+        margin=margin,
+        peers=Peers(query, own, query_id) if query_negatives else None,
+        candidate_negatives=candidate_negatives,
+        hardness=hardness,
+        dims=dims,
+    )
+
+
+def _joined(problem: Problem, gradients: Gradients | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, the peers' among their queries'; empty tensors for none."""
+    if gradients is None:
+        return problem.query.new_empty(0), problem.candidate.new_empty(0), problem.scale.new_empty(0)
+    query = gradients.query
+    if gradients.peers is not None:
+        query = (gradients.peers + query).to(query.dtype)
+    return query, gradients.candidate, gradients.temperature

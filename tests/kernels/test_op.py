@@ -1,0 +1,88 @@
+"""The operator under autograd and the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmemb.kernels import infonce, infonce_with_grads
+from tests.kernels.cases import OPTIONS, arguments, unit_rows
+
+
+def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries, candidates, temperature."""
+    made = [unit_rows(5, 4, dtype), unit_rows(8, 4, dtype), torch.tensor(0.1, dtype=dtype)]
+    return [leaf.requires_grad_() for leaf in made]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reduction", "gradients"), [("mean", True), ("mean", False), ("none", False)])
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(reduction: str, gradients: bool, everything: bool) -> None:
+    options = arguments(frozenset(OPTIONS) if everything else frozenset(), (5, 8, 4))
+    tensors = [options.get(name) for name in ("positive", "query_id", "candidate_id", "weight")]
+    defaults = {
+        "margin": None,
+        "query_negatives": False,
+        "candidate_negatives": False,
+        "hardness": 0.0,
+        "dims": None,
+        "symmetric": False,
+    }
+    plain = [options.get(name, default) for name, default in defaults.items()]
+    torch.library.opcheck(
+        torch.ops.mmemb.infonce.default, (*leaves(), *tensors, *plain, reduction, gradients, None, None)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break(reduction: Any) -> None:
+    kwargs = arguments(frozenset(OPTIONS), (5, 8, 4)) | {"reduction": reduction}
+
+    def loss(query: Tensor, candidate: Tensor, temperature: Tensor) -> Tensor:
+        return infonce(query * 1.0, candidate, temperature=temperature, **kwargs).sum()
+
+    def grads(query: Tensor, candidate: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+        return infonce_with_grads(query, candidate, temperature=temperature, **kwargs)
+
+    inputs = leaves()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    given = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(grads, fullgraph=True, backend="aot_eager")(*inputs)
+    for a, b in zip(compiled, grads(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction: Any) -> None:
+    query, candidate, temperature = leaves()
+    loss = infonce(query, candidate, temperature=temperature, reduction=reduction).sum()
+    (first,) = torch.autograd.grad(loss, query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once; a second derivative was asked for"):
+        (loss + first.square().sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_input_may_be_the_only_one_with_a_gradient(reduction: Any) -> None:
+    whole = leaves()
+    loss = infonce(whole[0], whole[1], temperature=whole[2], reduction=reduction).sum()
+    expected = torch.autograd.grad(loss, whole)
+    for number, gradient in enumerate(expected):
+        inputs = [leaf.detach().clone().requires_grad_(number == i) for i, leaf in enumerate(whole)]
+        infonce(inputs[0], inputs[1], temperature=inputs[2], reduction=reduction).sum().backward()
+        torch.testing.assert_close(inputs[number].grad, gradient)
+
+
+def test_the_temperatures_gradient_has_its_shape_and_dtype() -> None:
+    temperature = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
+    query = unit_rows(3, 4, torch.bfloat16)
+    infonce(query, query, temperature=temperature).backward()
+    assert temperature.grad is not None
+    assert temperature.grad.shape == (1,)
+    assert temperature.grad.dtype == torch.float64
