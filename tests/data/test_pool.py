@@ -7,15 +7,18 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from mmemb.data import pool as pool_module
-from mmemb.data import pool_files
+from mmemb.data import pool_files, pool_index
 from mmemb.data.pool import RationalePool, scored
 from mmemb.data.pool_files import Manifest, data_digest, read_manifest, resolve, write_shard
 from mmemb.stages.generate import generate
@@ -123,6 +126,102 @@ def test_a_pool_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch:
     assert everything(frugal) == expected == everything(frugal)
     assert len(frugal._files) <= 4
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 8
+
+
+def written_pool(folder: Path, count: int, *, candidates: int = 5, shard_size: int = 1000) -> list[str]:
+    """A scored pool of many pairs, written column by column; returns the pair ids."""
+    ids = [f"task/train/{number:07d}" for number in range(count)]
+    folder.mkdir()
+    for start in range(0, count, shard_size):
+        rows = [pair_id for pair_id in ids[start : start + shard_size] for _ in range(candidates)]
+        constant = {name: [""] * len(rows) for name in ("task", "model", "settings", "finish_reason", "leaks")}
+        table = {"pair_id": rows, "text": [f"a thought about {row}" for row in rows], "side": ["query"] * len(rows)}
+        columns = {
+            name: (table | constant).get(name, pa.nulls(len(rows))) for name in pool_files.CANDIDATE_SCHEMA.names
+        }
+        write_shard(
+            pool_files.candidates_shard(folder, start),
+            pa.table(columns, schema=None).cast(pool_files.CANDIDATE_SCHEMA),
+        )
+        scores = {"pair_id": rows, "e.candidate": [-1.0] * len(rows), "e.none": [-2.0] * len(rows)}
+        write_shard(pool_files.scores_shard(folder, "e", start), pa.table(scores))
+    manifest = Manifest(data="0", pairs=count, generation={}, evaluators={"e": {}}, shard_size=shard_size)
+    pool_files.write_manifest(folder, manifest)
+    return ids
+
+
+def test_a_large_pool_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader holds is an index of 20 bytes a pair and a bounded cache; a look-up decodes two row groups."""
+    ids = written_pool(tmp_path / "pool", 20_000)
+    decoded: list[int] = []
+    real = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, *arguments: object, **options: object) -> pa.Table:
+        table = real(self, *arguments, **options)
+        decoded.append(table.num_rows)
+        return table
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr(pool_module, "_CACHE_BYTES", 2**20)
+    pool = RationalePool.open(tmp_path / "pool")
+    assert decoded == []  # opening reads the pair ids' column alone, a file at a time
+    assert len(pool) == 20_000
+    assert pool._index.nbytes == 20 * 20_000
+    order = random.Random(0).sample(ids, 200)
+    for pair_id in order:
+        found = pool.candidates(pair_id)
+        assert [each.text for each in found.rationales] == [f"a thought about {pair_id}"] * 5
+        assert pool._cached <= 2**20
+    assert len(decoded) <= 4 * len(order)  # candidates and scores, of two groups where a pair straddles them
+    assert max(decoded) <= pool_files.ROW_GROUP
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_data_loader_workers_read_it_in_any_order(context: str, tmp_path: Path) -> None:
+    ids = written_pool(tmp_path / "pool", 300, shard_size=64)
+    order = random.Random(0).sample(ids, 120)
+    pool = RationalePool.open(tmp_path / "pool")
+    pool.candidates(order[0])  # a parent with files open and groups cached
+    loader = DataLoader(Looked(pool, order), batch_size=7, num_workers=2, multiprocessing_context=context)
+    assert [text for batch in loader for text in batch] == [f"a thought about {pair_id}" for pair_id in order]
+
+
+class Looked(Dataset[str]):
+    """First candidate of each pair."""
+
+    def __init__(self, pool: RationalePool, ids: list[str]) -> None:
+        self.pool = pool
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> str:
+        return self.pool.candidates(self.ids[number]).rationales[0].text
+
+
+def test_pairs_of_equal_hash_are_told_apart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(12)
+    expected = everything(make(pairs))
+    monkeypatch.setattr(pool_index, "_key", lambda pair_id: len(pair_id))
+    pool = make(pairs)
+    assert [pool.candidates(pair.id) for pair in pairs] == expected
+    with pytest.raises(ValueError, match="no pair 'nobody'"):
+        pool.candidates("nobody")
+
+
+def test_a_pool_of_the_first_format_is_read(make: Make, tmp_path: Path) -> None:
+    """It had no prompt hashes, marks of corruption and leak flags."""
+    pool = make(make_pairs(20))
+    expected = everything(pool)
+    new = {"prompt_hash", "corruption", "leaks"}
+    for path in pool.path.glob("candidates-*.parquet"):
+        write_shard(path, pq.read_table(path).drop_columns(sorted(new)))
+    pool_files.write_manifest(pool.path, replace(pool.manifest, version=1))
+    old = RationalePool.open(pool.path)
+    assert everything(old) == expected
+    shipped = RationalePool.open(old.export(tmp_path / "old.parquet"))
+    assert everything(shipped) == expected
 
 
 def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:

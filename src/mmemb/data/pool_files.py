@@ -188,6 +188,12 @@ def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zst
         raise
 
 
+def drop_partial(folder: Path) -> None:
+    """Takes away what a killed run was writing. One run at a time makes a pool."""
+    for path in folder.glob(f"candidates-*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
 class Proposal(NamedTuple):
     """What a worker proposed for one side of a pair: its settings as JSON, the rationales, their leak flags."""
 

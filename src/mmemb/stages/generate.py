@@ -27,6 +27,7 @@ from mmemb.data.pool_files import (
     candidate_rows,
     candidates_shard,
     data_digest,
+    drop_partial,
     exists,
     read_manifest,
     resolve,
@@ -99,6 +100,7 @@ def generate(
     else:
         write_manifest(folder, asked)
     settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
+    drop_partial(folder)
     missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
     written = leaking = 0
