@@ -1,0 +1,279 @@
+"""Does selection work? The bundled task on a pool of which half is corrupted, by selector, several seeds, same steps.
+
+    python -m benchmarks.selectors
+    python -m benchmarks.selectors --steps 300 --tasks flagattr left1 --seeds 1 --at-once 1
+
+1. A pool of two candidates a pair: the row's own rationale (`metadata`), and the same damaged (`corrupting`).
+2. An embedder to score it: the joint phase on randomly chosen candidates, so that it knows no more than the pool does.
+3. What each selector keeps and chooses, against the known corruption.
+4. For every selector and seed a run of recipes/r1.yaml on that pool, evaluated on the test split.
+
+Prints both tables and writes `benchmarks/results/selectors.json`. What is finished is not done again: a stopped
+benchmark goes on where it was. ``none`` trains the direct path alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import r1_seeds
+from benchmarks.harness import environment, parser, table
+from mmemb.data.gains import surviving
+from mmemb.data.pool import RationalePool
+from mmemb.data.records import Source, read_pairs
+from mmemb.interfaces import Selector
+from mmemb.registry import create
+from mmemb.stages.select import choose
+from mmemb.types import Pair
+
+SELECTORS = ("none", "random", "counterfactual", "best_of", "oracle")
+NEEDS_REASONING = ("fact", "flagattr", "left1", "flagscene")
+"""Tasks whose answer is not what the picture shows: they take a step that a rationale can spell out."""
+_DRAWS = 16
+_CORRUPTING = {"class_path": "corrupting", "init_args": {"worker": "metadata", "share": 1.0}}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def overlay(tasks: Sequence[str], *, steps: int, limit: int | None) -> dict[str, Any]:
+    """What every run changes of recipes/r1.yaml: length, tasks (with the recipe's weights), no validation."""
+    recipe = yaml.safe_load(r1_seeds.RECIPE.read_text(encoding="utf-8"))
+    sources = []
+    for source in recipe["data"]["train"]:
+        named = [task for task in source["tasks"] if task in tasks]
+        if named:
+            sources.append({**source, "tasks": named, **({"limit": limit} if limit else {})})
+    known = {task for source in recipe["data"]["train"] for task in source["tasks"]}
+    if unknown := set(tasks) - known:
+        raise ValueError(f"--tasks {' '.join(sorted(unknown))}: the recipe has {', '.join(sorted(known))}")
+    test = [{"path": "bundled:test", "tasks": list(tasks), **({"limit": limit} if limit else {})}]
+    return {
+        "trainer": {"max_steps": steps, "limit_val_batches": 0},
+        "model": {"controllers": ["never", "always_reason"], "reference": None},
+        "data": {"train": sources, "validation": [], "test": test},
+    }
+
+
+def write(path: Path, content: Any) -> Path:
+    """YAML, written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(yaml.safe_dump(content), encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def mmemb(*words: str) -> None:
+    """A command of its own process.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    subprocess.run([sys.executable, "-m", "mmemb", *words], check=True)
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+def make_pool(folder: Path, settings: dict[str, Any], *, evaluator_steps: int) -> Path:
+    """The scored pool: what is there already is kept."""
+    place = folder / "pool"
+    pool = {"path": str(place), "workers": ["metadata", _CORRUPTING], "candidates": 1}
+    made = write(folder / "pool.yaml", {**settings, "model": {**settings["model"], "pool": pool}})
+    configs = ["--config", str(r1_seeds.RECIPE), "--config", str(made)]
+    mmemb("rationales", "generate", *configs)
+    embedder = folder / "embedder"
+    checkpoint = embedder / "checkpoints" / "last.ckpt"
+    if not (embedder / "done").is_file():
+        last = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
+        mmemb(
+            *["fit", *configs, "--model.selector", "random", "--seed_everything", "11", "--evaluate", "false"],
+            *["--trainer.max_steps", str(evaluator_steps), "--trainer.logger.save_dir", str(folder)],
+            *["--trainer.logger.name", embedder.name, "--trainer.logger.version", "", *last],
+        )
+        (embedder / "done").touch()
+    retrieval = ["--model.pool.evaluator", "retrieval", "--model.pool.evaluator.embedder", str(checkpoint)]
+    mmemb("rationales", "score", *configs, *retrieval)
+    return place
+
+
+# -- selection against the known corruption ----------------------------------------------------------------------------
+
+
+@dataclass
+class Selected:
+    """What a selector does to good and corrupted candidates; None where it has no say.
+
+    Attributes:
+        selector: its name.
+        task: the task, or ``reasoning`` for those that need it, or ``all``.
+        precision: share of good ones among the rationales chosen.
+        recall: share of pairs for which a good one is chosen, of the pairs that have one.
+        keeps_good: share of good candidates whose gain exceeds the margin.
+        rejects_corrupted: share of corrupted candidates whose gain does not.
+    """
+
+    selector: str
+    task: str
+    precision: float | None
+    recall: float | None
+    keeps_good: float | None
+    rejects_corrupted: float | None
+
+
+def selection(pool: RationalePool, pairs: Sequence[Pair], tasks: Sequence[str]) -> list[Selected]:
+    """One entry a selector and task."""
+    groups = {task: [pair for pair in pairs if pair.task == task] for task in tasks}
+    groups["reasoning"] = [pair for pair in pairs if pair.task in NEEDS_REASONING]
+    groups["all"] = list(pairs)
+    found = []
+    for name in SELECTORS[1:]:
+        selector = create("selector", name)
+        assert isinstance(selector, Selector)
+        found += [_selected(name, task, selector, pool, some) for task, some in groups.items() if some]
+    return found
+
+
+def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pairs: Sequence[Pair]) -> Selected:
+    chosen = good_chosen = have_good = 0
+    good, corrupted = [0, 0], [0, 0]  # kept, all
+    margin = getattr(selector, "margin", None)
+    for pair in pairs:
+        candidates = pool.candidates(pair.id)
+        has_good = any(not each.corruption for each in candidates.rationales)
+        for seed in range(_DRAWS):
+            rationale = choose(pool, selector, pair.id, seed).rationale
+            chosen += rationale is not None
+            good_chosen += rationale is not None and not rationale.corruption
+        have_good += _DRAWS * has_good
+        if margin is not None:
+            kept = surviving(candidates, margin=margin)
+            for index, rationale in enumerate(candidates.rationales):
+                count = corrupted if rationale.corruption else good
+                count[0] += index in kept
+                count[1] += 1
+    return Selected(
+        selector=name,
+        task=task,
+        precision=good_chosen / chosen if chosen else None,
+        recall=good_chosen / have_good if have_good else None,
+        keeps_good=good[0] / good[1] if good[1] else None,
+        rejects_corrupted=1 - corrupted[0] / corrupted[1] if corrupted[1] else None,
+    )
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    selector: str, seed: int, *, folder: Path, settings: dict[str, Any], pool: Path, at_once: int
+) -> dict[str, Any]:
+    """The summary of one run, with its selector; a finished one is read."""
+    changes: dict[str, Any] = {"selector": None, "pool": None, "controllers": ["never"]}
+    if selector != "none":
+        changes = {"selector": selector, "pool": {"path": str(pool)}}
+    made = write(folder / f"{selector}.yaml", {**settings, "model": {**settings["model"], **changes}})
+    found = r1_seeds.run(seed, folder=folder / selector, at_once=at_once, extra=["--config", str(made)])
+    return {"selector": selector, **found}
+
+
+def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean over seeds (and the spread, where there are several) of hit@1 by selector, path and task, with seconds."""
+    rows = []
+    for selector in dict.fromkeys(run["selector"] for run in runs):
+        mine = [run for run in runs if run["selector"] == selector]
+        for mode, path in (("never", "direct"), ("always_reason", "reasoned")):
+            if mode not in mine[0]["modes"]:
+                continue
+            row: dict[str, Any] = {"selector": selector, "path": path}
+            by_task = [run["modes"][mode]["by_task"] for run in mine]
+            for task in tasks:
+                row[task] = _mean_and_spread(scores[task]["hit@1"] for scores in by_task)
+            some = [task for task in tasks if task in NEEDS_REASONING]
+            if some:
+                row["reasoning"] = _mean_and_spread(
+                    statistics.mean(scores[task]["hit@1"] for task in some) for scores in by_task
+                )
+            row["all"] = _mean_and_spread(run["modes"][mode]["hit@1"] for run in mine)
+            row["seconds"] = f"{statistics.mean(run['seconds'] for run in mine):.0f}"
+            rows.append(row)
+    return rows
+
+
+def _mean_and_spread(values: Iterable[float]) -> str:
+    every = list(values)
+    spread = f"±{statistics.stdev(every):.3f}" if len(every) > 1 else ""
+    return f"{statistics.mean(every):.3f}{spread}"
+
+
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options with those of ``--smoke`` filled in."""
+    made = parser(__doc__ or "")
+    every = [
+        task for source in yaml.safe_load(r1_seeds.RECIPE.read_text())["data"]["train"] for task in source["tasks"]
+    ]
+    made.add_argument("--steps", type=int, default=600, help="training steps of a run (default: %(default)s)")
+    made.add_argument("--evaluator-steps", type=int, default=250, help="of the scoring embedder (default: %(default)s)")
+    made.add_argument("--tasks", nargs="+", default=every, help="tasks trained and tested (default: all)")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run each (default: 1 2 3)")
+    made.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS), help="default: all")
+    made.add_argument("--at-once", type=int, default=1, help="runs side by side; their seconds then mean little")
+    made.add_argument("--folder", type=Path, default=Path("runs/selectors"), help="where pool and runs go")
+    options = made.parse_args(argv)
+    if options.smoke:
+        options.steps, options.evaluator_steps, options.seeds = 2, 2, [1]
+        options.tasks, options.folder = ["name", "flagattr"], options.folder / "smoke"
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    options = options_of(argv)
+    limit = 96 if options.smoke else None
+    settings = overlay(options.tasks, steps=options.steps, limit=limit)
+    place = make_pool(options.folder, settings, evaluator_steps=options.evaluator_steps)
+    pairs = [pair for source in settings["data"]["train"] for pair in read_pairs(Source(**source))]
+    chosen = selection(RationalePool.open(place), pairs, options.tasks)
+    print(table([asdict(each) for each in chosen]), flush=True)
+
+    one = functools.partial(train, folder=options.folder, settings=settings, pool=place, at_once=options.at_once)
+    jobs = [(selector, seed) for seed in options.seeds for selector in options.selectors]
+    with ThreadPoolExecutor(options.at_once) as executor:
+        runs = list(executor.map(lambda job: one(*job), jobs))
+    runs.sort(key=lambda run: SELECTORS.index(run["selector"]))
+    rows = hits(runs, options.tasks)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    print(table(rows, columns=list(columns)))
+    asked = {name: getattr(options, name) for name in ("steps", "evaluator_steps", "tasks", "seeds", "at_once")}
+    result = {
+        "settings": {**asked, "corrupted": 0.5, "draws": _DRAWS},
+        "environment": environment(options.device),
+        "selection": [asdict(each) for each in chosen],
+        "hit@1": rows,
+        "runs": runs,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"selectors{'_smoke' if options.smoke else ''}.json"
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
