@@ -56,7 +56,7 @@ class ModelWorker(Worker, name="model"):
         """
         return sample_rationales(
             self._bound(),
-            [self._prompt(item) for item in items],
+            [self.prompt(item) for item in items],
             k,
             worker=self.name,
             seed=seed,
@@ -82,7 +82,8 @@ class ModelWorker(Worker, name="model"):
             raise ValueError("model worker: no model yet; pass backbone= or call bind(backbone) first")
         return self.backbone
 
-    def _prompt(self, item: Item) -> Item:
+    def prompt(self, item: Item) -> Item:
+        """What the model is shown of an item."""
         if self.instruction is None or next(pictures(item), None) is None:
             return replace(item, fields={})
         seen = tuple(part for part in item.parts if not isinstance(part, Text))

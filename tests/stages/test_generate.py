@@ -99,7 +99,7 @@ generate(make_pairs(40), workers, 3, pool=Path(sys.argv[1]), seed=0, progress=Fa
 
 @pytest.mark.parametrize("shards", [1, 4, 8])
 def test_a_process_killed_outright_loses_nothing(tmp_path: Path, shards: int) -> None:
-    """Killed at three points, each while a shard is written aside; the files of the rerun are the same byte for byte."""
+    """Killed at three points, each while a shard is written aside; the rerun gives the same files byte for byte."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool")], cwd=root, env=environment)

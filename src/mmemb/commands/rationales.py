@@ -85,6 +85,7 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
             pool=settings.path,
             seed=settings.seed,
             leaks=settings.leaks,
+            shard_size=settings.shard_size,
         )
         return
     if settings.evaluator is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmemb.types import Item
@@ -24,6 +25,7 @@ FLAGS = ("verbatim", "near_duplicate", "field")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
+@dataclass(frozen=True, kw_only=True)
 class LeakCheck:
     """Flags rationales that hold what they were not shown. A pure function of texts; case and punctuation do not count.
 
@@ -44,28 +46,22 @@ class LeakCheck:
         ValueError: a number makes no sense.
     """
 
-    def __init__(
-        self, *, min_words: int = 5, ngram: int = 3, overlap: float = 0.8, target_fields: Sequence[str] = ()
-    ) -> None:
-        if ngram < 1 or min_words < ngram or not 0 < overlap <= 1:
+    min_words: int = 5
+    ngram: int = 3
+    overlap: float = 0.8
+    target_fields: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.ngram < 1 or self.min_words < self.ngram or not 0 < self.overlap <= 1:
             raise ValueError(
-                f"leak check: ngram is {ngram}, min_words {min_words}, overlap {overlap}; expected "
+                f"leak check: ngram is {self.ngram}, min_words {self.min_words}, overlap {self.overlap}; expected "
                 f"1 <= ngram <= min_words and 0 < overlap <= 1"
             )
-        self.min_words = min_words
-        self.ngram = ngram
-        self.overlap = overlap
-        self.target_fields = tuple(target_fields)
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that determines the flags, JSON-ready: part of the pool's content hash."""
-        return {
-            "min_words": self.min_words,
-            "ngram": self.ngram,
-            "overlap": self.overlap,
-            "target_fields": list(self.target_fields),
-        }
+        return {**asdict(self), "target_fields": list(self.target_fields)}
 
     def flags(self, texts: Sequence[str], *, shown: Item, hidden: Item) -> list[tuple[str, ...]]:
         """What each text holds of the hidden item: names out of `FLAGS`, empty for a clean one.

@@ -23,6 +23,7 @@ class PoolSettings:
         candidates: K, candidates a worker and query.
         seed: seed of every sampled candidate.
         leaks: flags candidates that hold the target, which are then left out; null: the default check.
+        shard_size: pairs written at once: what a stopped run does, and pays for, again.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class PoolSettings:
         candidates: int = 4,
         seed: int = 0,
         leaks: LeakCheck | None = None,
+        shard_size: int = 256,
     ) -> None:
         self.path = path
         self.workers = workers or []
@@ -41,6 +43,7 @@ class PoolSettings:
         self.candidates = candidates
         self.seed = seed
         self.leaks = leaks
+        self.shard_size = shard_size
 
     def bind(self, parts: Parts) -> None:
         """Gives the model in training to the workers and the evaluator."""
@@ -82,6 +85,7 @@ class PoolSettings:
             k=self.candidates,
             seed=self.seed,
             leaks=self.leaks,
+            shard_size=self.shard_size,
             is_builder=is_builder,
             barrier=barrier,
         )

@@ -127,6 +127,7 @@ def build_pool(
     k: int,
     seed: int,
     leaks: LeakCheck | None = None,
+    shard_size: int = 256,
     progress: bool = True,
     is_builder: bool = True,
     barrier: Callable[[], object] = lambda: None,
@@ -141,6 +142,7 @@ def build_pool(
         k: most candidates a worker and pair.
         seed: derives every sampled candidate.
         leaks: flags candidates that hold the target; None: the default check.
+        shard_size: pairs a shard of a new pool.
         progress: bars and a line at the end of each stage.
         is_builder: whether this process makes the pool (rank zero); the others wait.
         barrier: where all processes meet once the pool is there.
@@ -154,7 +156,7 @@ def build_pool(
         raise FileNotFoundError(f"{place}: no such pool; name a folder to make one there")
     name = evaluator_name(evaluator) if evaluator is not None else None
     if is_builder and not _finished(path, name):
-        generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, progress=progress)
+        generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, shard_size=shard_size, progress=progress)
         if evaluator is not None:
             score(pairs, evaluator, path, progress=progress)
     barrier()
