@@ -131,7 +131,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
     pooler.build(16)
     texts = [" ".join([["red", "apple", "dog", "peso"][i % 4]] * (1 + i)) for i in range(13)]
     narrow = Embedder(Narrow(), pooler, batch_size=12, budget=6)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="do not fit the memory") as told:
         halved = narrow.encode(texts, reason="always", return_rationales=True)
     assert [str(each.message).partition(";")[0] for each in told] == [
         "12 rows do not fit the memory",

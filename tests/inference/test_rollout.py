@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 
-from mmemb.inference.encoder import Encoder
-from mmemb.inference.rollout import SAMPLED, Rollouts, continuation, rollout, token_log_probs
+from mmemb.inference.rollout import Rollouts, continuation, rollout, token_log_probs
 from mmemb.interfaces import Backbone, Pooler
-from mmemb.registry import create
 from mmemb.types import Item, Text
-from tests.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
+from tests.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
 def items(count: int = 5) -> list[Item]:

@@ -109,17 +109,17 @@ def write(
     device = budgets.device
     opening, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
     # An instruct model may end its turn with its own special token before it has learned ``</think>``.
-    ends = torch.tensor(sorted({end_think, *backbone.special_ids} - {opening, emb}), device=device)
+    ends = sorted({end_think, *backbone.special_ids} - {opening, emb})
+    ends_rationale: Tensor | None = None  # [V] bool, made when V is known
+    forced = torch.tensor([end_think, emb, end_think, end_think], device=device)  # what is fed after each phase
     look_every = 1 if device.type == "cpu" else 4
-    total, longest = len(budgets), int(budgets.max())
-    actions = torch.zeros(total, longest + 1, dtype=torch.int64, device=device)
-    chances = torch.zeros(total, longest + 1, device=device) if log_probs else None
-    count = torch.zeros(total, dtype=torch.int64, device=device)
-    truncated = torch.zeros(total, dtype=torch.bool, device=device)
+    smallest, longest = int(budgets.min()), int(budgets.max())
+    kept = _Kept(len(budgets), longest, device)
+    rows = torch.arange(len(budgets), device=device)  # rows still in the cache; what follows is [n], one each
+    phase, count = torch.full_like(budgets, _WRITING), torch.zeros_like(budgets)
+    ended = torch.zeros_like(budgets, dtype=torch.bool)
+    feed = torch.full_like(budgets, opening)
     states: Tensor | None = None
-    rows = torch.arange(total, device=device)  # rows still in the cache
-    phase = torch.full((total,), _WRITING, device=device)
-    feed = torch.full((total,), opening, device=device)
     step, anyone_writes = 0, True
     while True:
         if step or think:
@@ -128,40 +128,98 @@ def write(
         else:
             hidden = prefix.hidden
         if embed:
-            states = hidden.new_zeros(total, hidden.shape[-1]) if states is None else states
-            states[rows] = torch.where((phase == _EMBEDDING)[:, None], hidden, states[rows])
-        forced = torch.where(phase == _CLOSING, emb, end_think)
+            here = (phase == _EMBEDDING)[:, None]
+            states = hidden if states is None else torch.where(here, hidden, states)
+        feed = forced[phase]
         if anyone_writes:
-            writing = phase == _WRITING
             logits = rationale_logits(backbone, hidden)
+            if ends_rationale is None:
+                ends_rationale = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
+                ends_rationale[ends] = True
             token = sampler(logits, rows, step)
-            stopped = torch.isin(token, ends)
-            over = step >= budgets[rows]
-            going = writing & ~stopped & ~over
-            chosen = writing & (stopped | ~over)
-            actions[rows, step] = torch.where(chosen, token, 0)
-            if chances is not None:
-                scaled = (logits / sampler.temperature).log_softmax(dim=-1)
-                chances[rows, step] = torch.where(chosen, scaled.gather(1, token[:, None])[:, 0], 0.0)
-            count[rows] += going
-            truncated[rows] |= writing & ~stopped & over
-            feed = torch.where(going, token, forced)
-            after = torch.where(phase == _WRITING, _CLOSING if embed else _DONE, (phase + 1).clamp(max=_DONE))
-            phase = torch.where(going, _WRITING, after)
+            kept.keep(token, _chance(logits, token, sampler.temperature) if log_probs else None)
+            writing, stops = phase == _WRITING, ends_rationale[token]
+            ended |= writing & stops
+            if step >= smallest:
+                stops = stops | (budgets <= step)
+            going = writing & ~stops
+            count += going
+            feed = torch.where(going, token, feed)
+            phase = torch.where(going, phase, (phase + (1 if embed else _DONE)).clamp_(max=_DONE))
         else:
-            feed, phase = forced, (phase + 1).clamp(max=_DONE)
+            phase = (phase + 1).clamp_(max=_DONE)
         step += 1
         anyone_writes = anyone_writes and step <= longest
         if step % look_every:
             continue
-        alive = phase != _DONE
-        left = int(alive.sum())
-        if not left:
-            break
-        anyone_writes = anyone_writes and bool((phase == _WRITING).any())
-        if len(rows) - left >= COMPACT_SHARE * len(rows):
-            keep = alive.nonzero().flatten()
-            prefix, rows, feed, phase = backbone.fork(prefix, keep), rows[keep], feed[keep], phase[keep]
-    lengths = count.tolist()
-    token_ids = [tuple(row[:length]) for row, length in zip(actions.tolist(), lengths, strict=True)]
-    return Written(token_ids, truncated.cpu(), states, actions, chances)
+        in_phase = torch.bincount(phase, minlength=_DONE + 1).tolist()
+        anyone_writes = anyone_writes and in_phase[_WRITING] > 0
+        if in_phase[_DONE] >= COMPACT_SHARE * len(rows):
+            kept.place(rows, count, ended, states)
+            if in_phase[_DONE] == len(rows):
+                return kept.written(embed=embed, log_probs=log_probs)
+            left = (phase != _DONE).nonzero().flatten()
+            prefix = backbone.fork(prefix, left)
+            rows, feed, phase, budgets = rows[left], feed[left], phase[left], budgets[left]
+            count, ended = count[left], ended[left]
+            states = None if states is None else states[left]
+
+
+def _chance(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [n] of tokens [n] among logits [n, V]."""
+    return (logits / temperature).log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
+
+
+class _Kept:
+    """What R rows wrote: a step only appends to a list, and columns are put in place when rows leave the cache.
+
+    Args:
+        rows: R.
+        longest: most tokens of a rationale.
+        device: where the tensors live.
+    """
+
+    def __init__(self, rows: int, longest: int, device: torch.device) -> None:
+        self.actions = torch.zeros(rows, longest + 1, dtype=torch.int64, device=device)
+        self.log_prob = torch.zeros(rows, longest + 1, device=device)
+        self.count = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.hidden: Tensor | None = None
+        self.columns = 0  # in place
+        self._tokens: list[Tensor] = []
+        self._chances: list[Tensor] = []
+
+    def keep(self, token: Tensor, chance: Tensor | None) -> None:
+        """Keeps a column of the rows in the cache: tokens [n] and their log-probabilities [n]."""
+        self._tokens.append(token)
+        if chance is not None:
+            self._chances.append(chance)
+
+    def place(self, rows: Tensor, count: Tensor, ended: Tensor, states: Tensor | None) -> None:
+        """Puts everything of the rows [n] in the cache in place, before some of them leave it."""
+        if self._tokens:
+            columns = slice(self.columns, self.columns + len(self._tokens))
+            self.actions[rows, columns] = torch.stack(self._tokens, dim=1)
+            if self._chances:
+                self.log_prob[rows, columns] = torch.stack(self._chances, dim=1)
+            self.columns = columns.stop
+            self._tokens, self._chances = [], []
+        self.count[rows], self.ended[rows] = count, ended
+        if states is not None:
+            if self.hidden is None:
+                self.hidden = states.new_zeros(len(self.count), states.shape[1])
+            self.hidden[rows] = states
+
+    def written(self, *, embed: bool, log_probs: bool) -> Written:
+        """The rationales; what stands behind a row's last action is cleared."""
+        column = torch.arange(self.actions.shape[1], device=self.actions.device)
+        real = column < (self.count + self.ended)[:, None]
+        actions = self.actions * real
+        lengths = self.count.tolist()
+        return Written(
+            token_ids=[tuple(row[:length]) for row, length in zip(actions.tolist(), lengths, strict=True)],
+            truncated=~self.ended.cpu(),
+            hidden=self.hidden if embed else None,
+            actions=actions,
+            log_prob=self.log_prob.where(real, 0.0) if log_probs else None,
+        )
