@@ -2,10 +2,10 @@
 
     python -m benchmarks.pool [--smoke] [--repeats 5] [--pairs 1000000]
 
-A scored pool of N pairs with five candidates of 20 words each is written to a temporary folder. Each reader is a process
-of its own, so that its peak memory is its own; the floor is a process that imports the same and opens nothing. The last
-column is a look-up's share of what decoding and halving one picture of a megapixel takes in the same process: a data
-loader does at least one of those a row.
+A scored pool of N pairs with five candidates of 20 words each is written to a temporary folder. Each reader is a
+process of its own, so that its peak memory is its own; the floor is a process that imports the same and opens nothing.
+The last column is a look-up's share of what decoding and halving one picture of a megapixel takes in the same process:
+a data loader does at least one of those a row.
 """
 
 from __future__ import annotations

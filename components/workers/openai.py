@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmemb.digests import describe, item_digest, seed_of
@@ -157,11 +158,10 @@ class OpenAIWorker(Worker, name="openai"):
 
         async def of_prompt(key: str) -> list[Answer | Refused]:
             content = await asyncio.to_thread(message_content, prompts[key], max_pixels=self.max_pixels)
-            jobs = [lambda each=each: one(content, each) for each in seeds[key]]  # type: ignore[misc]
+            jobs = [partial(one, content, each) for each in seeds[key]]
             return await all_of(jobs, at_once=len(jobs))
 
-        asked_of = [lambda key=key: of_prompt(key) for key in prompts]  # type: ignore[misc]
-        return await all_of(asked_of, at_once=self.concurrency)
+        return await all_of([partial(of_prompt, key) for key in prompts], at_once=self.concurrency)
 
     def _rationales(self, prompt: str, answers: Sequence[Answer | Refused], seeds: Sequence[int]) -> list[Rationale]:
         texts: dict[str, Rationale] = {}

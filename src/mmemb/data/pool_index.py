@@ -19,7 +19,7 @@ class Run(NamedTuple):
 
     part: int
     first: int
-    count: int
+    rows: int
 
 
 class PairIndex:
@@ -30,7 +30,10 @@ class PairIndex:
     """
 
     def __init__(self, parts: Iterable[tuple[Iterable[str], NDArray[np.integer], NDArray[np.integer]]]) -> None:
-        keys, part_of, firsts, counts = [], [], [], []
+        keys: list[NDArray[np.uint64]] = []
+        part_of: list[NDArray[np.int32]] = []
+        firsts: list[NDArray[np.int32]] = []
+        counts: list[NDArray[np.int32]] = []
         for number, (ids, first, count) in enumerate(parts):
             keys.append(np.fromiter((_key(each) for each in ids), np.uint64, len(first)))
             part_of.append(np.full(len(first), number, np.int32))
