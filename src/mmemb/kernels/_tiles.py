@@ -24,8 +24,9 @@ class Tiles:
         depth: of one step along the embedding width.
         warps: that share a tile.
         stages: steps whose loads are in flight at once.
-        parts: pieces of columns that follow one another once a tile is multiplied, 1, 2 or 4.
-        descriptors: load through tensor descriptors (the chip's copy engine), where addresses are 16-byte aligned.
+        parts: pieces of columns that follow one another once a tile is multiplied, 1, 2, 4 or 8.
+        descriptors: load through tensor descriptors (the chip's copy engine). Rows must be a multiple of 16 bytes long;
+            for others the line of sm_80 is taken.
         precision: how float32 products are made; ``tf32x3`` keeps 22 bits of each factor on the tensor cores.
     """
 
@@ -41,10 +42,10 @@ class Tiles:
 
 TILES: dict[tuple[str, int], Tiles] = {
     ("sm_80", 2): Tiles(128, 128, 64, 8, 3, 2),
-    ("sm_80", 4): Tiles(128, 64, 32, 8, 3, precision="tf32x3"),
-    ("sm_90", 2): Tiles(128, 256, 64, 8, 3, 4, descriptors=True),
+    ("sm_80", 4): Tiles(128, 64, 32, 8, 3, 2, precision="tf32x3"),
+    ("sm_90", 2): Tiles(128, 128, 64, 8, 4, 2, descriptors=True),
     ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
-    ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 4, descriptors=True),
+    ("sm_100", 2): Tiles(128, 128, 64, 8, 4, 2, descriptors=True),
     ("sm_100", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
     ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),
@@ -65,6 +66,9 @@ def chip(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Tiles | None:
-    """The line for a device and the embeddings' dtype, None where there is none (float64 on a GPU)."""
-    return TILES.get((chip(device), dtype.itemsize))
+def choose(device: torch.device, dtype: torch.dtype, width: int) -> Tiles | None:
+    """The line for a device and embeddings of this dtype and width, None where there is none (float64 on a GPU)."""
+    tiles = TILES.get((chip(device), dtype.itemsize))
+    if tiles is not None and tiles.descriptors and width * dtype.itemsize % 16:
+        return TILES["sm_80", dtype.itemsize]
+    return tiles

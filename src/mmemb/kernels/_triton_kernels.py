@@ -1,18 +1,18 @@
 """The Triton kernels of InfoNCE: tiles of S = Q K^T / temperature, and what is made of a tile before it is dropped.
 
-    N queries   M candidates   D width   a launch covers rows [first_row, last_row) x columns [first_column, last_column)
-    Q [N, D]    K [M, D]       p_i the positive's logit of query i     BM x BN a tile, BK a step along D
+    N queries   M candidates   D width   BM x BN a tile, BK a step along D   p_i the positive's logit of query i
+    Q [N, D]    K [M, D]       a launch covers a block: rows [first_row, last_row), columns [first_column, last_column)
 
-Both kernels are persistent (as many programs as fit the chip walk the tiles, rows in groups so that tiles that run
-together share their operands in cache) and differ in what follows the product, their epilogue:
+The two large kernels are persistent (as many programs as the chip runs at once walk the tiles, rows of tiles in groups,
+so that tiles that run together share their operands in cache) and differ in what follows the product:
 
 - `sums_kernel`: log-sum-exps of the tile's rows and columns, written a tile each and reduced by the caller in a fixed
   order; on request the exponentials themselves and the rows' sums of exp(s) (s - p), for the one-direction loss.
 - `gradient_kernel`: the tile of G = dL/dS, and the tile's share of the temperature's gradient.
 
-The positive's logit is left out of the sums and comes in as ``own``; G at it comes in as ``at_positive``. Vectors come
-in and go out in natural units; inside, logits are in base 2, the unit of the chip's exponential. No atomics: every value
-has one writer, so two runs give the same bits.
+The positive's logit is left out of the sums and comes from `own_kernel`; `positive_kernel` writes G at it. Vectors come
+in and go out in natural units; inside, logits are in base 2, the unit of the chip's exponential. There are no atomics:
+every value has one writer, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def _half(tile, INDEX: tl.constexpr):
 
 @triton.jit
 def _negatives(
-    logits, rows, columns, here, there, positive, query_id, candidate_id, limit,
-    LOWEST: tl.constexpr, IDS: tl.constexpr, LIMITED: tl.constexpr,
+    logits, rows, columns, here, there, positive, query_id, candidate_id, LOWEST: tl.constexpr, IDS: tl.constexpr
 ):  # fmt: skip
     """The piece's logits [BM, BN] in base 2, LOWEST where they are not negatives'."""
     kept = columns[None, :] != tl.load(positive + rows, here, -1).to(tl.int32)[:, None]
@@ -101,9 +100,16 @@ def _negatives(
     if IDS:
         mine = tl.load(query_id + rows, here, 0)[:, None]
         kept = kept & (mine != tl.load(candidate_id + columns, there, 0)[None, :])
-    if LIMITED:
-        kept = kept & (logits <= tl.load(limit + rows, here, 0.0)[:, None] * LOG2E)
     return tl.where(kept, logits, LOWEST)
+
+
+@triton.jit
+def _within(logits, limit, at, inside, AXIS: tl.constexpr, LOWEST: tl.constexpr, LIMITED: tl.constexpr):
+    """The logits [BM, BN], with LIMITED as LOWEST where above the limit of their row (AXIS 1) or column (AXIS 0)."""
+    if LIMITED:
+        most = tl.expand_dims(tl.load(limit + at, inside, 0.0), AXIS) * LOG2E
+        logits = tl.where(logits <= most, logits, LOWEST)
+    return logits
 
 
 @triton.jit
@@ -116,7 +122,7 @@ def _logsumexp(logits, AXIS: tl.constexpr):
 
 @triton.jit
 def sums_kernel(
-    query, candidate, scale, own, positive, query_id, candidate_id, limit,
+    query, candidate, scale, own, positive, query_id, candidate_id, limit, column_limit,
     row_sums, column_sums, row_products, exponentials,
     first_row, last_row, last_column, width, row_stride, exponential_stride,
     IDS: tl.constexpr, LIMITED: tl.constexpr, BOUNDED: tl.constexpr, COLUMNS: tl.constexpr, EXPONENTIALS: tl.constexpr,
@@ -130,7 +136,8 @@ def sums_kernel(
         scale: one number in the accumulator's dtype, as all floating-point vectors below.
         own: [N] p times (c + b) / c, read with EXPONENTIALS.
         positive: [N] int64, as ``query_id`` [N] and ``candidate_id`` [M].
-        limit: [N] with LIMITED: negatives whose logit is above it are left out.
+        limit: [N] with LIMITED: negatives whose logit is above it are left out of the row's sums;
+            ``column_limit`` [M] with COLUMNS too, likewise of the column's.
         row_sums: [tiles_n * PARTS, rows], rows ``row_stride`` apart: a row's log-sum-exp within each piece.
         column_sums: [tiles_m, M] with COLUMNS: a column's log-sum-exp within each row of tiles.
         row_products: as ``row_sums``, with EXPONENTIALS: sums of exp(s) (s - own).
@@ -155,32 +162,36 @@ def sums_kernel(
             logits = _piece(product, part, PARTS) * factor
             columns = (tile_n * PARTS + part) * (BN // PARTS) + tl.arange(0, BN // PARTS)
             there = columns < last_column
+            lowest: tl.constexpr = FLOOR if BOUNDED else float("-inf")
             logits = _negatives(
-                logits, rows, columns, here, there, positive, query_id, candidate_id, limit,
-                FLOOR if BOUNDED else float("-inf"), IDS, LIMITED,
+                logits, rows, columns, here, there, positive, query_id, candidate_id, lowest, IDS
             )  # fmt: skip
+            by_row = _within(logits, limit, rows, here, 1, lowest, LIMITED)
             row_at = (tile_n * PARTS + part).to(tl.int64) * row_stride + inner
             column_at = tile_m.to(tl.int64) * last_column + columns
             if BOUNDED:
-                powers = tl.exp2(logits)
+                powers = tl.exp2(by_row)
                 tl.store(row_sums + row_at, tl.log2(tl.sum(powers, 1)) * LN2, here)
-                if COLUMNS:
-                    tl.store(column_sums + column_at, tl.log2(tl.sum(powers, 0)) * LN2, there)
                 if EXPONENTIALS:
-                    excess = logits - tl.load(own + rows, here, 0.0)[:, None] * LOG2E
+                    excess = by_row - tl.load(own + rows, here, 0.0)[:, None] * LOG2E
                     tl.store(row_products + row_at, tl.sum(powers * excess, 1) * LN2, here)
                     at = inner.to(tl.int64)[:, None] * exponential_stride + columns[None, :]
                     inside = here[:, None] & there[None, :]
                     tl.store(exponentials + at, powers.to(exponentials.dtype.element_ty), inside)
-            else:
-                tl.store(row_sums + row_at, _logsumexp(logits, 1), here)
                 if COLUMNS:
-                    tl.store(column_sums + column_at, _logsumexp(logits, 0), there)
+                    if LIMITED:
+                        powers = tl.exp2(_within(logits, column_limit, columns, there, 0, lowest, LIMITED))
+                    tl.store(column_sums + column_at, tl.log2(tl.sum(powers, 0)) * LN2, there)
+            else:
+                tl.store(row_sums + row_at, _logsumexp(by_row, 1), here)
+                if COLUMNS:
+                    by_column = _within(logits, column_limit, columns, there, 0, lowest, LIMITED)
+                    tl.store(column_sums + column_at, _logsumexp(by_column, 0), there)
 
 
 @triton.jit
 def gradient_kernel(
-    query, candidate, scale, own, positive, query_id, candidate_id, limit,
+    query, candidate, scale, own, positive, query_id, candidate_id, limit, column_limit,
     row_share, row_total, column_share, column_total, column_own,
     gradient, temperature,
     first_row, last_row, first_column, last_column, width, stride,
@@ -191,7 +202,7 @@ def gradient_kernel(
     """G = share_i exp(s - total_i), with COLUMNS + share_j exp(s - total_j), at negatives, 0 elsewhere.
 
     Args:
-        query ... limit: as in `sums_kernel`.
+        query ... column_limit: as in `sums_kernel`.
         row_share: [N], coefficient of the row's loss; ``row_total`` [N], its log-sum-exp with the positive.
         column_share: [M], as of rows, with COLUMNS; ``column_total`` [M]; ``column_own`` [M] as ``own``, of the query
             whose positive the column is.
@@ -218,19 +229,20 @@ def gradient_kernel(
             columns = first_column + inner
             there = columns < last_column
             logits = _negatives(
-                logits, rows, columns, here, there, positive, query_id, candidate_id, limit, FLOOR, IDS, LIMITED
-            )
+                logits, rows, columns, here, there, positive, query_id, candidate_id, FLOOR, IDS
+            )  # fmt: skip
+            by_row = _within(logits, limit, rows, here, 1, FLOOR, LIMITED)
             total = tl.load(row_total + rows, here, 0.0)[:, None] * LOG2E
             share = tl.load(row_share + rows, here, 0.0)[:, None]
-            values = tl.exp2(logits - total) * share
-            slopes += tl.sum(values * (logits - tl.load(own + rows, here, 0.0)[:, None] * LOG2E), 1)
+            values = tl.exp2(by_row - total) * share
+            slopes += tl.sum(values * (by_row - tl.load(own + rows, here, 0.0)[:, None] * LOG2E), 1)
             if COLUMNS:
                 total = tl.load(column_total + columns, there, 0.0)[None, :] * LOG2E
                 share = tl.load(column_share + columns, there, 0.0)[None, :]
-                by_column = tl.exp2(logits - total) * share
-                excess = logits - tl.load(column_own + columns, there, 0.0)[None, :] * LOG2E
-                slopes += tl.sum(by_column * excess, 1)
-                values += by_column
+                by_column = _within(logits, column_limit, columns, there, 0, FLOOR, LIMITED)
+                terms = tl.exp2(by_column - total) * share
+                slopes += tl.sum(terms * (by_column - tl.load(column_own + columns, there, 0.0)[None, :] * LOG2E), 1)
+                values += terms
             at = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride + inner[None, :]
             tl.store(gradient + at, values.to(gradient.dtype.element_ty), here[:, None] & there[None, :])
         tl.store(temperature + tile, tl.sum(slopes, 0) * LN2)

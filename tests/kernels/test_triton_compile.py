@@ -1,0 +1,126 @@
+"""Every Triton kernel compiles for every chip of the table, spills no register and fits the chip's shared memory.
+
+The compiler needs no GPU; its resource report is read from the binary.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmemb.kernels import _triton_kernels as kernels
+from mmemb.kernels._tiles import TILES, Tiles
+from mmemb.kernels._triton_launch import GROUP
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What one block may use, by compute capability."""
+
+WIDEST: dict[str, tuple[Any, dict[str, bool]]] = {
+    "sums": (
+        kernels.sums_kernel,
+        {"IDS": True, "LIMITED": True, "BOUNDED": False, "COLUMNS": True, "EXPONENTIALS": False},
+    ),
+    "bounded sums": (
+        kernels.sums_kernel,
+        {"IDS": True, "LIMITED": True, "BOUNDED": True, "COLUMNS": True, "EXPONENTIALS": False},
+    ),
+    "exponentials": (
+        kernels.sums_kernel,
+        {"IDS": True, "LIMITED": True, "BOUNDED": True, "COLUMNS": False, "EXPONENTIALS": True},
+    ),
+    "gradient": (kernels.gradient_kernel, {"IDS": True, "LIMITED": True, "COLUMNS": True}),
+}
+"""Each large kernel with all options that take registers."""
+
+
+def compiled(kernel: Any, flags: dict[str, Any], capability: int, size: int, tiles: Tiles) -> Any:
+    """The kernel as the engine launches it: pointers and row lengths that are multiples of 16."""
+    element = {2: "bf16", 4: "fp32"}[size]
+    shapes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "PARTS": tiles.parts, "GROUP": GROUP}
+    ways = {"DESCRIPTORS": tiles.descriptors, "WIDEN": False, "PRECISION": tiles.precision}
+    constants = {key: value for key, value in (shapes | ways | flags).items() if key in kernel.arg_names}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        block = tiles.rows if name == "query" else tiles.columns
+        if name in constants:
+            kind = "constexpr"
+        elif name in ("query", "candidate"):
+            large = "GROUP" in constants and tiles.descriptors
+            kind = f"tensordesc<{element}[{block}, {tiles.depth}]>" if large else f"*{element}"
+        elif name in ("exponentials", "gradient", "matrix"):
+            kind = f"*{element}"
+        elif name in ("positive", "query_id", "candidate_id"):
+            kind = "*i64"
+        else:
+            kind = "i32" if name.startswith(("first_", "last_")) or name.endswith(("stride", "width")) else "*fp32"
+        signature[name] = kind
+        if kind.startswith("*") or name.endswith(("stride", "width")):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def report(binary: bytes, folder: Path) -> dict[str, int]:
+    """The compiler's resource report: registers a thread, bytes of stack (where spilled registers go)."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def check(name: str, capability: int, size: int, line: str, folder: Path) -> None:
+    kernel, flags = WIDEST[name]
+    found = compiled(kernel, flags, capability, size, TILES[line, size])
+    used = report(found.asm["cubin"], folder)
+    assert used["stack"] == 0, f"{name} spills: {used}"
+    assert found.metadata.shared <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", WIDEST)
+def test_16_bit_kernels_fit(name: str, capability: int, tmp_path: Path) -> None:
+    check(name, capability, 2, f"sm_{capability}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("name", WIDEST)
+def test_32_bit_kernels_fit(name: str, capability: int, tmp_path: Path) -> None:
+    check(name, capability, 4, f"sm_{capability}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", WIDEST)
+def test_kernels_fit_without_the_copy_engine(name: str, capability: int, size: int, tmp_path: Path) -> None:
+    check(name, capability, size, "sm_80", tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_small_kernels_fit(capability: int, tmp_path: Path) -> None:
+    tiles = TILES["sm_80", 2]
+    for kernel, flags in ((kernels.own_kernel, {"BM": 32, "BK": 128}), (kernels.positive_kernel, {"BM": 128})):
+        found = compiled(kernel, flags, capability, 2, tiles)
+        assert report(found.asm["cubin"], tmp_path)["stack"] == 0
+
+
+def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+    # The whole tile's epilogue at once takes more registers than a thread has.
+    kernel, flags = WIDEST["gradient"]
+    greedy = Tiles(128, 256, 64, 8, 3)
+    assert report(compiled(kernel, flags, 80, 2, greedy).asm["cubin"], tmp_path)["stack"] > 0
