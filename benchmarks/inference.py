@@ -1,0 +1,297 @@
+"""Adaptive decoding against the ways others do it, and against its floor: throughput, equal embeddings, memory.
+
+    python -m benchmarks.inference [--smoke] [--device cpu] [--repeats 5] [--output FOLDER]
+
+The bundled model embeds the same rows (queries of all tasks, mixed) in every way, and every way must come to the same
+embeddings. ``reason`` says who thinks: ``always``, or ``half`` (the model's own decision, its logit shifted so that
+half of the rows think). The ways:
+
+    mmemb           `mmemb.inference.encoder.Encoder`: one prefill, the thinking rows go on from its cache
+    floor           the same prefill, then the forward passes of the tokens that were needed and nothing else
+    row_read        one row at a time through ``model.generate``, hidden states kept, the state at <emb> read
+    row_reencode    one row at a time through ``model.generate``, then the whole text encoded again
+    batch_reencode  batches of the same rows through ``model.generate``, then the whole text encoded again
+
+Generation by the library gets what helps it: the batches that mmemb makes (sorted by length), greedy search, a grammar
+that keeps to ``<think> ... </think> <emb>``, and an end as soon as all rows of a batch have theirs. The direct rows of
+``half`` are generated along with the others (their first token is ``<emb>``), as one pass serves all.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from benchmarks import harness
+from mmemb.data.bundled import evaluation_tasks
+from mmemb.inference.continuation import COMPACT_SHARE
+from mmemb.inference.decode import Paths, length_order, pool_last, prefill
+from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.registry import create
+from mmemb.types import EMB, END_THINK, THINK, Item
+
+TOLERANCE = 1e-4
+_MEMORY = ("mmemb", "floor", "batch_reencode")
+"""Ways whose peak memory is measured: those that hold a whole batch."""
+Way = Callable[[], Tensor]
+
+
+class Grammar(LogitsProcessor):
+    """Keeps ``generate`` to ``<emb>`` or ``<think> at most budget tokens </think> <emb>``.
+
+    Args:
+        backbone: knows the tokens.
+        prompt: columns of the prompts.
+        budget: most rationale tokens.
+        offset: added to the decision's logit of ``<think>``.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: int, *, budget: int, offset: float) -> None:
+        self.think, self.end, self.emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+        self.ends = torch.tensor([self.end, *backbone.special_ids], device=backbone.device)
+        self.prompt, self.budget, self.offset = prompt, budget, offset
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of the token after input_ids [B, T]."""
+        written = input_ids.shape[1] - self.prompt
+        allowed = torch.full_like(scores, -torch.inf)
+        if written == 0:
+            allowed[:, self.think] = scores[:, self.think] + self.offset
+            allowed[:, self.emb] = scores[:, self.emb]
+            return allowed
+        last = input_ids[:, -1:]
+        scores = scores.clone()
+        stops = scores[:, self.ends].amax(1)  # any special token ends the rationale, as it does in mmemb
+        scores[:, self.ends] = -torch.inf
+        scores[:, self.end] = stops
+        scores[:, [self.think, self.emb]] = -torch.inf
+        if written > self.budget:
+            scores = allowed.clone().index_fill_(1, torch.tensor([self.end], device=scores.device), 0.0)
+        closed = allowed.index_fill_(1, torch.tensor([self.emb], device=scores.device), 0.0)
+        return torch.where((last == self.end) | (last == self.emb), closed, scores)
+
+
+class AfterEmb(StoppingCriteria):
+    """Ends one row when the state at ``<emb>`` has been computed."""
+
+    def __init__(self, emb: int) -> None:
+        self.emb = emb
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Whether the last token but one is ``<emb>``, [B]."""
+        return input_ids[:, -2] == self.emb
+
+
+class Ways:
+    """Every way to the embeddings of the same rows.
+
+    Args:
+        backbone: the model.
+        pooler: reads the embedding; needs the state at ``<emb>`` only.
+        items: the rows.
+        controller: who thinks.
+        offset: what the controller adds to the decision's logit of ``<think>``.
+        batch_size: rows of a batch.
+        budget: most rationale tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooler: Pooler,
+        items: Sequence[Item],
+        controller: Controller,
+        *,
+        offset: float,
+        batch_size: int,
+        budget: int,
+    ) -> None:
+        self.backbone, self.pooler, self.items, self.controller = backbone, pooler, items, controller
+        self.offset, self.batch_size, self.budget = offset, batch_size, budget
+        self.encoder = Encoder(backbone, pooler, batch_size=batch_size, budget=budget)
+        self.paths = self.mmemb()
+        self.emb = backbone.token_id(EMB)
+
+    def mmemb(self) -> Paths:
+        """Ours."""
+        return self.encoder.encode_paths(self.items, self.controller)
+
+    def ways(self) -> dict[str, Way]:
+        """All of them by name, each giving embeddings [B, D]."""
+        return {
+            "mmemb": lambda: self.mmemb().embedding,
+            "floor": self.floor,
+            "row_read": lambda: self.generated(1, read=True),
+            "row_reencode": lambda: self.generated(1, read=False),
+            "batch_reencode": lambda: self.generated(self.batch_size, read=False),
+        }
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Rows in the batches that mmemb makes."""
+        order = length_order(self.items)
+        yield from (order[start : start + size] for start in range(0, len(order), size))
+
+    def floor(self) -> Tensor:
+        """One prefill, and the forward passes of the tokens needed."""
+        whole = torch.zeros(len(self.items), self.pooler.size)
+        with evaluating(self.backbone, self.pooler):
+            for rows in self.batches(self.batch_size):
+                prefix = prefill(self.backbone, [self.items[row] for row in rows])
+                whole[rows] = pool_last(self.pooler, self._fed(prefix, rows)).cpu()
+        return whole
+
+    def _fed(self, prefix: Any, rows: Sequence[int]) -> Tensor:
+        """The states at ``<emb>`` [R, H]: everything that was written is fed, a column a step; done rows leave."""
+        think, end = self.backbone.token_id(THINK), self.backbone.token_id(END_THINK)
+        device = self.backbone.device
+        thinks = self.paths.decision.think
+        texts = [[think, *self.paths.token_ids[row], end, self.emb] if thinks[row] else [self.emb] for row in rows]
+        states = torch.zeros(len(rows), self.backbone.hidden_size, device=device)
+        direct = [place for place, text in enumerate(texts) if len(text) == 1]
+        alive = [place for place, text in enumerate(texts) if len(text) > 1]
+        if direct:
+            at = torch.tensor(direct, device=device)
+            hidden, _ = self.backbone.extend(
+                self.backbone.fork(prefix, at), torch.full((len(at), 1), self.emb, device=device)
+            )
+            states[at] = hidden[:, -1]
+        if direct and alive:
+            prefix = self.backbone.fork(prefix, torch.tensor(alive, device=device))
+        step = 0
+        while alive:
+            feed = torch.tensor([[texts[place][min(step, len(texts[place]) - 1)]] for place in alive], device=device)
+            hidden, prefix = self.backbone.extend(prefix, feed)
+            step += 1
+            ending = [index for index, place in enumerate(alive) if len(texts[place]) == step]
+            if ending:
+                states[[alive[index] for index in ending]] = hidden[ending, -1]
+            left = [index for index, place in enumerate(alive) if len(texts[place]) > step]
+            if not left:
+                break
+            if len(alive) - len(left) >= COMPACT_SHARE * len(alive):
+                prefix = self.backbone.fork(prefix, torch.tensor(left, device=device))
+                alive = [alive[index] for index in left]
+        return states
+
+    @torch.no_grad()
+    def generated(self, size: int, *, read: bool) -> Tensor:
+        """By the library's ``generate``, then from its hidden states or by encoding again."""
+        whole = torch.zeros(len(self.items), self.pooler.size)
+        with evaluating(self.backbone, self.pooler):
+            for rows in self.batches(size):
+                whole[rows] = pool_last(self.pooler, self._generated([self.items[row] for row in rows], read)).cpu()
+        return whole
+
+    def _generated(self, items: Sequence[Item], read: bool) -> Tensor:
+        inputs = self.backbone.prepare(items, embed=False).to(self.backbone.device).tensors
+        del inputs["position_ids"]  # the library's own are part of the comparison
+        prompt = inputs["input_ids"]
+        model: Any = self.backbone.model
+        done = model.generate(
+            **inputs,
+            mm_token_type_ids=(prompt == model.config.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=self.budget + 4,
+            eos_token_id=None if read else self.emb,
+            pad_token_id=self.emb,
+            logits_processor=LogitsProcessorList(
+                [Grammar(self.backbone, prompt.shape[1], budget=self.budget, offset=self.offset)]
+            ),
+            stopping_criteria=StoppingCriteriaList([AfterEmb(self.emb)] if read else []),
+            output_hidden_states=read,
+            return_dict_in_generate=True,
+        )
+        if read:
+            return done.hidden_states[-1][-1][:, -1]
+        ids = done.sequences
+        new = ids[:, prompt.shape[1] :]
+        first = (new == self.emb).int().argmax(1)  # <emb> pads as well: what follows it is masked
+        real = torch.arange(new.shape[1], device=ids.device) <= first[:, None]
+        pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        hidden = model.model(
+            input_ids=ids,
+            attention_mask=torch.cat([inputs["attention_mask"], real.long()], dim=1),
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            use_cache=False,
+            **pictures,
+        ).last_hidden_state
+        return hidden[torch.arange(len(ids), device=ids.device), prompt.shape[1] + first]
+
+
+def rows(count: int) -> list[Item]:
+    """Queries of all tasks of the validation split, mixed."""
+    tasks = evaluation_tasks("validation")
+    return [task.queries[row].query for row in range(-(-count // len(tasks))) for task in tasks][:count]
+
+
+def measure(
+    reason: str, *, count: int, batch_size: int, budget: int, repeats: int, device: str
+) -> list[dict[str, Any]]:
+    """One row a way.
+
+    Raises:
+        AssertionError: a way came to other embeddings.
+    """
+    backbone: Any = create("backbone", "tiny")
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    backbone.to(device).eval()
+    items = rows(count)
+    offset = 1e4 if reason == "always" else _even_offset(backbone, pooler, items, batch_size)
+    controller = create("controller", "rl", offset=offset, budget=budget)
+    every = Ways(backbone, pooler, items, controller, offset=offset, batch_size=batch_size, budget=budget)
+    ways = every.ways()
+    embeddings = {name: way() for name, way in ways.items()}
+    difference = {name: float((value - embeddings["mmemb"]).abs().max()) for name, value in embeddings.items()}
+    assert max(difference.values()) <= TOLERANCE, f"embeddings differ: {difference}"
+    times = harness.paired(ways, repeats=repeats, device=device)
+    written = every.paths.tokens.float()
+    return [
+        {
+            "rival": name,
+            "reason": reason,
+            "rows": len(items),
+            "batch": batch_size if "row" not in name else 1,
+            "thought": round(float(every.paths.decision.think.float().mean()), 3),
+            "tokens": round(float(written.mean()), 2),
+            "seconds": statistics.median(times[name]),
+            "rows_per_second": len(items) / statistics.median(times[name]),
+            "ratio_to_floor": harness.median_ratio(times[name], times["floor"]),
+            "ratio_to_mmemb": harness.median_ratio(times[name], times["mmemb"]),
+            "difference": difference[name],
+            "peak_mb": harness.peak_megabytes(way, device=device) if name in _MEMORY else None,
+        }
+        for name, way in ways.items()
+    ]
+
+
+def _even_offset(backbone: Backbone, pooler: Pooler, items: Sequence[Item], batch_size: int) -> float:
+    """The logit offset with which half of the rows think; between two rows, so that rounding moves no decision."""
+    never = create("controller", "never")
+    logits = Encoder(backbone, pooler, batch_size=batch_size).encode_paths(items, never).state.decision_logits
+    lean = (logits[:, 1] - logits[:, 0]).sort().values
+    middle = len(lean) // 2
+    return float(lean[middle - 1 : middle + 1].mean())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints and appends to ``inference.jsonl``."""
+    options = harness.arguments(str(__doc__), argv)
+    sizes = (
+        {"count": 8, "batch_size": 4, "budget": 6} if options.smoke else {"count": 128, "batch_size": 64, "budget": 48}
+    )
+    found: list[dict[str, Any]] = []
+    for reason in ("always", "half"):
+        found += measure(reason, repeats=options.repeats, device=options.device, **sizes)
+    path = harness.append(found, output=options.output, name="inference", smoke=options.smoke, device=options.device)
+    print(harness.table(found), f"appended to {path}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
