@@ -227,8 +227,7 @@ class Control(Objective):
             logs |= self._update(parts, batch, plan, engine, anchored=iteration == 0)
         if engine.show is not None and self.show_every and engine.step % self.show_every == 0:
             engine.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, total)))
-        logs |= measures(outcome, rollouts, values, total)
-        return over_ranks(logs, device=parts.backbone.device)
+        return over_ranks(logs | measures(outcome, rollouts, values, total), device=parts.backbone.device)
 
     def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
         """Scores every rollout, and every query's direct embedding, among the task's candidates."""
