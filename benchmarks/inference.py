@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and appends to ``inference.jsonl``."""
     options = harness.arguments(str(__doc__), argv)
     sizes = (
-        {"count": 8, "batch_size": 4, "budget": 6} if options.smoke else {"count": 128, "batch_size": 64, "budget": 48}
+        {"count": 4, "batch_size": 2, "budget": 3} if options.smoke else {"count": 128, "batch_size": 64, "budget": 48}
     )
     found: list[dict[str, Any]] = []
     for reason in ("always", "half"):

@@ -14,7 +14,7 @@ rationale and its end token, S fed columns, H hidden width, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -77,10 +77,8 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """Moves every tensor; returns a new object."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return Rollouts(
-            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-        )
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.type == "Tensor"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass
