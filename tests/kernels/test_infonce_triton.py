@@ -18,14 +18,16 @@ Call = Callable[..., Any]
 FIELDS = ("loss", "query_grad", "candidate_grad", "temperature_grad")
 
 
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def call(request: pytest.FixtureRequest) -> Iterator[Call]:
-    """Runs a function of tensors where Triton's kernels run."""
-    if request.param == "cuda":
-        yield on_cuda
-        return
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Call]:
     with interpreter() as run:
         yield run
+
+
+@pytest.fixture(scope="module", params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def call(request: pytest.FixtureRequest) -> Call:
+    """Runs a function of tensors where Triton's kernels run."""
+    return on_cuda if request.param == "cuda" else request.getfixturevalue("interpreted")
 
 
 def solve(call: Call, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -117,9 +119,8 @@ def numerical(symmetric: bool, reduction: str) -> bool:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
-def test_gradcheck_in_the_interpreter(symmetric: bool, reduction: str) -> None:
-    with interpreter() as run:
-        assert run(numerical, symmetric, reduction)
+def test_gradcheck_in_the_interpreter(interpreted: Call, symmetric: bool, reduction: str) -> None:
+    assert interpreted(numerical, symmetric, reduction)
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:

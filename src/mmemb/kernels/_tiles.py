@@ -43,9 +43,9 @@ class Tiles:
 TILES: dict[tuple[str, int], Tiles] = {
     ("sm_80", 2): Tiles(128, 128, 64, 8, 3, 2),
     ("sm_80", 4): Tiles(128, 64, 32, 8, 3, 2, precision="tf32x3"),
-    ("sm_90", 2): Tiles(128, 128, 64, 8, 4, 2, descriptors=True),
+    ("sm_90", 2): Tiles(128, 128, 64, 8, 4, 4, descriptors=True),
     ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
-    ("sm_100", 2): Tiles(128, 128, 64, 8, 4, 2, descriptors=True),
+    ("sm_100", 2): Tiles(128, 128, 64, 8, 4, 4, descriptors=True),
     ("sm_100", 4): Tiles(128, 128, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
     ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),

@@ -146,6 +146,8 @@ def sums_kernel(
         BOUNDED: |s| is small enough for exp(s) without subtracting a maximum; EXPONENTIALS needs it.
     """
     factor = tl.load(scale) * LOG2E
+    # With a maximum to subtract, a row of nothing but -inf has to be told from one of low logits.
+    lowest: tl.constexpr = FLOOR if BOUNDED else float("-inf")
     tiles_m = tl.cdiv(last_row - first_row, BM)
     tiles_n = tl.cdiv(last_column, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -162,7 +164,6 @@ def sums_kernel(
             logits = _piece(product, part, PARTS) * factor
             columns = (tile_n * PARTS + part) * (BN // PARTS) + tl.arange(0, BN // PARTS)
             there = columns < last_column
-            lowest: tl.constexpr = FLOOR if BOUNDED else float("-inf")
             logits = _negatives(
                 logits, rows, columns, here, there, positive, query_id, candidate_id, lowest, IDS
             )  # fmt: skip
