@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmemb.kernels import _triton_kernels as kernels
-from mmemb.kernels._tiles import TILES, Tiles
+from mmemb.kernels._tiles import GRADIENT_TILES, TILES, Tiles
 from mmemb.kernels._triton_launch import GROUP
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -84,7 +84,8 @@ def report(binary: bytes, folder: Path) -> dict[str, int]:
 
 def check(name: str, capability: int, size: int, line: str, folder: Path) -> None:
     kernel, flags = WIDEST[name]
-    found = compiled(kernel, flags, capability, size, TILES[line, size])
+    tiles = GRADIENT_TILES.get((line, size), TILES[line, size]) if name == "gradient" else TILES[line, size]
+    found = compiled(kernel, flags, capability, size, tiles)
     used = report(found.asm["cubin"], folder)
     assert used["stack"] == 0, f"{name} spills: {used}"
     assert found.metadata.shared <= SHARED_BYTES[capability]

@@ -55,6 +55,14 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("interpreter", 8): Tiles(128, 128, 128, 4, 1, 2),
 }
 
+GRADIENT_TILES: dict[tuple[str, int], Tiles] = {
+    ("sm_90", 2): Tiles(128, 64, 64, 8, 4, 2, descriptors=True),
+    ("sm_90", 4): Tiles(128, 64, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
+    ("sm_100", 2): Tiles(128, 64, 64, 8, 4, 2, descriptors=True),
+    ("sm_100", 4): Tiles(128, 64, 32, 8, 3, 2, descriptors=True, precision="tf32x3"),
+}
+"""What the gradient's kernel takes instead: its epilogue holds more, and spills 72 bytes at 128 columns on sm_90."""
+
 
 def chip(device: torch.device) -> str:
     """The table's name of a device: sm_90 and sm_100 by name, every other NVIDIA chip as sm_80."""
@@ -68,7 +76,16 @@ def chip(device: torch.device) -> str:
 
 def choose(device: torch.device, dtype: torch.dtype, width: int) -> Tiles | None:
     """The line for a device and embeddings of this dtype and width, None where there is none (float64 on a GPU)."""
-    tiles = TILES.get((chip(device), dtype.itemsize))
-    if tiles is not None and tiles.descriptors and width * dtype.itemsize % 16:
-        return TILES["sm_80", dtype.itemsize]
-    return tiles
+    return TILES.get(_line(device, dtype, width))
+
+
+def choose_for_gradient(device: torch.device, dtype: torch.dtype, width: int) -> Tiles | None:
+    """As `choose`, of the gradient's kernel."""
+    line = _line(device, dtype, width)
+    return GRADIENT_TILES.get(line, TILES.get(line))
+
+
+def _line(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, int]:
+    line = chip(device), dtype.itemsize
+    unaligned = line in TILES and TILES[line].descriptors and width * dtype.itemsize % 16
+    return ("sm_80", dtype.itemsize) if unaligned else line

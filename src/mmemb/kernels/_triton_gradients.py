@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from mmemb.kernels import _tiles
 from mmemb.kernels._triton_kernels import gradient_kernel
 from mmemb.kernels._triton_launch import Launcher, Part, aligned, blocks
 from mmemb.kernels.problem import Columns, Gradients
@@ -21,7 +22,10 @@ class Sums:
 
     def __init__(self, launcher: Launcher, coefficient: Tensor) -> None:
         self.launcher = launcher
-        problem = launcher.problem
+        problem, query = launcher.problem, launcher.query
+        tiles = _tiles.choose_for_gradient(query.device, query.dtype, query.shape[1])
+        assert tiles is not None
+        self.tiles = tiles
         self.query = launcher.empty(*launcher.query.shape).zero_()
         self.candidate = launcher.empty(*launcher.candidate.shape).zero_()
         self.peers = None if problem.peers is None else launcher.empty(*problem.peers.query.shape).zero_()
@@ -56,7 +60,7 @@ class Sums:
         columns: Columns | None = None,
     ) -> None:
         """Adds G right to ``left`` [N, D] and G^T left to ``right`` [L, D], block by block."""
-        launcher, tiles = self.launcher, self.launcher.tiles
+        launcher, tiles = self.launcher, self.tiles
         row_vectors = [(share * self.boost).contiguous(), totals.contiguous()]
         if at_positive is not None:
             at_positive = (at_positive * self.boost).contiguous()
@@ -69,7 +73,7 @@ class Sums:
         n, m = len(part.left), len(part.right)
         if n == 0:  # descriptors of nothing are refused
             return
-        operands, options = launcher.operands(part), launcher.options(part)
+        operands, options = launcher.operands(part, tiles), launcher.options(part, tiles)
         rows, width = self._block(n, m)
         slab = launcher.query.new_empty(min(rows, n), aligned(min(width, m)))
         for row, last_row in blocks(n, rows):
@@ -89,7 +93,7 @@ class Sums:
 
     def _block(self, n: int, m: int) -> tuple[int, int]:
         """Rows and columns of a slab, whole tiles: near square, which moves the fewest bytes of dQ and dK."""
-        tiles = self.launcher.tiles
+        tiles = self.tiles
         side = isqrt(self.launcher.workspace_bytes // self.launcher.dtype.itemsize)
         if n < side:
             side = self.launcher.workspace_bytes // (self.launcher.dtype.itemsize * max(n, 1))

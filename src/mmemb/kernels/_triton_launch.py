@@ -155,7 +155,7 @@ class Launcher:
     ) -> None:
         tiles = cdiv(stop - start, self.tiles.rows) * cdiv(len(part.right), self.tiles.columns)
         sums_kernel[self.grid(tiles)](
-            *self.operands(part),
+            *self.operands(part, self.tiles),
             by_row,
             by_row if by_column is None else by_column,
             by_row if products is None else products,
@@ -169,7 +169,7 @@ class Launcher:
             BOUNDED=self.problem.bound <= SAFE_LOGIT,
             COLUMNS=by_column is not None,
             EXPONENTIALS=exponentials is not None,
-            **self.options(part),
+            **self.options(part, self.tiles),
         )
 
     def place(self, values: Tensor, block: Tensor, own: Tensor, row: int, column: int) -> None:
@@ -177,12 +177,12 @@ class Launcher:
         n, m = block.shape
         positive_kernel[(cdiv(n, 128),)](block, own, values, row, row + n, column, column + m, block.stride(0), BM=128)
 
-    def operands(self, part: Part) -> tuple[Any, ...]:
+    def operands(self, part: Part, tiles: Tiles) -> tuple[Any, ...]:
         """The arguments that both kernels begin with; stand-ins for what is absent."""
         own = (self.own * self.stretch).contiguous()
         return (
-            self.loadable(part.left, self.tiles.rows),
-            self.loadable(part.right, self.tiles.columns),
+            loadable(part.left, tiles.rows, tiles),
+            loadable(part.right, tiles.columns, tiles),
             self.scale,
             own,
             part.own,
@@ -192,12 +192,8 @@ class Launcher:
             own if part.column_limit is None else part.column_limit,
         )
 
-    def loadable(self, rows: Tensor, block: int) -> Any:
-        return TensorDescriptor.from_tensor(rows, [block, self.tiles.depth]) if self.tiles.descriptors else rows
-
-    def options(self, part: Part) -> dict[str, Any]:
+    def options(self, part: Part, tiles: Tiles) -> dict[str, Any]:
         """Compile-time choices that both kernels share."""
-        tiles = self.tiles
         return {
             "IDS": part.left_id is not None,
             "LIMITED": part.limit is not None,
@@ -218,6 +214,11 @@ class Launcher:
         device = self.query.device
         programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         return (min(tiles, programs),)
+
+
+def loadable(rows: Tensor, block: int, tiles: Tiles) -> Any:
+    """What the kernels load blocks of rows from."""
+    return TensorDescriptor.from_tensor(rows, [block, tiles.depth]) if tiles.descriptors else rows
 
 
 def plain(rows: Tensor) -> Tensor:
