@@ -154,13 +154,13 @@ def test_memory_on_a_gpu_stays_within_the_workspace() -> None:
 
 
 def test_the_table_has_a_line_for_every_chip_and_16_and_32_bits() -> None:
-    chips = {"sm_80", "sm_90", "sm_100", "amd", "interpreter"}
+    chips = {"sm_80", "sm_90", "sm_100", "unaligned", "amd", "interpreter"}
     assert set(_tiles.TILES) == {(chip, size) for chip in chips for size in (2, 4)} | {("interpreter", 8)}
     assert _tiles.choose(torch.device("cpu"), torch.float32, 7) == _tiles.TILES["interpreter", 4]
 
 
 def test_rows_that_the_copy_engine_cannot_read_take_another_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "chip", lambda device: "sm_90")
-    for width, line in ((8, "sm_90"), (9, "sm_80")):
+    for width, line in ((8, "sm_90"), (9, "unaligned")):
         assert _tiles.choose(torch.device("cuda"), torch.bfloat16, width) == _tiles.TILES[line, 2]
     assert _tiles.choose(torch.device("cuda"), torch.float64, 8) is None

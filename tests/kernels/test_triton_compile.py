@@ -109,7 +109,7 @@ def test_32_bit_kernels_fit(name: str, capability: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("name", WIDEST)
 def test_kernels_fit_without_the_copy_engine(name: str, capability: int, size: int, tmp_path: Path) -> None:
-    check(name, capability, size, "sm_80", tmp_path)
+    check(name, capability, size, "unaligned", tmp_path)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
