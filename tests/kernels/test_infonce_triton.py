@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmemb.kernels import _tiles, infonce, infonce_with_grads
+from mmemb.kernels.problem import Columns, Merge, Problem
 from tests.kernels.cases import OPTIONS, arguments, combinations, error, oracle, unit_rows
 from tests.kernels.interpreted import interpreter, on_cuda
 
@@ -121,6 +122,70 @@ def numerical(symmetric: bool, reduction: str) -> bool:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
 def test_gradcheck_in_the_interpreter(interpreted: Call, symmetric: bool, reduction: str) -> None:
     assert interpreted(numerical, symmetric, reduction)
+
+
+def in_halves(margin: float | None) -> list[Tensor]:
+    """Losses and gradients of a symmetric problem and of its two halves of queries, joined by ``merge``, in float64."""
+    from mmemb.kernels import _infonce_triton as triton
+
+    torch.manual_seed(0)
+    query, candidate = unit_rows(9, 5, torch.float64), unit_rows(11, 5, torch.float64)
+    positive, coefficient = torch.randperm(11)[:9], torch.rand(9, dtype=torch.float64)
+
+    def solve_rows(rows: slice, merge: Merge | None) -> tuple[Tensor, ...]:
+        scale = torch.tensor(20.0, dtype=torch.float64)
+        problem = Problem(query[rows], candidate, scale, positive[rows], None, None, 21.0, margin)
+        losses, found = triton.symmetric(problem, coefficient=coefficient[rows], merge=merge)
+        assert found is not None
+        return losses, found.query, found.candidate, found.temperature
+
+    def join(*columns: Columns) -> Columns:
+        others = torch.stack([each.others for each in columns]).logsumexp(0)
+        own, share = (torch.stack([getattr(each, x) for each in columns]).sum(0) for x in ("own", "share"))
+        return Columns(others, own, share)
+
+    def solve_halves(known: list[list[Columns]]) -> tuple[list[list[Columns]], list[tuple[Tensor, ...]]]:
+        """What each half asks to merge, and its results, given what the other half asked before."""
+        asked: list[list[Columns]] = [[], []]
+
+        def solve_half(half: int, rows: slice) -> tuple[Tensor, ...]:
+            def merge(columns: Columns) -> Columns:
+                asked[half].append(columns)
+                theirs = known[1 - half][len(asked[half]) - 1 : len(asked[half])]
+                return join(columns, *theirs)
+
+            return solve_rows(rows, merge)
+
+        return asked, [solve_half(0, slice(0, 4)), solve_half(1, slice(4, 9))]
+
+    # With a margin the columns' own logits are merged first, and the sums depend on them: a round for each, and one.
+    known: list[list[Columns]] = [[], []]
+    for _ in range(3):
+        known, (first, second) = solve_halves(known)
+    whole = solve_rows(slice(0, 9), None)
+    joined = [torch.cat([first[i], second[i]]) for i in (0, 1)] + [first[i] + second[i] for i in (2, 3)]
+    return [*whole, *joined]
+
+
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_columns_joined_over_halves_of_the_queries_equal_the_whole(interpreted: Call, margin: float | None) -> None:
+    found = interpreted(in_halves, margin)
+    for whole, joined in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(joined, whole)
+
+
+def test_no_queries_have_no_gradient(interpreted: Call) -> None:
+    assert interpreted(without_queries) == [0.0, 0.0]
+
+
+def without_queries() -> list[float]:
+    """Largest candidate gradient where a rank has no query, one-direction and symmetric."""
+    from mmemb.kernels import _infonce_triton as triton
+
+    none = torch.zeros(0, dtype=torch.int64)
+    problem = Problem(torch.zeros(0, 8), torch.randn(5, 8), torch.tensor(20.0), none, None, None, 100.0)
+    found = [solve(problem, coefficient=torch.zeros(0))[1] for solve in (triton.one_direction, triton.symmetric)]
+    return [float(each.candidate.abs().amax()) for each in found if each is not None]
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
