@@ -232,6 +232,10 @@ class Selector(Component, ABC, kind="selector"):
             seed: differs by pair and epoch, equal on every rank.
         """
 
+    def select_many(self, candidates: Candidates, *, seed: int) -> tuple[Selection, ...]:
+        """All that the pair trains on: by default the one of `select`. Arguments as there."""
+        return (self.select(candidates, seed=seed),)
+
 
 class Controller(Component, ABC, kind="controller"):
     """Decides from the prefill who thinks, and for how long."""

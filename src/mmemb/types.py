@@ -183,8 +183,8 @@ class TrainChunk:
 
     Attributes:
         query: direct path of n queries.
-        reasoned: reasoned path of the r <= n queries that have a rationale; None where none has.
-        reasoned_rows: [r] int64, the row of ``query`` each reasoned row belongs to.
+        reasoned: reasoned path, one row a rationale of the chunk's queries; None where none has one.
+        reasoned_rows: [r] int64, the row of ``query`` each reasoned row belongs to; a query may have several.
         reasoned_weight: [r] float32, the selector's loss weight of each reasoned row.
         target: n targets followed by this chunk's hard negatives, m >= n rows.
     """

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from mmemb.components.selectors.all import All
 from mmemb.components.selectors.best_of import BestOf
 from mmemb.components.selectors.counterfactual import Counterfactual
 from mmemb.components.selectors.oracle import Oracle
@@ -85,6 +86,22 @@ def test_counterfactual_prefers_an_infinite_gain_to_nan() -> None:
 def test_counterfactual_wants_a_positive_temperature(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature is .*, expected > 0"):
         Counterfactual(temperature=temperature)
+
+
+def test_every_selector_trains_what_it_selects(selector: Selector) -> None:
+    for given in (candidates(-0.2, -3.0, -0.9), candidates(-5.0), candidates()):
+        many = selector.select_many(given, seed=5)
+        if isinstance(selector, All):
+            assert [each.index for each in many] == list(range(len(given.rationales)))
+            assert sum(each.weight for each in many) == pytest.approx(1.0 if many else 0.0)
+        else:
+            assert many == (selector.select(given, seed=5),)
+
+
+def test_all_needs_no_scores() -> None:
+    given = candidates(math.nan, math.nan, none=math.nan)
+    assert len(All().select_many(given, seed=0)) == 2
+    assert shares(All(), given).keys() == {0, 1}
 
 
 def test_best_of_takes_the_largest_gain_that_exceeds_the_margin() -> None:

@@ -22,11 +22,11 @@ from mmemb.stages.module import EmbeddingModule
 from mmemb.types import Pair, Rationale
 
 
-def metadata_choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:
+def metadata_choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
     """The row's own rationale, for two pairs in three: the rest train the direct path alone."""
     if sum(pair.id.encode()) % 3 == 0:
-        return None, 1.0
-    return MetadataWorker().propose([pair.query], 1, seed=seed)[0][0], 1.0
+        return []
+    return [(MetadataWorker().propose([pair.query], 1, seed=seed)[0][0], 1.0)]
 
 
 def small_module(*, chunk_size: int = 4, lr: float = 0.05, **settings: Any) -> EmbeddingModule:

@@ -85,7 +85,7 @@ def test_cached_step_has_the_gradients_of_the_plain_loss(pairs: list, chunk_size
 
 def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_against_thinking(pairs: list) -> None:
     module = small_module()
-    module.objective.prepare_choice(lambda pair, seed: (None, 1.0))
+    module.objective.prepare_choice(lambda pair, seed: [])
     batch = module.objective.collate(module.parts, pairs, 0)
     assert all(chunk.reasoned is None for chunk in batch.chunks)
     logs = module.objective.step(module.parts, batch, Engine())
@@ -102,7 +102,7 @@ def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
     texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
 
     def weighted(heavy: float) -> Choose:
-        return lambda pair, seed: (texts[rows.index(pair)], heavy if pair is rows[0] else 1.0)
+        return lambda pair, seed: [(texts[rows.index(pair)], heavy if pair is rows[0] else 1.0)]
 
     results = []
     for heavy in (1.0, 5.0):
@@ -111,6 +111,26 @@ def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
         batch = module.objective.collate(module.parts, rows, 0)
         results.append(float(module.objective.step(module.parts, batch, Engine())["infonce_reasoned"]))
     assert results[0] != pytest.approx(results[1], rel=1e-6)
+
+
+def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: list) -> None:
+    rows = pairs[:4]
+    texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
+    several = [[(texts[0], 0.25), (texts[0], 0.75)], [], [(texts[2], 1.0)], [(texts[3], 1.0)]]
+    single = [[(texts[0], 1.0)], *several[1:]]
+    results = []
+    for chosen in (several, single):
+        module = small_module()
+        module.objective.next_token_weight = 0.0
+        module.objective.prepare_choice(lambda pair, seed, chosen=chosen: chosen[rows.index(pair)])
+        batch = module.objective.collate(module.parts, rows, 0)
+        assert sum(len(chunk.reasoned_rows) for chunk in batch.chunks) == sum(map(len, chosen))
+        logs = module.objective.step(module.parts, batch, Engine())
+        results.append((float(logs["infonce_reasoned"]), gradients(module)))
+    (one, first), (other, second) = results
+    assert one == pytest.approx(other, rel=1e-5)  # a text at two shares of a weight is the text at that weight
+    scale = max(float(value.abs().max()) for value in second.values())
+    assert largest_difference(first, second) <= 1e-5 * scale
 
 
 def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> None:
@@ -123,7 +143,7 @@ def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> 
 
 def test_duplicated_targets_are_no_negatives(pairs: list) -> None:
     module = small_module()
-    module.objective.prepare_choice(lambda pair, seed: (None, 1.0))
+    module.objective.prepare_choice(lambda pair, seed: [])
     module.objective.next_token_weight = 0.0
     twice = [pairs[0], pairs[0]]
     logs = module.objective.step(module.parts, module.objective.collate(module.parts, twice, 0), Engine())

@@ -198,3 +198,14 @@ def test_a_run_without_a_pool_has_nothing_to_refresh(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to refresh; give model.pool and model.selector"):
         trainer.fit(small_module(), datamodule=small_data())
     assert torch.is_grad_enabled()
+
+
+def test_the_recipe_adds_the_refresh_to_what_a_run_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmemb.cli import check_config
+
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    both = check_config(["fit", "--config", "recipes/r1.yaml", "--config", "recipes/r1_refresh.yaml"])
+    alone = check_config(["fit", "--config", "recipes/r1.yaml"])
+    added = "mmemb.stages.refresh.RefreshPool"
+    assert [each.class_path for each in alone.trainer.callbacks] == ["mmemb.checkpoint_io.RunCheckpoint"]
+    assert [each.class_path for each in both.trainer.callbacks] == ["mmemb.checkpoint_io.RunCheckpoint", added]

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mmemb.components.selectors.all import All
 from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Selector
 from mmemb.stages.generate import generate
+from mmemb.stages.pools import PoolSettings
 from mmemb.stages.select import build_pool, choose, score, show
 from mmemb.types import Candidates, Image, Item, Pair, Selection, Text
 from tests.stages.rationale_fakes import ByNumber, Killed, Numbered, make_pairs
@@ -234,6 +236,17 @@ def test_the_choice_is_the_selectors_with_its_weight(tmp_path: Path) -> None:
         if rationale is not None:
             assert weight == 0.5
             assert found.scores[found.rationales.index(rationale)] == max(better)
+
+
+def test_what_a_phase_trains_on_is_all_that_the_selector_gives(tmp_path: Path) -> None:
+    pairs = make_pairs(20)
+    pool = build(pairs, tmp_path / "pool")
+    settings = PoolSettings(str(tmp_path / "pool"))
+    one, every = settings.choice(pool, Best()), settings.choice(pool, All())
+    for pair in pairs:
+        rationale, weight = choose(pool, Best(), pair.id, 3)
+        assert one(pair, 3) == ([] if rationale is None else [(rationale, weight)])
+        assert [each for each, _ in every(pair, 3)] == list(pool.candidates(pair.id).rationales)
 
 
 def test_the_draw_differs_by_epoch_and_pair_and_repeats(tmp_path: Path) -> None:

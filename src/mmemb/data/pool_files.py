@@ -188,9 +188,9 @@ def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zst
         raise
 
 
-def drop_partial(folder: Path) -> None:
-    """Takes away what a killed run was writing. One run at a time makes a pool."""
-    for path in folder.glob(f"candidates-*{_TEMPORARY}"):
+def drop_partial(folder: Path, shards: str = "candidates") -> None:
+    """Takes away what a killed run was writing, of shards whose names begin so. One run at a time makes them."""
+    for path in folder.glob(f"{shards}-*{_TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -10,18 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mmemb.data.gains import placebo_gains
-from mmemb.types import Candidates, Item, Pair, Selection, pictures
+from mmemb.types import Candidates, Item, Pair, pictures
 
 
 def show_pair(
-    pair: Pair, candidates: Candidates, selection: Selection | None, *, console: Console | None = None
+    pair: Pair, candidates: Candidates, chosen: Collection[int] | None, *, console: Console | None = None
 ) -> None:
     """Prints a pair, its candidates with their gains and their placebos' in nats, leak flags, and the choice.
 
     Args:
         pair: the pair.
         candidates: its candidates; scores may be nan.
-        selection: the choice to mark; None marks nothing.
+        chosen: rows of the candidates to mark; None marks nothing, and says nothing of a choice.
         console: where to print; None: the terminal.
     """
     head = Table.grid(padding=(0, 2))
@@ -40,26 +41,26 @@ def show_pair(
         table.add_column(name, justify="right")
     table.add_column("rationale", overflow="fold")
     scores = candidates.scores or (math.nan,) * len(candidates.rationales)
-    chosen = selection.index if selection is not None else None
+    marked = chosen or ()
     placebos = placebo_gains(candidates) or [math.nan] * len(scores)
     for index, (rationale, score) in enumerate(zip(candidates.rationales, scores, strict=True)):
         gain = score - candidates.score_none
-        text = Text(rationale.text, style="bold" if index == chosen else "strike dim" if rationale.leaks else "")
+        text = Text(rationale.text, style="bold" if index in marked else "strike dim" if rationale.leaks else "")
         for mark in (*(f"leak: {flag}" for flag in rationale.leaks), rationale.corruption):
             if mark:
                 text.append(" ").append(f"[{mark}]", style="not strike not dim not bold yellow")
         table.add_row(
-            Text("▶" if index == chosen else ""),
+            Text("▶" if index in marked else ""),
             Text(rationale.worker, style="magenta"),
             str(rationale.tokens or ""),
             _number(score),
             Text(_number(gain, sign="+"), style="dim" if math.isnan(gain) else "green" if gain > 0 else "red"),
             *([Text(_number(placebos[index], sign="+"), style="dim")] if with_placebos else []),
             text,
-            style="on grey15" if index == chosen else "",
+            style="on grey15" if index in marked else "",
         )
     parts: list[RenderableType] = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]
-    if selection is not None and chosen is None:
+    if chosen is not None and not marked:
         parts.append(Text("none chosen: this pair trains the direct path alone", style="yellow"))
     (console or Console()).print(Panel(Group(*parts), title=Text(pair.id), title_align="left"))
 

@@ -68,10 +68,10 @@ class Joint(Objective):
     def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> TrainBatch:
         rows = []
         for number, pair in enumerate(pairs):
-            rationale, weight = self._choose(pair, seed + number) if self._choose else (None, 1.0)
-            rows.append(_Row(pair, rationale, weight, seed + number))
+            chosen = self._choose(pair, seed + number) if self._choose else ()
+            rows.append(_Row(pair, tuple(chosen), seed + number))
         # Rows of like length share a chunk, which saves padding; the loss does not depend on the order.
-        rows.sort(key=lambda row: len(row.rationale.text) if row.rationale is not None else 0)
+        rows.sort(key=lambda row: max((len(rationale.text) for rationale, _ in row.chosen), default=0))
         layout = candidate_layout([row.pair for row in rows], chunk_size=self.chunk_size)
         starts = range(0, len(rows), self.chunk_size)
         return TrainBatch(
@@ -85,12 +85,13 @@ class Joint(Objective):
     def _chunk(self, parts: Parts, rows: Sequence[_Row]) -> TrainChunk:
         """Prepares n rows; a row's picture is augmented alike on both query paths, its target's otherwise."""
         pairs = [row.pair for row in rows]
-        reasoned_rows = [number for number, row in enumerate(rows) if row.rationale is not None]
+        reasoned_rows = [number for number, row in enumerate(rows) for _ in row.chosen]
+        chosen = [each for row in rows for each in row.chosen]
         reasoned = None
         if reasoned_rows:
             reasoned = parts.backbone.prepare(
                 [pairs[number].query for number in reasoned_rows],
-                rationales=[row.rationale.text for row in rows if row.rationale is not None],
+                rationales=[rationale.text for rationale, _ in chosen],
                 augment=augmenter(self.augment, [2 * rows[number].seed for number in reasoned_rows]),
             )
         owners = [*range(len(rows)), *(number for number, pair in enumerate(pairs) for _ in pair.hard_negatives)]
@@ -101,7 +102,7 @@ class Joint(Objective):
             ),
             reasoned=reasoned,
             reasoned_rows=torch.tensor(reasoned_rows, dtype=torch.int64),
-            reasoned_weight=torch.tensor([rows[number].weight for number in reasoned_rows], dtype=torch.float32),
+            reasoned_weight=torch.tensor([weight for _, weight in chosen], dtype=torch.float32),
             target=parts.backbone.prepare(
                 targets, augment=augmenter(self.augment, [2 * rows[number].seed + 1 for number in owners])
             ),
@@ -162,11 +163,10 @@ class Joint(Objective):
 
 @dataclass(frozen=True)
 class _Row:
-    """A pair on its way into a chunk, with the selector's choice and a seed of its own."""
+    """A pair on its way into a chunk, with the rationales it trains on, their weights and a seed of its own."""
 
     pair: Pair
-    rationale: Rationale | None
-    weight: float
+    chosen: tuple[tuple[Rationale, float], ...]
     seed: int
 
 

@@ -18,8 +18,8 @@ from mmemb.types import EvaluationTask, ModelInputs, Pair, Rationale
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-Choose = Callable[[Pair, int], tuple[Rationale | None, float]]
-"""(pair, seed) -> the chosen rationale (None: direct path only) and its loss weight."""
+Choose = Callable[[Pair, int], Sequence[tuple[Rationale, float]]]
+"""(pair, seed) -> the rationales that the pair trains on, each with its loss weight; none: the direct path only."""
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.objective import Choose, Parts
-from mmemb.stages.select import CandidateSource, build_pool, choose, evaluator_name
+from mmemb.stages.select import CandidateSource, build_pool, choose_many, evaluator_name
 from mmemb.types import Pair, Rationale
 
 
@@ -106,7 +106,7 @@ class PoolSettings:
     def choice(self, pool: CandidateSource, selector: Selector) -> Choose:
         """What the objective asks for each pair of a batch."""
 
-        def choice(pair: Pair, seed: int) -> tuple[Rationale | None, float]:
-            return choose(pool, selector, pair.id, seed)
+        def choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
+            return choose_many(pool, selector, pair.id, seed)
 
         return choice

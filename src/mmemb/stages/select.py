@@ -24,6 +24,7 @@ from mmemb.data.pool import RationalePool
 from mmemb.data.pool_files import (
     candidates_shard,
     data_digest,
+    drop_partial,
     exists,
     read_manifest,
     resolve,
@@ -92,6 +93,7 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"{folder}: {len(absent)} of {len(manifest.starts())} shards have no candidates yet; "
             f"finish `mmemb rationales generate` first"
         )
+    drop_partial(folder, f"scores-{name}")
     # Before the first score, so that whoever finds scores also finds what they mean.
     write_manifest(folder, replace(manifest, evaluators={**manifest.evaluators, name: settings}))
     missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
@@ -194,6 +196,13 @@ def choose(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -
     return Selected(chosen, selection.weight)
 
 
+def choose_many(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -> list[tuple[Rationale, float]]:
+    """All rationales that a pair trains on in one epoch, with their weights; as `choose` otherwise."""
+    candidates = pool.candidates(pair_id)
+    selections = selector.select_many(candidates, seed=seed_of(seed, pair_id))
+    return [(candidates.rationales[each.index], each.weight) for each in selections if each.index is not None]
+
+
 def show(
     pair: Pair, pool: RationalePool, selector: Selector | None = None, *, seed: int = 0, console: Console | None = None
 ) -> None:
@@ -210,13 +219,12 @@ def show(
         ValueError: as `choose`.
     """
     candidates = pool.candidates(pair.id)
-    selection = None
+    chosen = None
     if selector is not None:
         clean = [row for row, rationale in enumerate(candidates.rationales) if not rationale.leaks]
-        selection = selector.select(_only(candidates, clean), seed=seed_of(seed, pair.id))
-        if selection.index is not None:
-            selection = replace(selection, index=clean[selection.index])
-    show_pair(pair, candidates, selection, console=console)
+        selections = selector.select_many(_only(candidates, clean), seed=seed_of(seed, pair.id))
+        chosen = [clean[each.index] for each in selections if each.index is not None]
+    show_pair(pair, candidates, chosen, console=console)
 
 
 def _only(candidates: Candidates, rows: Sequence[int]) -> Candidates:

@@ -1,0 +1,86 @@
+"""The selectors benchmark counts selection right against a known corruption, and changes of the recipe what it says."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from benchmarks import selectors
+from mmemb.components.workers.corrupting import CorruptingWorker
+from mmemb.components.workers.metadata import MetadataWorker
+from mmemb.data.pool import RationalePool
+from mmemb.interfaces import Evaluator
+from mmemb.stages.generate import generate
+from mmemb.stages.select import score
+from mmemb.types import Pair
+from tests.stages.rationale_fakes import make_pairs
+
+
+class Honest(Evaluator):
+    """Knows which rationale is the pair's own; of every fifth pair it thinks the opposite."""
+
+    def prepare_bank(self, pairs: object) -> None: ...
+
+    def score(self, pairs: list[Pair], rationales: list[str | None]) -> list[float]:  # type: ignore[override]
+        return [
+            -1.0 if text is None else -1.0 + (0.5 if (text == pair.query.fields["rationale"]) != odd(pair) else -0.5)
+            for pair, text in zip(pairs, rationales, strict=True)
+        ]
+
+    settings = {"of": "honesty"}
+
+
+def odd(pair: Pair) -> bool:
+    return int(pair.query.fields["number"]) % 5 == 0
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> RationalePool:
+    workers = [MetadataWorker(), CorruptingWorker(MetadataWorker(), share=1.0)]
+    generate(make_pairs(40), workers, 1, pool=tmp_path / "pool", seed=0, progress=False)
+    return score(make_pairs(40), Honest(), tmp_path / "pool", progress=False)
+
+
+def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) -> None:
+    found = {
+        (each.selector, each.task): each for each in selectors.selection(pool, make_pairs(40), ["task-0", "task-1"])
+    }
+    for name in ("counterfactual", "best_of"):
+        of_all = found[name, "all"]
+        assert of_all.precision == of_all.recall == of_all.keeps_good == of_all.rejects_corrupted == 0.8
+    oracle, random = found["oracle", "all"], found["random", "all"]
+    assert oracle.precision == 0.8
+    assert oracle.keeps_good is None  # it has no margin
+    assert random.precision == pytest.approx(0.5, abs=0.1)
+    assert statistics.mean([found["best_of", task].precision or 0 for task in ("task-0", "task-1")]) == 0.8
+    assert ("best_of", "reasoning") not in found  # none of these tasks
+
+
+def test_a_run_changes_tasks_and_length_alone() -> None:
+    made = selectors.overlay(["fact", "scenematch"], steps=7, limit=None)
+    assert made["trainer"]["max_steps"] == 7
+    assert [(source["tasks"], source["weight"]) for source in made["data"]["train"]] == [
+        (["fact"], 1.5),
+        (["scenematch"], 0.5),
+    ]
+    with pytest.raises(ValueError, match="--tasks nope: the recipe has fact, findscene"):
+        selectors.overlay(["nope"], steps=7, limit=None)
+
+
+def test_hits_are_means_over_seeds_by_path_and_task() -> None:
+    def run(selector: str, hit: float, modes: tuple[str, ...]) -> dict[str, object]:
+        row = {"hit@1": hit, "by_task": {"fact": {"hit@1": hit}, "name": {"hit@1": 0.5}}}
+        return {"selector": selector, "modes": dict.fromkeys(modes, row), "seconds": 10.0}
+
+    runs = [run("none", 0.25, ("never",)), *(run("random", hit, ("never", "always_reason")) for hit in (0.2, 0.4))]
+    rows = selectors.hits(runs, ["fact", "name"])
+    assert [(row["selector"], row["path"]) for row in rows] == [
+        ("none", "direct"),
+        ("random", "direct"),
+        ("random", "reasoned"),
+    ]
+    assert rows[0]["fact"] == rows[0]["reasoning"] == "0.250"
+    assert rows[2]["fact"] == rows[2]["reasoning"] == "0.300±0.141"
+    assert rows[2]["name"] == "0.500±0.000"
