@@ -97,7 +97,7 @@ def _histogram(task: str, groups: Sequence[GroupStats], margin: float) -> str:
     every = np.concatenate([*values, placebos])
     every = every[np.isfinite(every)]
     low, high = np.percentile(every, [0.5, 99.5]) if len(every) else (-1.0, 1.0)
-    edges = np.linspace(min(low, margin), max(high, margin) + 1e-6, _BINS + 1)
+    edges = np.linspace(min(low, margin), max(high, margin) + 1e-6, _BINS + 1).tolist()
     figure = Figure(figsize=(4.6, 2.6), layout="constrained")
     axes = figure.add_subplot()
     clipped = [np.clip(value[np.isfinite(value)], edges[0], edges[-1]) for value in values]

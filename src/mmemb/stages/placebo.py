@@ -91,5 +91,6 @@ class Placebos:
 
 def _keep_smallest(texts: dict[str, tuple[int, str]]) -> None:
     """Leaves the texts of smallest key."""
-    for text in set(texts) - set(heapq.nsmallest(_DONORS, texts, key=texts.__getitem__)):
+    kept = {text for _, text in heapq.nsmallest(_DONORS, ((key, text) for text, key in texts.items()))}
+    for text in texts.keys() - kept:
         del texts[text]
