@@ -207,11 +207,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="for the repetitions of a row (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, help="longest call in seconds (default: 15; with --full 60)")
+    parser.add_argument("--limit", type=float, help="longest call in seconds (default: 8; with --full 60)")
     options = parser.parse_args(argv)
     if options.full and options.cases:
         parser.error("--full and --cases: give one of them")
-    options.limit = options.limit or (60.0 if options.full else 15.0)
+    options.limit = options.limit or (60.0 if options.full else 8.0)
     return options
 
 

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmemb.kernels import reference
 from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step, gradient_hold
 from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
+from mmemb.stages.optimization import clip_gradient_norm
+from mmemb.stages.random_state import random_state, restore_random_state
 
 QUERIES = {2: [3, 5], 3: [2, 1, 5]}
 CANDIDATES = {2: [4, 9], 3: [3, 4, 6]}
@@ -27,6 +29,16 @@ POSITIVES = {2: [1, 0, 3, 8, 2, 0, 5, 1], 3: [1, 0, 3, 5, 2, 0, 4, 1]}
 """Rows by rank, and each query's row of its own rank's candidates, by number of ranks; hard negatives are uneven."""
 
 MOST = 3
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "margin": {"margin": 0.05},
+    "hardness": {"hardness": 2.0},
+    "query negatives": {"query_negatives": True},
+    "candidate negatives": {"candidate_negatives": True},
+    "dims": {"dims": [2, 6]},
+    "all": {"margin": 0.3, "hardness": 1.0, "query_negatives": True, "candidate_negatives": True, "dims": [3, 5]},
+}
+"""Options of the loss by name; each is tried in one direction and symmetric."""
 
 
 def batch(world: int) -> dict[str, Tensor]:
@@ -145,6 +157,10 @@ def losses(world: int, rank: int) -> dict[str, Any]:
         for symmetric in (False, True):
             grads = distributed_infonce_with_grads(**local, temperature=0.1, averaged=averaged, symmetric=symmetric)
             result[f"{averaged} {symmetric}"] = list(grads)
+    for name, options in OPTIONS.items():
+        for symmetric in (False, True):
+            grads = distributed_infonce_with_grads(**local, temperature=0.1, symmetric=symmetric, **options)
+            result[f"{name} {symmetric}"] = list(grads)
     result["rounded"] = list(distributed_infonce_with_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
     diagonal = {name: local[name] for name in ("query", "candidate")}
     result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
@@ -209,6 +225,16 @@ def data_parallel(world: int, rank: int) -> dict[str, Any]:
     return result
 
 
+def resumed(rank: int) -> dict[str, Any]:
+    """Numbers drawn after a state was taken, and again after it was restored."""
+    torch.manual_seed(100 + rank)
+    states = random_state(torch.device("cpu"))
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    restore_random_state(states, torch.device("cpu"), rank=rank)
+    return {"drawn": drawn, "drawn again": torch.rand(3)}
+
+
 class Reductions(TorchDispatchMode):
     """Counts the reduce-scatters inside."""
 
@@ -242,6 +268,9 @@ def sharded(world: int, rank: int) -> dict[str, Any]:
             for name, p in named
             if p.grad is not None
         }
+        parameters = [*encoder.parameters(), *contrast.parameters()]
+        result["norm"] = clip_gradient_norm(parameters, maximum=0.01)
+        result["clipped norm"] = clip_gradient_norm(parameters, maximum=1.0)
         result["own rows"] = [len(p.to_local()) for p in encoder.parameters() if isinstance(p, DTensor)]
     return result
 
@@ -255,7 +284,8 @@ def worker(rank: int, folder: str) -> None:
             continue
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world)
         try:
-            found = losses(world, rank) | data_parallel(world, rank) | {"sharded": sharded(world, rank)}
+            found = losses(world, rank) | data_parallel(world, rank) | resumed(rank)
+            found["sharded"] = sharded(world, rank)
             torch.save(found, f"{folder}/{world}-{rank}.pt")
         finally:
             dist.destroy_process_group()

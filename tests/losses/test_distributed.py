@@ -18,6 +18,7 @@ from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, ga
 from tests.losses.ranks import (
     CANDIDATES,
     MOST,
+    OPTIONS,
     QUERIES,
     Whole,
     batch,
@@ -70,6 +71,23 @@ def test_ranks_equal_one_process(ranks: list[dict[str, Any]], world: int, averag
     torch.testing.assert_close(torch.cat(query), factor * expected.query_grad, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(torch.cat(candidate), factor * expected.candidate_grad, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(sum(temperature), factor * expected.temperature_grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ranks_equal_one_process_with_every_option(
+    ranks: list[dict[str, Any]], world: int, name: str, symmetric: bool
+) -> None:
+    values = joined_positive(batch(world), world)
+    expected = infonce_with_grads(**values, temperature=0.1, symmetric=symmetric, **OPTIONS[name])
+    bare = infonce_with_grads(**values, temperature=0.1, symmetric=symmetric)
+    assert not torch.allclose(expected.loss, bare.loss, rtol=1e-3)  # the option does something to this batch
+    loss, query, candidate, temperature = by_field(ranks, f"{name} {symmetric}")
+    for value in loss:
+        torch.testing.assert_close(value, expected.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat(query), world * expected.query_grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(torch.cat(candidate), world * expected.candidate_grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(sum(temperature), world * expected.temperature_grad, rtol=1e-6, atol=0)
 
 
 def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], world: int) -> None:
@@ -184,6 +202,19 @@ def test_a_cached_step_under_fsdp2_is_the_plain_step(ranks: list[dict[str, Any]]
     chunks = 1 if held or world == 3 else 2
     assert {rank["sharded"][f"{held} reductions"] for rank in ranks} == {3 * chunks + 1}
     assert sum(rank["sharded"]["own rows"][0] for rank in ranks) == 8  # the first layer's rows are divided
+
+
+def test_sharded_gradients_are_clipped_by_their_common_norm(ranks: list[dict[str, Any]], world: int) -> None:
+    norm = torch.stack([gradient.norm() for gradient in plain_gradients(world).values()]).norm()
+    for rank in ranks:
+        torch.testing.assert_close(rank["sharded"]["norm"], norm, rtol=1e-6, atol=0)
+        torch.testing.assert_close(float(rank["sharded"]["clipped norm"]), 0.01, rtol=1e-3, atol=0)
+
+
+def test_every_rank_resumes_its_own_random_numbers(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert torch.equal(rank["drawn"], rank["drawn again"])
+    assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
 
 
 def test_rows_and_sums_over_ranks(ranks: list[dict[str, Any]], world: int) -> None:

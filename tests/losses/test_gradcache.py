@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize
 
 from mmemb.losses import CachedLoss, CachedStep, ChunkOutput, InfoNCE, cached_step
@@ -200,6 +202,56 @@ def test_at_most_one_graph_lives() -> None:
 
     cached_step(RAGGED, forward, model.cached_loss, backward=backward)
     assert alive == [1, 1, 1, 1]
+
+
+class Meter:
+    """Bytes that graphs hold for their backward passes: now, and at most."""
+
+    def __init__(self) -> None:
+        self.now, self.most = 0, 0
+
+    def pack(self, tensor: Tensor) -> Held:
+        return Held(tensor.detach(), self)
+
+    def __enter__(self) -> Meter:
+        self.hooks = saved_tensors_hooks(self.pack, lambda held: held.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+
+class Held:
+    """A tensor that a graph has saved; the meter forgets it with the graph."""
+
+    def __init__(self, tensor: Tensor, meter: Meter) -> None:
+        self.tensor, self.meter, self.bytes = tensor, meter, tensor.nbytes
+        meter.now += self.bytes
+        meter.most = max(meter.most, meter.now)
+
+    def __del__(self) -> None:
+        self.meter.now -= self.bytes
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "plain"])
+def test_what_graphs_hold_is_flat_in_the_number_of_chunks(cached: bool) -> None:
+    most = []
+    for count in (2, 8, 32):
+        model = Model(0.4)
+        model.x, model.y = torch.randn(4 * count, 6), torch.randn(4 * count, 6)
+        chunks = [slice(start, start + 4) for start in range(0, 4 * count, 4)]
+        with Meter() as meter:
+            if cached:
+                cached_step(chunks, model.forward_chunk, model.cached_loss)
+            else:
+                plain_step(model, chunks)
+        assert meter.now == 0
+        most.append(meter.most)
+    if cached:
+        assert max(most) <= 1.1 * most[0]
+    else:
+        assert most[2] > 10 * most[0]
 
 
 def test_a_name_without_gradient_and_chunks_without_own_loss() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from mmemb.kernels import infonce
 from mmemb.losses import InfoNCE
+from tests.losses.ranks import OPTIONS
 
 
 def test_the_temperature_is_stored_as_its_logarithm() -> None:
@@ -36,9 +40,10 @@ def test_a_temperature_that_left_its_range_is_clamped_and_can_come_back() -> Non
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_with_grads_equals_autograd(symmetric: bool) -> None:
-    loss = InfoNCE(symmetric=symmetric).double()
-    query, candidate = (normalize(torch.randn(n, 5).double(), dim=1).requires_grad_() for n in (6, 9))
+@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+def test_with_grads_equals_autograd(symmetric: bool, options: dict[str, Any]) -> None:
+    loss = InfoNCE(symmetric=symmetric, **options).double()
+    query, candidate = (normalize(torch.randn(n, 6).double(), dim=1).requires_grad_() for n in (6, 9))
     kwargs = {
         "positive": torch.tensor([3, 0, 8, 1, 2, 5]),
         "query_id": torch.randint(3, (6,)),
@@ -54,6 +59,25 @@ def test_with_grads_equals_autograd(symmetric: bool) -> None:
     torch.testing.assert_close(result.loss, expected.detach())
     for given, wanted in zip((*result[1:3], loss.log_temperature.grad), gradients, strict=True):
         torch.testing.assert_close(given, wanted)
+
+
+def test_every_option_of_the_op_is_one_of_the_module_or_of_a_call() -> None:
+    of_the_op = set(inspect.signature(infonce).parameters) - {"temperature", "reduction"}  # the module's own; the mean
+    of_the_module = set(inspect.signature(InfoNCE).parameters)
+    of_a_call = set(inspect.signature(InfoNCE.forward).parameters)
+    assert of_the_op - of_a_call - of_the_module == {"workspace_bytes"}  # in MiB, for people
+    assert "workspace_mib" in of_the_module
+
+
+def test_what_no_embedding_could_satisfy_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"dims is \[4, 2\]; allowed are ascending integers"):
+        InfoNCE(dims=[4, 2])
+    with pytest.raises(ValueError, match="hardness is -1"):
+        InfoNCE(hardness=-1.0)
+    with pytest.raises(ValueError, match="margin is nan"):
+        InfoNCE(margin=math.nan)
+    with pytest.raises(ValueError, match="workspace_mib is 0"):
+        InfoNCE(workspace_mib=0)
 
 
 @pytest.mark.parametrize(

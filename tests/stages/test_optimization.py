@@ -8,10 +8,11 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from mmemb.losses import InfoNCE
-from mmemb.stages.optimization import parameter_groups, plain_name, vector_names
+from mmemb.stages.optimization import clip_gradient_norm, parameter_groups, plain_name, vector_names
 from tests.stages.small import small_data, small_module, small_trainer
 
 
@@ -73,3 +74,40 @@ def test_decay_moves_matrices_alone(tmp_path: Path) -> None:
     small_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data(batch_size=8))
     for name, parameter in module.named_parameters():
         assert torch.allclose(parameter, before[name]) == (parameter.ndim < 2), name
+
+
+@pytest.mark.parametrize("maximum", [0.1, 1e6])
+def test_clipping_equals_torchs(maximum: float) -> None:
+    left, right = model(), model()
+    for module in (left, right):
+        torch.manual_seed(1)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+    norm = clip_gradient_norm(left.parameters(), maximum=maximum)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(right.parameters(), maximum))
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None and b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_without_gradients_nothing_is_clipped() -> None:
+    assert float(clip_gradient_norm(model().parameters(), maximum=1.0)) == 0.0
+
+
+def test_a_step_is_clipped(tmp_path: Path) -> None:
+    """Plain SGD moves the weights by at most the rate times the clipped norm, at every step."""
+    module = small_module(optimizer=partial(torch.optim.SGD, lr=1.0), gradient_clip=1e-3)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    small_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data(batch_size=8))
+    moved = [(parameter.detach() - before[name]).norm() for name, parameter in module.named_parameters()]
+    assert float(torch.stack(moved).norm()) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_fsdp_is_refused_before_anything_is_wrapped(tmp_path: Path) -> None:
+    module, trainer = small_module(), small_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = FSDPStrategy()  # a trainer itself takes it with a GPU alone
+    module.trainer = trainer
+    with pytest.raises(ValueError, match="strategy is fsdp.* Use ddp"):
+        module.setup("fit")

@@ -36,6 +36,8 @@ _MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query", "queries_per_second", "
 _PACKAGES = ("mmemb", "torch", "lightning", "transformers", "torchmetrics", "peft", "bitsandbytes", "triton", "pillow")
 _SCORES = ("hit@1", "hit@5", "mrr")
 CHANCE = "chance"
+_COLUMNS = 6
+"""Modes beside each other in a printed table."""
 
 
 def summary(results: EvaluationResults, *, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -117,17 +119,36 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def print_table(summary: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Prints hit@1, tasks as rows and modes as columns, with means and costs below."""
-    header, rows = _grid(summary, "hit@1")
-    rows += [[f"mean {score}", *_grid(summary, score)[1][-1][1:]] for score in _SCORES[1:]]
-    table = Table(title="hit@1", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, title in enumerate(header):
-        # Blanks instead of underscores, so that a narrow terminal breaks titles between words.
-        table.add_column(title.replace("_", " "), justify="left" if index == 0 else "right", overflow="fold")
-    costs = len(rows) - len(_COSTS) - 1
-    for index, row in enumerate(rows):
-        table.add_row(*row, end_section=index in (costs - 1, costs), style="bold" if index == costs else "")
-    (console or Console()).print(table)
+    """Prints the modes with their means and costs, then hit@1 by task, in tables that fit a terminal of 80 columns."""
+    console = console or Console()
+    modes = _table("modes, means over tasks")
+    means = {**{score: (score, _percent) for score in _SCORES}, **_COSTS}
+    for index, title in enumerate(["", *means]):
+        modes.add_column(title, justify="left" if index == 0 else "right")
+    for mode, scores in summary["modes"].items():
+        by_task = scores["by_task"]
+        cells = [
+            show(_mean(by_task, key) if key in _SCORES else None if mode == CHANCE else scores.get(key))
+            for key, show in means.values()
+        ]
+        modes.add_row(mode.replace("_", " "), *cells)
+    console.print(modes)
+    names = list(summary["modes"])
+    for start in range(0, len(names), _COLUMNS):
+        part = {"modes": {mode: summary["modes"][mode] for mode in names[start : start + _COLUMNS]}}
+        header, rows = _grid(part, "hit@1")
+        rows = rows[: len(rows) - len(_COSTS)]
+        table = _table("hit@1 by task")
+        for index, title in enumerate(header):
+            # Blanks instead of underscores, so that a narrow terminal breaks titles between words.
+            table.add_column(title.replace("_", " "), justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row, end_section=row is rows[-2], style="bold" if row is rows[-1] else "")
+        console.print(table)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def publish(

@@ -110,6 +110,8 @@ def rollout(
     seed: int | Sequence[int],
     decision: Tensor | None = None,
     exploration: float = 0.0,
+    margin_center: float = 0.0,
+    margin_spread: float = 1.0,
     batch_size: int = 256,
 ) -> Rollouts:
     """Samples G decisions and rationales of each of N queries from the model as it is, in evaluation mode.
@@ -126,6 +128,9 @@ def rollout(
             are drawn.
         exploration: mixes the decision with a fair coin: the probability of thinking is
             ``exploration / 2 + (1 - exploration) p``, so both decisions have at least half of it.
+        margin_center: difference of the decision logits at which thinking has probability 1/2.
+        margin_spread: divides what the difference is beyond it: p = sigmoid((l_think - l_emb - center) / spread /
+            temperature). With 0 and 1 the model's own probability.
         batch_size: rollouts decoded together.
 
     Raises:
@@ -152,6 +157,7 @@ def rollout(
                     temperature=temperature,
                     budget=min(max_new_tokens, backbone.max_rationale_tokens),
                     exploration=exploration,
+                    margin=(margin_center, margin_spread),
                 )
             )
     return _joined(parts, order, group_size, temperature, width=pooler.size)
@@ -234,6 +240,7 @@ def _group(
     temperature: float,
     budget: int,
     exploration: float,
+    margin: tuple[float, float],
 ) -> Rollouts:
     """The rollouts of one batch of queries."""
     device, group = backbone.device, wanted.shape[1]
@@ -245,7 +252,8 @@ def _group(
     else:
         hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
         direct = pool_last(pooler, hidden[:, -1])
-    own = ((decision_logits[:, 0] - decision_logits[:, 1]) / temperature).sigmoid()
+    center, spread = margin
+    own = ((decision_logits[:, 0] - decision_logits[:, 1] - center) / (spread * temperature)).sigmoid()
     probability = exploration / 2 + (1 - exploration) * own
     forced = wanted != SAMPLED
     drawn = torch.stack([_draw(float(p), group, seed) for p, seed in zip(probability, seeds, strict=True)])

@@ -17,6 +17,9 @@ from mmemb.kernels.problem import Peers, Problem, work_dtype
 
 Reduction: TypeAlias = Literal["mean", "none"]
 
+Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""query, candidate, temperature, positive, query_id, candidate_id, weight"""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

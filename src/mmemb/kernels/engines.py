@@ -35,7 +35,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(problem: Problem, *, symmetric: bool, engine: Engine | None = None) -> ModuleType:
+def choose(problem: Problem, *, symmetric: bool, engine: str | None = None) -> ModuleType:
     """The module that solves a problem.
 
     Raises:
@@ -71,7 +71,7 @@ def solve(
     symmetric: bool,
     merge: Merge | None = None,
     workspace_bytes: int | None = None,
-    engine: Engine | None = None,
+    engine: str | None = None,
 ) -> tuple[Tensor, Gradients | None]:
     """Losses [N] and, if coefficients [N] are given, the gradients of sum(coefficient * loss).
 

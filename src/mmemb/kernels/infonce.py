@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmemb.kernels.checks import Reduction, check_form, prepare
+from mmemb.kernels.checks import Reduction, Tensors, check_form, prepare
 from mmemb.kernels.engines import Engine, solve
 from mmemb.kernels.op import infonce_op
 
@@ -136,7 +136,7 @@ def infonce_with_grads(
     return InfoNCEResult(*found)
 
 
-def _call(tensors: tuple[Any, ...], options: tuple[Any, ...], how: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The operator, after the checks that it could not make before it is dispatched by device."""
     margin, _, _, hardness, dims, _, reduction = options
     check_form(*tensors, reduction, margin=margin, hardness=hardness, dims=dims)

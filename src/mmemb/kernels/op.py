@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmemb.kernels.checks import prepare
+from mmemb.kernels.checks import Tensors, prepare
 from mmemb.kernels.engines import solve
 from mmemb.kernels.problem import Gradients, Peers, Problem, work_dtype
 
@@ -154,7 +154,7 @@ infonce_backward_op.register_autograd(_refuse)
 infonce_chain_op.register_autograd(_refuse)
 
 
-def _prepare(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
+def _prepare(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Problem, Tensor | None]:
     query, query_id = tensors[0], tensors[4]
     margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction = options
     own = torch.arange(len(query), device=query.device)

@@ -9,12 +9,16 @@ the collectives alone. Works on gloo and NCCL; without a process group, or with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmemb.kernels._infonce_tiled import Columns
-from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads, prepare, solve
+from mmemb.kernels.checks import prepare
+from mmemb.kernels.engines import Engine, solve
+from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads
+from mmemb.kernels.problem import Columns, Peers
 
 
 def world_size() -> int:
@@ -84,9 +88,16 @@ def distributed_infonce_with_grads(
     query_id: Tensor | None = None,
     candidate_id: Tensor | None = None,
     weight: Tensor | None = None,
+    margin: float | None = None,
+    query_negatives: bool = False,
+    candidate_negatives: bool = False,
+    hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
     symmetric: bool = False,
     averaged: bool = True,
     gather_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    engine: Engine | None = None,
 ) -> InfoNCEResult:
     """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
 
@@ -100,13 +111,21 @@ def distributed_infonce_with_grads(
         query_id: [n] int64, comparable across ranks.
         candidate_id: [m] int64.
         weight: [n]; the mean is sum(weight * loss) / sum(weight) over all ranks.
-        symmetric: as in `mmemb.kernels.infonce`.
+        margin: this, ``hardness``, ``dims``, ``symmetric``, ``workspace_bytes`` and ``engine`` as in
+            `mmemb.kernels.infonce`.
+        query_negatives: the other queries of all ranks are negatives of each query.
+        candidate_negatives: the other candidates of all ranks are negatives of each query's positive.
+        hardness: see ``margin``.
+        dims: see ``margin``.
+        symmetric: see ``margin``.
         averaged: the parameters' gradients will be averaged over ranks (DDP, FSDP), so the returned embedding gradients
             carry a factor W and the average is the single-process gradient of the whole batch. Otherwise no factor: the
             sum over ranks is.
-        gather_dtype: what the candidates are rounded to on their way between ranks, e.g. `torch.bfloat16` for half the
-            bytes of float32; every rank then scores the rounded ones, its own included. None: as they are. Their
-            gradients are summed in their own dtype. Without effect on one rank.
+        gather_dtype: what candidates (and queries that are negatives) are rounded to on their way between ranks, e.g.
+            `torch.bfloat16` for half the bytes of float32; every rank then scores the rounded ones, its own included.
+            None: as they are. Their gradients are summed unrounded. Without effect on one rank.
+        workspace_bytes: see ``margin``.
+        engine: see ``margin``.
 
     Returns:
         The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's
@@ -125,16 +144,29 @@ def distributed_infonce_with_grads(
             query_id=query_id,
             candidate_id=candidate_id,
             weight=weight,
+            margin=margin,
+            query_negatives=query_negatives,
+            candidate_negatives=candidate_negatives,
+            hardness=hardness,
+            dims=dims,
             symmetric=symmetric,
+            workspace_bytes=workspace_bytes,
+            engine=engine,
         )
     n = len(query)
     if positive is None:
         positive = torch.arange(n, device=query.device)
     counts = row_counts(len(candidate), device=query.device)
     offset = sum(counts[: dist.get_rank()])
-    sent = candidate if gather_dtype is None else candidate.to(gather_dtype)
-    candidates = gather_rows(sent, counts=counts).to(candidate.dtype)
+    candidates = _gather_rounded(candidate, counts, gather_dtype)
     candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
+    query_counts: list[int] = []
+    peers = None
+    if query_negatives:
+        query_counts = row_counts(n, device=query.device)
+        own = torch.arange(n, device=query.device) + sum(query_counts[: dist.get_rank()])
+        peer_ids = None if query_id is None else gather_rows(query_id, counts=query_counts)
+        peers = Peers(_gather_rounded(query, query_counts, gather_dtype), own, peer_ids)
     exact = None if isinstance(temperature, Tensor) else torch.float64
     scale = torch.as_tensor(temperature, device=query.device, dtype=exact)
     problem, weights = prepare(
@@ -147,6 +179,11 @@ def distributed_infonce_with_grads(
         weight,
         symmetric,
         "mean",
+        margin=margin,
+        peers=peers,
+        candidate_negatives=candidate_negatives,
+        hardness=hardness,
+        dims=dims,
         own=range(offset, offset + len(candidate)),
     )
     weights = problem.scale.new_ones(n) if weights is None else weights
@@ -154,16 +191,31 @@ def distributed_infonce_with_grads(
     if not total > 0:
         raise ValueError("the weights of all ranks' queries sum to 0; at least one query needs a weight above 0")
     weights = weights / total
-    losses, gradients = solve(problem, coefficient=weights, symmetric=symmetric, merge=_merge_columns)
+    losses, gradients = solve(
+        problem,
+        coefficient=weights,
+        symmetric=symmetric,
+        merge=_merge_columns,
+        workspace_bytes=workspace_bytes,
+        engine=engine,
+    )
     assert gradients is not None
+    query_grad = gradients.query
+    if gradients.peers is not None:
+        query_grad = (query_grad + scatter_row_sum(gradients.peers, counts=query_counts)).to(query.dtype)
     factor = world_size() if averaged else 1
     temperature_grad = all_sum(gradients.temperature) if averaged else gradients.temperature
     return InfoNCEResult(
         loss=all_sum((losses * weights).sum()),
-        query_grad=gradients.query * factor,
+        query_grad=query_grad * factor,
         candidate_grad=scatter_row_sum(gradients.candidate, counts=counts) * factor,
         temperature_grad=temperature_grad,
     )
+
+
+def _gather_rounded(local: Tensor, counts: list[int], dtype: torch.dtype | None) -> Tensor:
+    """The rows of all ranks in the dtype they had, rounded on the way if asked."""
+    return gather_rows(local if dtype is None else local.to(dtype), counts=counts).to(local.dtype)
 
 
 def _merge_columns(columns: Columns) -> Columns:

@@ -6,11 +6,14 @@ N queries   M candidates   D width, all of this rank
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmemb.kernels import InfoNCEResult, infonce
+from mmemb.kernels.checks import check_form
+from mmemb.kernels.engines import Engine
 from mmemb.losses.distributed import distributed_infonce_with_grads
 
 
@@ -23,9 +26,20 @@ class InfoNCE(nn.Module):
         minimum: lower clamp; at least 1e-3.
         maximum: upper clamp.
         symmetric: also rank the queries for every positive; the loss is the mean of both directions.
+        margin: a negative whose similarity exceeds the positive's by more is taken for a false negative and left out;
+            null keeps all (Qwen3-Embedding, arXiv 2506.05176, uses 0.1).
+        query_negatives: the other queries are negatives too (GTE, arXiv 2308.03281).
+        candidate_negatives: the other candidates are negatives of each query's positive too (GTE).
+        hardness: weigh each negative by exp(hardness * similarity); 0 weighs all alike (LLaVE, arXiv 2503.04812).
+        dims: ascending widths; the loss is the sum over these prefixes of the embeddings, each normalised (Matryoshka
+            representations, arXiv 2205.13147). Null: the full width alone.
+        gather_dtype: send embeddings between ranks in bfloat16; null sends them as they are.
+        workspace_mib: most memory of the similarity blocks, in MiB; null leaves it to the engine.
+        engine: ``tiled`` (any device) or ``triton``; null chooses by device.
 
     Raises:
-        ValueError: not 1e-3 <= minimum <= temperature <= maximum.
+        ValueError: not 1e-3 <= minimum <= temperature <= maximum; or an option that `mmemb.kernels.infonce` refuses
+            whatever the embeddings are.
     """
 
     log_temperature: Tensor
@@ -38,6 +52,14 @@ class InfoNCE(nn.Module):
         minimum: float = 0.01,
         maximum: float = 1.0,
         symmetric: bool = False,
+        margin: float | None = None,
+        query_negatives: bool = False,
+        candidate_negatives: bool = False,
+        hardness: float = 0.0,
+        dims: list[int] | None = None,
+        gather_dtype: Literal["bfloat16"] | None = None,
+        workspace_mib: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         if not 1e-3 <= minimum <= temperature <= maximum < math.inf:
@@ -45,7 +67,24 @@ class InfoNCE(nn.Module):
                 f"temperature {temperature} with minimum {minimum} and maximum {maximum}; "
                 "allowed is 0.001 <= minimum <= temperature <= maximum"
             )
-        self.minimum, self.maximum, self.symmetric = minimum, maximum, symmetric
+        self.minimum, self.maximum = minimum, maximum
+        self.gather_dtype = None if gather_dtype is None else torch.bfloat16
+        self.options: dict[str, Any] = {
+            "symmetric": symmetric,
+            "margin": margin,
+            "query_negatives": query_negatives,
+            "candidate_negatives": candidate_negatives,
+            "hardness": hardness,
+            "dims": dims,
+            "workspace_bytes": None if workspace_mib is None else workspace_mib * 2**20,
+            "engine": engine,
+        }
+        if workspace_mib is not None and workspace_mib < 1:
+            raise ValueError(f"workspace_mib is {workspace_mib}; allowed are integers of at least 1, and null")
+        # What the op would refuse at the first step is refused when settings are read.
+        rows = torch.ones(1, max([1, *(dims or [])]))
+        nothing = (None, None, None, None)
+        check_form(rows, rows, torch.ones(()), *nothing, "mean", margin=margin, hardness=hardness, dims=dims)
         value = torch.tensor(math.log(temperature))
         if learnable:
             self.log_temperature = nn.Parameter(value)
@@ -80,7 +119,7 @@ class InfoNCE(nn.Module):
             query_id=query_id,
             candidate_id=candidate_id,
             weight=weight,
-            symmetric=self.symmetric,
+            **self.options,
         )
 
     def with_grads(
@@ -106,7 +145,8 @@ class InfoNCE(nn.Module):
             query_id=query_id,
             candidate_id=candidate_id,
             weight=weight,
-            symmetric=self.symmetric,
+            gather_dtype=self.gather_dtype,
+            **self.options,
         )
 
     def temperature_term(self, result: InfoNCEResult) -> Tensor | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from mmemb.evaluation.rollout_table import draw_rollouts
 from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.inference.rollout import Rollouts, rollout
+from mmemb.interfaces import Controller
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss
 from mmemb.losses.grpo import GRPO, PolicyLoss, Size
@@ -37,11 +38,22 @@ from mmemb.losses.infonce import InfoNCE
 from mmemb.stages.bank import CandidateBank
 from mmemb.stages.contrast import Path, contrast
 from mmemb.stages.control_batch import ControlBatch, control_batch
-from mmemb.stages.control_logs import decision_log_prob, measures, over_ranks, shown
+from mmemb.stages.control_logs import Policy, measures, over_ranks, shown
 from mmemb.stages.objective import Engine, Objective, Parts, check_chunk_size
 from mmemb.stages.policy import Pool, Reference, differentiable, replay
 from mmemb.stages.rewards import Format, Outcome, OverLength, Reward, Utility
-from mmemb.types import EvaluationTask, ModelInputs, Pair
+from mmemb.types import Decision, EvaluationTask, Item, ModelInputs, Pair, PrefillState
+
+_SAMPLE = 16
+"""Queries of a task from which the decision's policy is standardised."""
+
+
+class _Nobody(Controller):
+    """Nobody thinks: what a prefill alone tells."""
+
+    def decide(self, state: PrefillState) -> Decision:
+        none = torch.zeros(len(state.direct), device=state.direct.device)
+        return Decision(none.bool(), none, none.long())
 
 
 @dataclass
@@ -49,6 +61,7 @@ class _Plan:
     """What a step's passes with gradients are to do: fixed when the rollouts are scored."""
 
     rollouts: Rollouts
+    policy: Policy
     thinking: Tensor  # [r] rows of the rollouts that thought
     decision_advantage: Tensor  # [R]
     rationale_advantage: Tensor  # [r]
@@ -155,6 +168,8 @@ class Control(Objective):
         self.rollout_batch_size = rollout_batch_size
         self.show_every = show_every
         self._bank: CandidateBank | None = None
+        self._queries: list[Item] = []
+        self._policy: Policy | None = None
         self._reference: Reference | None = None
         self._restored: dict[str, Any] = {}
         # In a tuple: a module assigned would become part of this one, and its temperature be stored twice.
@@ -164,6 +179,7 @@ class Control(Objective):
 
     def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
         self._bank = CandidateBank(tasks, size=self.bank_size)
+        self._queries = [pair.query for task in tasks for pair in task.queries[:_SAMPLE]]
 
     def follow(self, previous: Objective) -> None:
         found = getattr(previous, "infonce", None)
@@ -177,13 +193,15 @@ class Control(Objective):
     def phase_state(self) -> dict[str, Any]:
         if self._bank is None:
             return {}
-        return {"bank": self._bank.state(), "reference": self._reference.state() if self._reference else None}
+        policy = None if self._policy is None else [self._policy.center, self._policy.spread]
+        reference = self._reference.state() if self._reference else None
+        return {"bank": self._bank.state(), "policy": policy, "reference": reference}
 
     def load_phase_state(self, state: dict[str, Any]) -> None:
         self._restored = state
 
-    def _ready(self, parts: Parts, step: int) -> tuple[CandidateBank, Reference | None]:
-        """Candidates as fresh as they should be, and the reference if a KL is asked for."""
+    def _ready(self, parts: Parts, step: int) -> tuple[CandidateBank, Policy, Reference | None]:
+        """Candidates as fresh as they should be, the decision's policy, and the reference if a KL is asked for."""
         if self._bank is None:
             raise ValueError("control: no candidates; call prepare_candidates before the first step")
         if self.grpo.kl_weight and self._reference is None:
@@ -192,15 +210,26 @@ class Control(Objective):
                 self._reference.load_state(self._restored["reference"])
         if step and self._restored:
             self._bank.load_state(self._restored["bank"])
+            self._policy = Policy(*self._restored["policy"])
         self._restored = {}
         if step % self.refresh_every == 0 or not self._bank.ready:
             self._bank.refresh(Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size))
-        return self._bank, self._reference
+        if self._policy is None:
+            self._policy = self._standardised(parts)
+        return self._bank, self._policy, self._reference
+
+    def _standardised(self, parts: Parts) -> Policy:
+        """The policy under which the phase's queries are undecided on average and no task is settled beforehand."""
+        encoder = Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size)
+        if not self._queries:
+            return Policy()
+        margin = encoder.encode_paths(self._queries, _Nobody()).state.margin
+        return Policy(float(margin.median()), max(float(margin.std()), 1.0))
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, parts: Parts, batch: ControlBatch, engine: Engine) -> dict[str, Tensor]:
-        bank, reference = self._ready(parts, engine.step)
+        bank, policy, reference = self._ready(parts, engine.step)
         share = min(engine.step / max(engine.steps - 1, 1), 1.0)
         exploration = self.exploration + (self.final_exploration - self.exploration) * share
         rollouts = rollout(
@@ -212,6 +241,8 @@ class Control(Objective):
             max_new_tokens=self.max_new_tokens,
             seed=batch.seeds,
             exploration=exploration,
+            margin_center=policy.center,
+            margin_spread=policy.spread / self.temperature,
             batch_size=self.rollout_batch_size,
         )
         with evaluating(parts.backbone, parts.pooler):
@@ -219,15 +250,15 @@ class Control(Objective):
         outcome = self._outcome(bank, batch, rollouts, target[batch.positive].float().cpu())
         values = {reward.name: reward(outcome).float() for reward in self.rewards}
         total = torch.stack([reward.weight * values[reward.name] for reward in self.rewards]).sum(0)
-        plan = self._plan(parts, batch, rollouts, outcome, total, target, reference)
+        plan = self._plan(parts, batch, rollouts, policy, outcome, total, target, reference)
         logs: dict[str, float | Tensor] = {"exploration": exploration}
         for iteration in range(self.iterations):
             if iteration:
                 engine.update()
             logs |= self._update(parts, batch, plan, engine, anchored=iteration == 0)
         if engine.show is not None and self.show_every and engine.step % self.show_every == 0:
-            engine.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, total)))
-        return over_ranks(logs | measures(outcome, rollouts, values, total), device=parts.backbone.device)
+            engine.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
+        return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=parts.backbone.device)
 
     def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
         """Scores every rollout, and every query's direct embedding, among the task's candidates."""
@@ -257,6 +288,7 @@ class Control(Objective):
         parts: Parts,
         batch: ControlBatch,
         rollouts: Rollouts,
+        policy: Policy,
         outcome: Outcome,
         total: Tensor,
         target: Tensor,
@@ -264,7 +296,7 @@ class Control(Objective):
     ) -> _Plan:
         device, query = parts.backbone.device, outcome.query
         thinking = rollouts.think.nonzero().flatten()
-        policy = decision_log_prob(rollouts.decision_logits, rollouts.temperature)[query, (~rollouts.think).long()]
+        decided = policy.log_prob(rollouts.decision_logits)[query, (~rollouts.think).long()]
         thought = torch.zeros(len(batch.pairs)).index_add(0, query[thinking], torch.ones(len(thinking)))
         rollouts = rollouts.to(device)
         paths = [
@@ -284,7 +316,8 @@ class Control(Objective):
             thinking=thinking.to(device),
             decision_advantage=self.grpo.advantages(total, query).to(device),
             rationale_advantage=self.grpo.advantages(total[thinking], query[thinking]).to(device),
-            importance=(policy.to(device) - rollouts.decision_log_prob).exp(),
+            policy=policy,
+            importance=(decided.to(device) - rollouts.decision_log_prob).exp(),
             contrast=contrast(self._infonce(), embeddings, batch, paths),
             references=None,
         )
@@ -371,10 +404,9 @@ class Control(Objective):
         """The policy loss of the decisions of a chunk's rollouts."""
         rollouts = plan.rollouts
         choice = (~rollouts.think[rows]).long()[:, None]
-        temperature = rollouts.temperature
-        now = decision_log_prob(logits, temperature).repeat_interleave(self.group_size, dim=0).gather(1, choice)
+        now = plan.policy.log_prob(logits).repeat_interleave(self.group_size, dim=0).gather(1, choice)
         queries = slice(rows.start // self.group_size, rows.stop // self.group_size)
-        old = decision_log_prob(rollouts.decision_logits[queries], temperature)
+        old = plan.policy.log_prob(rollouts.decision_logits[queries])
         old = old.repeat_interleave(self.group_size, dim=0).gather(1, choice)
         mask = torch.ones_like(choice, dtype=torch.bool)
         return self.grpo(now, old, plan.decision_advantage[rows], mask, size=size, weight=plan.importance[rows])

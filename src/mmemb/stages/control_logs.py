@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmemb.evaluation.rollout_table import RolloutRow
 from mmemb.inference.rollout import Rollouts
@@ -16,19 +18,34 @@ SHOWN = 12
 """Rollouts of one table."""
 
 
-def decision_log_prob(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [n, 2] of thinking and not, from the two tokens' logits [n, 2]."""
-    return (logits / temperature).log_softmax(-1)
+@dataclass(frozen=True)
+class Policy:
+    """The decision as it is learned: thinking has probability sigmoid((l_think - l_emb - center) / spread).
+
+    Attributes:
+        center: difference of the decision logits at which both decisions are as likely.
+        spread: its unit.
+    """
+
+    center: float = 0.0
+    spread: float = 1.0
+
+    def log_prob(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [n, 2] of thinking and not, from the two tokens' logits [n, 2]."""
+        margin = (logits[:, 0] - logits[:, 1] - self.center) / self.spread
+        return torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1)
 
 
-def measures(outcome: Outcome, rollouts: Rollouts, values: dict[str, Tensor], total: Tensor) -> dict[str, float]:
+def measures(
+    outcome: Outcome, rollouts: Rollouts, policy: Policy, values: dict[str, Tensor], total: Tensor
+) -> dict[str, float]:
     """What a step's rollouts tell: rewards, spread, entropy, cost, and regret against the oracle decision."""
     logs = {}
     for name, value in {**values, "total": total}.items():
         logs[f"reward/{name}"], logs[f"reward_spread/{name}"] = value.mean(), value.std()
     groups = total.view(-1, rollouts.group_size)
     logs["zero_spread_share"] = (groups.amax(1) == groups.amin(1)).float().mean()
-    log_prob = decision_log_prob(rollouts.decision_logits, 1.0)
+    log_prob = policy.log_prob(rollouts.decision_logits)
     think = log_prob[:, 0].exp()
     logs["decision_entropy"] = -(log_prob.exp() * log_prob).sum(1).mean()
     logs["think_probability"] = think.mean()
@@ -54,9 +71,10 @@ def over_ranks(logs: Mapping[str, float | Tensor], *, device: torch.device) -> d
     return dict(zip(logs, all_sum(values) / world_size(), strict=True))
 
 
-def shown(outcome: Outcome, rollouts: Rollouts, total: Tensor) -> list[RolloutRow]:
+def shown(outcome: Outcome, rollouts: Rollouts, policy: Policy, total: Tensor) -> list[RolloutRow]:
     """Some rollouts to look at: the first of queries evenly spaced."""
     count = min(SHOWN, len(outcome.pairs))
+    think = policy.log_prob(rollouts.decision_logits)[:, 0].exp()
     rows = []
     for number in range(count):
         query = (2 * number + 1) * len(outcome.pairs) // (2 * count)
@@ -65,7 +83,7 @@ def shown(outcome: Outcome, rollouts: Rollouts, total: Tensor) -> list[RolloutRo
             RolloutRow(
                 pair=outcome.pairs[query],
                 thought=bool(outcome.think[row]),
-                think_probability=float(decision_log_prob(rollouts.decision_logits, 1.0)[query, 0].exp()),
+                think_probability=float(think[query]),
                 rationale=outcome.rationale[row],
                 tokens=int(outcome.tokens[row]),
                 direct_rank=float(outcome.direct_rank[row]),

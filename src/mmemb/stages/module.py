@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -31,9 +31,10 @@ from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
 from mmemb.stages.objective import Engine, Objective, Parts
-from mmemb.stages.optimization import parameter_groups, vector_names
+from mmemb.stages.optimization import clip_gradient_norm, parameter_groups, vector_names
 from mmemb.stages.phases import Phase, Schedule, Span, scheduler
 from mmemb.stages.pools import PoolSettings
+from mmemb.stages.random_state import random_state, restore_random_state
 from mmemb.types import EvaluationTask, Item, Pair
 
 
@@ -117,7 +118,7 @@ class EmbeddingModule(L.LightningModule):
         self._vectors: frozenset[str] = frozenset()
         self._started = time.monotonic()
         self._results: list[EvaluationResults] = []
-        self._random_state: dict[str, Any] | None = None
+        self._random_state: dict[str, Tensor] | None = None
 
     # -- composition -------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,12 @@ class EmbeddingModule(L.LightningModule):
         if stage != "fit":
             return
         self._vectors = vector_names(self)
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache "
+                "runs backward passes inside it, which FSDP does not allow. Use ddp; for a model that is too large, "
+                "lora, quantization or gradient_checkpointing of the backbone"
+            )
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -205,7 +212,7 @@ class EmbeddingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # As late as can be: making loaders and sanity checks draw random numbers that the uninterrupted run did not.
         if self._random_state is not None:
-            _restore_random_state(self._random_state)
+            restore_random_state(self._random_state, self.device, rank=self.global_rank)
             self._random_state = None
         if self.control is not None and self.global_step == self.control.start:
             self._begin_control()
@@ -228,7 +235,6 @@ class EmbeddingModule(L.LightningModule):
         phase, objective = ("control", self.control_objective) if self.in_control else ("train", self.objective)
         assert objective is not None
         logs = objective.step(self.parts, batch, self._engine(optimizer))
-        self._clip(optimizer)
         optimizer.step()
         schedule = self.lr_schedulers()
         schedule.step()  # type: ignore[union-attr]
@@ -241,16 +247,16 @@ class EmbeddingModule(L.LightningModule):
         start = self.control.start if self.control is not None else int(self.trainer.estimated_stepping_batches)
 
         def update() -> None:
-            self._clip(optimizer)
             # Past the wrapper, which would count it as a step of the run.
             raw = getattr(optimizer, "optimizer", optimizer)
             self.trainer.strategy.optimizer_step(raw, lambda: None, model=self)
             optimizer.zero_grad()
 
+        writer: Any = getattr(self.logger, "experiment", None) if self.trainer.is_global_zero else None
+
         def show(name: str, picture: Any) -> None:
             writer.add_image(name, np.asarray(picture), self.global_step, dataformats="HWC")
 
-        writer = getattr(self.logger, "experiment", None) if self.trainer.is_global_zero else None
         total = int(self.trainer.estimated_stepping_batches)
         return Engine(
             backward=self.manual_backward,
@@ -262,9 +268,11 @@ class EmbeddingModule(L.LightningModule):
             show=show if hasattr(writer, "add_image") else None,
         )
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here and no earlier: a gradient scaler (precision 16-mixed) has undone its factor by now.
         if self.gradient_clip:
-            self.clip_gradients(optimizer, self.gradient_clip, "norm")
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip_gradient_norm(trained, maximum=self.gradient_clip)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY_KEY] = self.backbone.identity
@@ -273,7 +281,7 @@ class EmbeddingModule(L.LightningModule):
         if self.control_objective is not None:
             checkpoint["control"] = self.control_objective.phase_state() if self.in_control else {}
             checkpoint["before_control"] = self.before_control
-        checkpoint["random_state"] = _random_state()
+        checkpoint["random_state"] = random_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_backbone(checkpoint, identity=self.backbone.identity)
@@ -365,14 +373,3 @@ class EmbeddingModule(L.LightningModule):
     def predict_step(self, items: Sequence[Item], batch_idx: int) -> Tensor:
         """Embeddings [B, D] of a batch of items, direct path."""
         return self.encoder().encode_targets(items)
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of torch's generators on this rank (dropout draws from them); the data draws from seeds of its own."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
