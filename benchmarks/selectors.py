@@ -63,8 +63,8 @@ def overlay(tasks: Sequence[str], *, steps: int, limit: int | None) -> dict[str,
     test = [{"path": "bundled:test", "tasks": list(tasks), **({"limit": limit} if limit else {})}]
     return {
         "trainer": {"max_steps": steps, "limit_val_batches": 0},
-        "model": {"controllers": ["never", "always_reason"], "reference": None},
-        "data": {"train": sources, "validation": [], "test": test},
+        "model": {"control": None, "controllers": ["never", "always_reason"], "reference": None},
+        "data": {"train": sources, "control": None, "validation": [], "test": test},
     }
 
 

@@ -3,7 +3,7 @@
     python tools/build_bundled.py [--packages DIR] [--output src/mmemb/data/bundled]
 
 Needs `pip install 'mmemb[tools]'` (babel for English names, resvg to draw SVG) and, unless ``--packages`` holds the
-archives, `npm` on the path. The output is a pure function of the five archives, of resvg and of the libwebp that Pillow
+archives, `npm` on the path. The output is a pure function of the archives, of resvg and of the libwebp that Pillow
 carries: entries are sorted, time stamps fixed, and every choice that looks random is a hash. Sources and licences are
 in NOTICE.
 """
@@ -33,10 +33,16 @@ PACKAGES = {
     "emojibase-data": "17.0.0",
     "cldr-core": "48.2.0",
     "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/emojione": "1.2.3",
+    "@iconify-json/fxemoji": "1.2.2",
 }
 VENDORS = {"noto": ("emoji-datasource-google", "google"), "twemoji": ("emoji-datasource-twitter", "twitter")}
-FLUENT = "@iconify-json/fluent-emoji-flat"
-"""A third style, for training pictures only: with two, a withheld picture's thing was seen in one drawing alone."""
+STYLES = {
+    "fluent": "@iconify-json/fluent-emoji-flat",
+    "emojione": "@iconify-json/emojione",
+    "fxemoji": "@iconify-json/fxemoji",
+}
+"""Further styles, for training pictures only: with two, a withheld picture's thing was seen in one drawing alone."""
 SIDE, QUALITY, LIMIT_BYTES = 64, 85, 5_000_000
 
 WITHHELD = {
@@ -257,20 +263,38 @@ def picture(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def fluent_pictures(package: Package, keys: Iterable[str]) -> dict[str, bytes]:
-    """The third style's SVG, drawn, of those entities that it has, by picture name."""
+def style_pictures(style: str, package: Package, names: Mapping[str, str]) -> dict[str, bytes]:
+    """A further style's SVG, drawn, of those entities that it has, by picture name.
+
+    Args:
+        style: its name.
+        package: says by code points what it has, or else by names.
+        names: of the entities, by key.
+    """
     import resvg_py
 
     by_key, icons = package.json("chars.json"), package.json("icons.json")
+    known = {
+        **icons["icons"],
+        **{name: icons["icons"][row["parent"]] for name, row in icons.get("aliases", {}).items()},
+    }
+    by_name = {squeezed(name): name for name in known}
     drawn = {}
-    for key in keys:
-        name = by_key.get(key)
-        if name is None:
+    for key, name in names.items():
+        icon = known.get(by_key.get(key) or (None if by_key else by_name.get(squeezed(name))))
+        if icon is None:
             continue
-        body = (icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]])["body"]
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="{SIDE}" height="{SIDE}">{body}</svg>'
-        drawn[f"fluent/{key}.webp"] = picture(bytes(resvg_py.svg_to_bytes(svg_string=svg)))
+        left, top = icons.get("left", 0), icons.get("top", 0)
+        box = f"{left} {top} {icon.get('width', icons.get('width', 16))} {icon.get('height', icons.get('height', 16))}"
+        size = f'viewBox="{box}" width="{SIDE}" height="{SIDE}"'
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{icon["body"]}</svg>'
+        drawn[f"{style}/{key}.webp"] = picture(bytes(resvg_py.svg_to_bytes(svg_string=svg)))
     return drawn
+
+
+def squeezed(name: str) -> str:
+    """A name's letters and digits."""
+    return "".join(character for character in plain(name) if character.isalnum())
 
 
 def emoji_entities(table: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -398,11 +422,14 @@ def build(packages: Mapping[str, Package], english: Any) -> tuple[dict[str, Any]
     entities = without_twins(entities, pictures)
     assign_splits(entities)
     kept = {f"{vendor}/{key}.webp" for vendor in VENDORS for key in entities}
-    fluent = fluent_pictures(packages[FLUENT], [key for key, row in entities.items() if row["kind"] == "emoji"])
-    pictures |= fluent
-    kept |= fluent.keys()
-    for key, row in entities.items():
-        row["fluent"] = f"fluent/{key}.webp" in fluent
+    names = {key: row["name"] for key, row in entities.items() if row["kind"] == "emoji"}
+    for style, package in STYLES.items():
+        drawn = style_pictures(style, packages[package], names)
+        pictures |= drawn
+        kept |= drawn.keys()
+        for key in names:
+            if f"{style}/{key}.webp" in drawn:
+                entities[key].setdefault("styles", []).append(style)
     sources = {name: version for name, version in sorted(PACKAGES.items())}
     return {"sources": sources, "entities": entities}, {name: pictures[name] for name in sorted(kept)}
 

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,26 @@ MODES = {
     "never": "direct",
     "always_reason": "reasoned",
     "threshold": "threshold",
+    "rl": "rl",
+    "random": "random",
+    "oracle": "oracle",
     "true_rationale": "true rationale",
 }
 """Modes of `summary.json` in the order of the columns, with their headings; a mode that no run has gives no column."""
 
+_MEANS = {
+    "hit@1": "mean",
+    "above_random": "above a coin",
+    "think_rate": "think rate",
+    "tokens_per_query": "tokens a query",
+}
 Summary = dict[str, Any]
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean over the seeds, with the sample standard deviation where there is more than one."""
+    """Mean over the seeds, with the sample standard deviation where there is more than one; empty for nan."""
+    if isnan(statistics.mean(values)):
+        return ""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
 
@@ -70,10 +82,36 @@ def table(summaries: Sequence[Summary]) -> str:
     for task, scores in first.items():
         cells = [cell([summary["modes"][mode]["by_task"][task]["hit@1"] for summary in summaries]) for mode in modes]
         lines.append(f"| {task} | {scores['candidates']} | {scores['chance']:.3f} | " + " | ".join(cells) + " |")
-    for key, title in (("hit@1", "mean"), ("think_rate", "think rate"), ("tokens_per_query", "tokens a query")):
-        cells = [cell([summary["modes"][mode][key] for summary in summaries]) for mode in modes]
+    for key, title in _MEANS.items():
+        cells = [cell([summary["modes"][mode].get(key, nan) for summary in summaries]) for mode in modes]
         lines.append(f"| **{title}** | | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def thinking(summaries: Sequence[Summary]) -> str:
+    """A Markdown table, a column a task: the think rate of the learned decision, and what thinking adds to hit@1.
+
+    Returns:
+        nothing, if the runs have no ``rl``.
+    """
+    if "rl" not in columns(summaries):
+        return ""
+    tasks = summaries[0]["modes"]["rl"]["by_task"]
+
+    def values(mode: str, key: str, task: str) -> list[float]:
+        return [summary["modes"][mode]["by_task"][task][key] for summary in summaries]
+
+    rates = [cell(values("rl", "think_rate", task)) for task in tasks]
+    paths = [zip(values("always_reason", "hit@1", task), values("never", "hit@1", task), strict=True) for task in tasks]
+    gains = [cell([reasoned - direct for reasoned, direct in path]) for path in paths]
+    return "\n".join(
+        (
+            "| | " + " | ".join(tasks) + " |",
+            "| --- " * (1 + len(tasks)) + "|",
+            "| think rate of `rl` | " + " | ".join(rates) + " |",
+            "| hit@1, reasoned - direct | " + " | ".join(gains) + " |",
+        )
+    )
 
 
 def section(results: Path) -> str:
@@ -89,7 +127,7 @@ def section(results: Path) -> str:
     return (
         f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
         f"{max(minutes):.0f} minutes a run{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
-        f"\n\n{table(summaries)}"
+        f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmemb.data import bundled
 from mmemb.data.bundled import SPLITS, TASKS, evaluation_tasks, load_pairs, open_picture, pictures
-from mmemb.data.bundled.entities import ATTRIBUTES, FLUENT, VENDORS, countries, entities, scene_vocabulary
+from mmemb.data.bundled.entities import ATTRIBUTES, TRAINING_STYLES, VENDORS, countries, entities, scene_vocabulary
 from mmemb.types import EvaluationTask, Image, Item, Text
 
 HELD_OUT = ("control", "validation", "test")
@@ -38,12 +38,13 @@ def test_files_stay_within_five_megabytes() -> None:
     assert sum(len((folder / name).read_bytes()) for name in ("entities.json", "pictures.zip")) <= 5_000_000
 
 
-def test_every_entity_is_drawn_by_both_vendors_and_most_emoji_in_the_third_style() -> None:
+def test_every_entity_is_drawn_by_both_vendors_and_most_emoji_in_further_styles() -> None:
     both = {f"{vendor}/{key}" for vendor in VENDORS for key in entities()}
-    third = {f"{FLUENT}/{key}" for key, entity in entities().items() if entity.fluent}
-    assert set(pictures.picture_names()) == both | third
-    assert {entities()[name.rpartition("/")[2]].kind for name in third} == {"emoji"}
-    assert len(third) >= 450
+    further = {f"{style}/{key}" for key, entity in entities().items() for style in entity.styles}
+    assert set(pictures.picture_names()) == both | further
+    assert {entities()[name.rpartition("/")[2]].kind for name in further} == {"emoji"}
+    count = {style: sum(style in entity.styles for entity in entities().values()) for style in TRAINING_STYLES}
+    assert all(few >= least for few, least in zip(count.values(), (430, 300, 190), strict=True)), count
 
 
 def test_names_are_unique_short_and_plain() -> None:
@@ -112,7 +113,7 @@ def test_scene_shows_its_cells_in_reading_order() -> None:
 
 @pytest.mark.parametrize("name", ["noto/ffff", "apple/1f34e", "1f34e", "", "noto/scene/1f34e+1f34e+1f34e+ffff"])
 def test_unknown_picture_says_what_exists(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no bundled picture .*styles: noto, twemoji, fluent$"):
+    with pytest.raises(ValueError, match=r"no bundled picture .*styles: noto, twemoji, fluent, emojione, fxemoji$"):
         open_picture(name)
 
 

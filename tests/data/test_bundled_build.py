@@ -122,7 +122,7 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
             "supplemental/territoryInfo.json": {"supplemental": {"territoryInfo": info}},
             "supplemental/territoryContainment.json": {"supplemental": {"territoryContainment": containment}},
         },
-        tool.FLUENT: {
+        tool.STYLES["fluent"]: {
             # Of the cat there is a picture, of the dog an alias of one, of the countries none.
             "chars.json": {"1f431": "cat", "1f436": "puppy", "1f9ff": "amulet"},
             "icons.json": {
@@ -130,6 +130,16 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
                 "aliases": {"puppy": {"parent": "dog"}},
             },
         },
+        # What names no code points is found by name.
+        tool.STYLES["emojione"]: {
+            "chars.json": {},
+            "icons.json": {
+                "icons": {"d-og": {"body": "<hound/>"}, "chad": {"body": "<flag/>"}},
+                "width": 64,
+                "height": 32,
+            },
+        },
+        tool.STYLES["fxemoji"]: {"chars.json": {}, "icons.json": {"icons": {"horse": {"body": "<horse/>"}}}},
     }
     for name, files in contents.items():
         pack(folder / archive(name, tool.PACKAGES[name]), files)
@@ -146,16 +156,18 @@ def test_entities_are_those_drawn_by_both_vendors_and_told_apart(tool: ModuleTyp
         "1f1e8-1f1f1": "chile",
     }
     by_vendors = [f"{vendor}/{key}.webp" for vendor in tool.VENDORS for key in content["entities"]]
-    assert sorted(pictures) == sorted([*by_vendors, "fluent/1f431.webp", "fluent/1f436.webp"])
+    further = ["fluent/1f431.webp", "fluent/1f436.webp", "emojione/1f436.webp"]
+    assert sorted(pictures) == sorted([*by_vendors, *further])
 
 
-def test_third_style_is_drawn_of_the_kept_entities_that_it_has(
+def test_further_styles_are_drawn_of_the_kept_emoji_that_they_have(
     tool: ModuleType, packages: Path, drawn: list[str]
 ) -> None:
     content, _ = tool.build(tool.fetch(packages), ENGLISH)
-    assert sorted(svg[svg.index("><") + 1 : -len("</svg>")] for svg in drawn) == ["<cat/>", "<dog/>"]
-    fluent = {entity["name"]: entity["fluent"] for entity in content["entities"].values()}
-    assert fluent == {"dog": True, "cat": True, "chad": False, "chile": False}
+    assert sorted(svg[svg.index("><") + 1 : -len("</svg>")] for svg in drawn) == ["<cat/>", "<dog/>", "<hound/>"]
+    assert 'viewBox="0 0 64 32"' in next(svg for svg in drawn if "<hound/>" in svg)
+    styles = {entity["name"]: entity.get("styles") for entity in content["entities"].values()}
+    assert styles == {"dog": ["fluent", "emojione"], "cat": ["fluent"], "chad": None, "chile": None}
 
 
 def test_country_facts_are_current_and_official(tool: ModuleType, packages: Path) -> None:
@@ -208,7 +220,7 @@ def test_command_writes_into_the_folder_it_is_given(
 ) -> None:
     monkeypatch.setitem(sys.modules, "babel", SimpleNamespace(Locale=lambda name: ENGLISH))
     assert tool.main(["--packages", str(packages), "--output", str(tmp_path)]) == 0
-    assert "2 emoji, 2 flags, 10 pictures" in capsys.readouterr().out
+    assert "2 emoji, 2 flags, 11 pictures" in capsys.readouterr().out
     assert json.loads((tmp_path / "entities.json").read_text())["sources"] == tool.PACKAGES
 
 

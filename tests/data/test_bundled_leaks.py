@@ -6,8 +6,16 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from mmemb.data.bundled import DESCRIBE, SPLITS, PretrainingSamples, evaluation_tasks, load_pairs, probe_samples
-from mmemb.data.bundled.entities import FLUENT, countries, entities
+from mmemb.data.bundled import (
+    DESCRIBE,
+    SPLITS,
+    PretrainingSamples,
+    evaluation_tasks,
+    is_right,
+    load_pairs,
+    probe_samples,
+)
+from mmemb.data.bundled.entities import TRAINING_STYLES, countries, entities
 from mmemb.data.bundled.pretraining import SIZE, all_texts
 from mmemb.types import Image, Item, Pair
 
@@ -47,9 +55,9 @@ def scenes(items: Iterable[Item]) -> set[frozenset[str]]:
 
 def compositions(pair: Pair) -> frozenset[str]:
     """The scene a pair is about, if any: its picture's, or the caption its text holds."""
-    if ";" in pair.query.text:
+    if pair.task == "text_scene":
         by_name = {entity.name: key for key, entity in entities().items()}
-        return frozenset(by_name[name] for name in pair.query.text.partition(" ; ")[0].split(" , "))
+        return frozenset(by_name[name] for name in pair.query.text.split(" , "))
     return next(iter(scenes([pair.query, pair.positive])), frozenset())
 
 
@@ -74,12 +82,12 @@ def test_picture_of_a_held_out_name_is_never_shown_in_training(
         assert not shown & withheld
 
 
-def test_third_style_is_shown_in_training_alone(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
+def test_further_styles_are_shown_in_training_alone(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
     for found in (pairs["train"], pretraining):
-        assert FLUENT in {style for style, _ in sources(sides(found))}
+        assert set(TRAINING_STYLES) <= {style for style, _ in sources(sides(found))}
     for split in HELD_OUT:
         candidates = [item for task in evaluation_tasks(split) for item in task.candidates]
-        assert FLUENT not in {style for style, _ in sources([*sides(pairs[split]), *candidates])}
+        assert not set(TRAINING_STYLES) & {style for style, _ in sources([*sides(pairs[split]), *candidates])}
 
 
 def test_withheld_picture_is_shown_by_its_own_split_alone(pairs: dict[str, list[Pair]]) -> None:
@@ -103,7 +111,7 @@ def test_held_out_scene_is_arranged_or_drawn_anew_in_no_other_split(
 
 
 def test_text_scenes_of_pretraining_are_training_scenes(pretraining: list[Pair], pairs: dict[str, list[Pair]]) -> None:
-    text = [pair for pair in pretraining if "; left of" in pair.query.text]
+    text = [pair for pair in pretraining if pair.task == "text_scene"]
     assert len(text) > 300
     held = set().union(*(scenes(sides(pairs[split])) for split in HELD_OUT))
     assert not {compositions(pair) for pair in text} & held
@@ -192,13 +200,34 @@ def test_default_mixture_shows_every_training_picture(pretraining: list[Pair]) -
     assert len(wanted - shown) < 0.2 * len(wanted)
 
 
-def test_text_scene_answers_are_the_left_neighbours(pretraining: list[Pair]) -> None:
+def test_text_scene_answers_are_neighbours_in_their_row(pretraining: list[Pair]) -> None:
     for pair in pretraining:
-        if "; left of" in pair.query.text:
-            caption, anchor = pair.query.text.split(" ; left of ")
-            names = caption.split(" , ")
-            assert names.index(anchor) in (1, 3)
-            assert pair.positive.text == names[names.index(anchor) - 1]
+        if pair.task == "text_scene":
+            caption, *said = pair.positive.text.split(" ; ")
+            assert caption == pair.query.text
+            (a, b), (c, d) = (caption.split(" , ")[row : row + 2] for row in (0, 2))
+            true = {
+                f"{side} of {x} : {y}" for x, y in ((a, b), (c, d)) for side, x, y in (("right", x, y), ("left", y, x))
+            }
+            assert len(set(said)) == 3
+            assert set(said) <= true
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "right"),
+    [
+        ("scene", "a , b , c , d", True),
+        ("scene", "a , b , c", False),
+        ("text_scene", "a , b , c , d ; left of b : a", True),
+        ("text_scene", "a , b , c , d ; right of c : d ; left of d : c", True),
+        ("text_scene", "a , b , c , d ; left of d : a", False),
+        ("text_scene", "a , b , c , d", False),
+        ("text_scene", "a , b , d , c ; left of b : a", False),
+    ],
+)
+def test_right_answers_to_a_probe(task: str, given: str, right: bool) -> None:
+    response = "a , b , c , d" if task == "scene" else "a , b , c , d ; right of a : b ; left of d : c"
+    assert is_right(task, response, given) is right
 
 
 def test_reversed_facts_have_one_answer(pretraining: list[Pair]) -> None:
@@ -213,7 +242,12 @@ def test_reversed_facts_have_one_answer(pretraining: list[Pair]) -> None:
 def test_probes_ask_what_pretraining_has_not_seen(pretraining: list[Pair]) -> None:
     probes = probe_samples("test")
     kinds = [pair.task for pair in probes]
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"picture": 150, "fact": 150, "scene": 150}
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "picture": 150,
+        "fact": 150,
+        "scene": 150,
+        "text_scene": 150,
+    }
     seen = {(pair.query.instruction, pair.query.parts) for pair in pretraining}
     assert not seen & {(pair.query.instruction, pair.query.parts) for pair in probes}
     prompts = {pair.query.instruction for pair in pretraining}

@@ -60,6 +60,17 @@ def test_one_run_has_no_spread() -> None:
     assert "| name | 50 | 0.020 | 0.500 | 0.500 |" in update_readme.table([summary(1, 0.5)])
 
 
+def test_thinking_is_shown_by_task_beside_what_it_gains() -> None:
+    runs = [summary(1, 0.5, modes=("never", "always_reason", "rl")) for _ in range(2)]
+    for run, rate in zip(runs, (0.25, 0.75), strict=True):
+        row = {"hit@1": 0.9, "n": 10, "candidates": 50, "chance": 0.02, "think_rate": rate}
+        run["modes"]["always_reason"] = run["modes"]["rl"] = {**run["modes"]["rl"], "by_task": {"name": row}}
+    text = update_readme.thinking(runs)
+    assert "| think rate of `rl` | 0.500 ± 0.354 |" in text
+    assert "| hit@1, reasoned - direct | 0.400 ± 0.000 |" in text
+    assert update_readme.thinking([summary(1, 0.5)]) == ""
+
+
 def test_a_mode_of_some_runs_only_is_refused() -> None:
     with pytest.raises(ValueError, match="'always_reason' is in 1 of 2 runs"):
         update_readme.table([summary(1, 0.5), summary(2, 0.5, modes=("never",))])

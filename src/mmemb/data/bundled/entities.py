@@ -11,9 +11,9 @@ from importlib import resources
 
 SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
-FLUENT = "fluent"
-"""A third style, shown in training only: it has no withheld pictures and no place in a held-out query or candidate."""
-STYLES = (*VENDORS, FLUENT)
+TRAINING_STYLES = ("fluent", "emojione", "fxemoji")
+"""Further styles, shown in training only: without withheld pictures or a place in a held-out query or candidate."""
+STYLES = (*VENDORS, *TRAINING_STYLES)
 ATTRIBUTES = ("currency", "language", "region")
 
 
@@ -30,7 +30,7 @@ class Entity:
         scene: scenes may show it (both vendors' pictures are training pictures).
         split: of a country: where its flag -> attribute compositions belong; ``train`` otherwise.
         attributes: of a country: currency, language, region.
-        fluent: the third style draws it, too.
+        styles: further styles that draw it, too.
     """
 
     key: str
@@ -41,15 +41,15 @@ class Entity:
     scene: bool = False
     split: str = "train"
     attributes: Mapping[str, str] = field(default_factory=dict)
-    fluent: bool = False
+    styles: tuple[str, ...] = ()
 
     def train_vendors(self) -> tuple[str, ...]:
         """Vendors whose picture every split may show: one or two."""
         return tuple(vendor for vendor in VENDORS if vendor not in self.withheld)
 
     def train_styles(self) -> tuple[str, ...]:
-        """Styles that training may show it in: the vendors not withheld, and the third style where it exists."""
-        return (*self.train_vendors(), *([FLUENT] if self.fluent else []))
+        """Styles that training may show it in: the vendors not withheld, and the further styles that have it."""
+        return (*self.train_vendors(), *self.styles)
 
 
 @cache
@@ -57,7 +57,8 @@ def entities() -> Mapping[str, Entity]:
     """Every entity by key, in the order of the data file."""
     table = json.loads((resources.files(__package__) / "entities.json").read_text(encoding="utf-8"))["entities"]
     known = Entity.__dataclass_fields__.keys()
-    return {key: Entity(key=key, **{k: v for k, v in row.items() if k in known}) for key, row in table.items()}
+    rows = {key: {**row, "styles": tuple(row.get("styles", ()))} for key, row in table.items()}
+    return {key: Entity(key=key, **{k: v for k, v in row.items() if k in known}) for key, row in rows.items()}
 
 
 def countries(split: str | None = None) -> list[Entity]:

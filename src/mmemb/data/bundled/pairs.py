@@ -188,12 +188,12 @@ def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
     # Held out: the withheld picture is query or target, in one direction an entity: with both, a query's own picture
-    # would stand among the candidates. Train: every two pictures that training may show, in both directions, but never
-    # what a held-out query shows.
+    # would stand among the candidates. Train: every two pictures that training may show and of which one is a vendor's,
+    # in both directions, but never what a held-out query shows.
     for entity in entities().values():
         held_out = (VENDORS, VENDORS[::-1])[order("direction", entity.key) % 2]
         if split == "train":
-            directions = list(permutations(entity.train_styles(), 2))
+            directions = [each for each in permutations(entity.train_styles(), 2) if set(each) & set(VENDORS)]
             if entity.withheld:
                 directions = [direction for direction in directions if direction[0] != held_out[0]]
         elif split in entity.withheld.values():

@@ -5,7 +5,7 @@ All generated text is lower case and its punctuation stands apart, so that a voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,6 +93,6 @@ def find_question(first: str, second: str) -> str:
     return f"find a picture with {first} and {second}"
 
 
-def caption(names: tuple[str, ...] | list[str]) -> str:
+def caption(names: Sequence[str]) -> str:
     """The caption of a scene: its cells in reading order."""
     return " , ".join(names)
