@@ -10,6 +10,10 @@ from torch import Tensor
 from mmemb.types import PrefillState
 
 
+FAR = 1e9
+"""Beyond any signal, and still a number that JSON has."""
+
+
 def fit_cut(signal: Tensor, known: PrefillState, *, price: float, token_share: float | None, who: str) -> float:
     """The value such that thinking where ``signal > value`` is worth most on the queries given.
 
@@ -24,7 +28,7 @@ def fit_cut(signal: Tensor, known: PrefillState, *, price: float, token_share: f
         who: the controller, for messages.
 
     Returns:
-        a number between two signals; infinite where nobody or everybody should think.
+        a number between two signals; beyond any signal, ``FAR``, where nobody or everybody should think.
 
     Raises:
         ValueError: there are no queries, or it is not known what thinking brought them.
@@ -43,7 +47,7 @@ def fit_cut(signal: Tensor, known: PrefillState, *, price: float, token_share: f
         worth[1:][tokens > token_share * tokens[-1] + 1e-9] = -math.inf
     thinking = int((worth >= worth.max() - 1e-12).nonzero()[0])
     if thinking in (0, len(ordered)):
-        return -math.inf if thinking else math.inf
+        return -FAR if thinking else FAR
     return float((ordered[thinking - 1] + ordered[thinking]) / 2)
 
 

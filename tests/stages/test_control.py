@@ -22,7 +22,7 @@ from mmemb.stages.module import EmbeddingModule
 from mmemb.stages.objective import Engine, Parts
 from mmemb.stages.phases import Phase
 from mmemb.stages.rewards import Outcome, Retrieval, Reward, Utility
-from mmemb.types import EvaluationTask, Item, Pair, Text
+from mmemb.types import THINK, EvaluationTask, Item, Pair, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
 
@@ -57,7 +57,8 @@ def tasks(rows: list[Pair]) -> list[EvaluationTask]:
     found = []
     for name in ("hard", "easy"):
         candidates = {pair.positive_id: pair.positive for pair in rows if pair.task == name}
-        found.append(EvaluationTask(name, [], list(candidates.values()), list(candidates)))
+        queries = [pair for pair in rows if pair.task == name]
+        found.append(EvaluationTask(name, queries, list(candidates.values()), list(candidates)))
     return found
 
 
@@ -106,7 +107,7 @@ def test_the_first_pass_is_on_policy() -> None:
 
 
 def test_every_measure_is_logged() -> None:
-    logs, _, made = one_step(pairs(), rewards=[Retrieval(), Utility()])
+    logs, _, made = one_step(pairs(), rewards=[Retrieval(), Utility()], grpo=GRPO(kl_weight=0.1))
     assert set(logs) >= {
         *(f"{kind}/{name}" for kind in ("reward", "reward_spread") for name in ("retrieval", "utility", "total")),
         *("zero_spread_share", "kl", "decision_entropy", "decision_clip_share", "rationale_clip_share", "think_rate"),
@@ -115,6 +116,7 @@ def test_every_measure_is_logged() -> None:
     assert all(value.isfinite() for value in logs.values())
     assert float(logs["regret"]) >= 0
     assert float(logs["exploration"]) == made.exploration
+    assert "kl" not in one_step(pairs())[0]  # what is not measured is not logged
 
 
 def test_equal_rewards_give_no_gradient() -> None:
@@ -159,6 +161,39 @@ def test_the_decision_is_learned_where_the_best_one_is_known() -> None:
     assert float(logs["reward/where_it_pays"]) > 0.93
     assert float(logs["regret"]) < 0.05
     assert float(logs["decision_entropy"]) < float(first["decision_entropy"])
+
+
+def test_the_decision_starts_undecided_whatever_the_model_leans_to() -> None:
+    """Shifting all decision logits moves the policy's center with them, so the rollouts stay the same."""
+    rows = pairs(8)
+    logs, _, made = one_step(rows)
+    again, own = control(rows), parts()
+    logits = own.backbone.logits
+
+    def shifted(hidden: Tensor) -> Tensor:
+        found = logits(hidden).clone()
+        found[..., own.backbone.token_id(THINK)] += 7.0
+        return found
+
+    own.backbone.logits = shifted  # type: ignore[method-assign]
+    moved = again.step(own, again.collate(own, rows, 3), Engine(steps=10))
+    policy, other = made.phase_state()["policy"], again.phase_state()["policy"]
+    assert other[0] - policy[0] == pytest.approx(7.0, abs=1e-4)
+    assert other[1] == pytest.approx(policy[1], abs=1e-4)
+    assert float(moved["think_probability"]) == pytest.approx(float(logs["think_probability"]), abs=1e-4)
+    assert 0.3 < float(logs["think_probability"]) < 0.7
+
+
+def test_a_restored_phase_that_never_stepped_keeps_its_state() -> None:
+    rows = pairs()
+    _, _, made = one_step(rows)
+    state = made.phase_state()
+    again = control(rows)
+    again.load_phase_state(state)
+    assert again.phase_state() == state
+    own = parts()
+    again.step(own, again.collate(own, rows, 3), Engine(step=1, steps=10))
+    assert again.phase_state()["policy"] == state["policy"]
 
 
 def test_updates_on_the_same_rollouts_leave_the_policy_and_are_clipped() -> None:

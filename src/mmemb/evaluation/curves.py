@@ -55,11 +55,12 @@ def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[P
     """The curves, each from thinking about nobody to everybody.
 
     Args:
-        records: one a query; those whose reasoned path is unknown are left out.
+        records: one a query. No curves unless the reasoned path of all is known: of some they would not compare with
+            the modes, which are of all.
         steps: points a curve, besides its start.
     """
     known = [record for record in records if record.reasoned_hit is not None]
-    if not known:
+    if len(known) < len(records) or not known:
         return []
     keys: dict[str, Callable[[QueryRecord], float]] = {
         "rl": lambda record: -record.margin,
@@ -73,7 +74,7 @@ def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[P
 
 
 def draw_curves(results: EvaluationResults) -> Figure | None:
-    """The curves with every mode as a point; None where no query was thought about."""
+    """The curves with every mode as a point; None unless all queries were thought about by some mode."""
     points = quality_curves(results.records)
     if not points:
         return None
@@ -101,7 +102,7 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
 
 
 def write_curves(folder: str | Path, results: EvaluationResults) -> list[Path]:
-    """Writes ``quality_tokens.png`` and ``.csv``, aside and moved into place; nothing where nobody thought."""
+    """Writes ``quality_tokens.png`` and ``.csv``, aside and moved into place; nothing without curves."""
     figure = draw_curves(results)
     if figure is None:
         return []

@@ -77,7 +77,9 @@ class Control(Objective):
         rewards: what a rollout is worth; the weighted sum counts.
         grpo: the policy loss.
         group_size: G, rollouts a query.
-        temperature: of decision and rationale in rollouts.
+        temperature: of the rationale's tokens in rollouts. The decision has its own unit: it is drawn with probability
+            sigmoid((l_think - l_emb - center) / spread), center and spread being median and standard deviation of that
+            difference over the phase's queries when the phase begins, so that at first both decisions are as likely.
         max_new_tokens: most rationale tokens of a rollout.
         exploration: share of a fair coin in the drawn decision at the phase's first step; it falls linearly.
         final_exploration: the same at its last step.
@@ -179,7 +181,13 @@ class Control(Objective):
 
     def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
         self._bank = CandidateBank(tasks, size=self.bank_size)
-        self._queries = [pair.query for task in tasks for pair in task.queries[:_SAMPLE]]
+        # Evenly spaced: neighbours in a data set are often alike.
+        self._queries = [
+            task.queries[row * len(task.queries) // count].query
+            for task in tasks
+            for count in [min(_SAMPLE, len(task.queries))]
+            for row in range(count)
+        ]
 
     def follow(self, previous: Objective) -> None:
         found = getattr(previous, "infonce", None)
@@ -191,6 +199,8 @@ class Control(Objective):
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def phase_state(self) -> dict[str, Any]:
+        if self._restored:
+            return self._restored  # a run stopped before its first step leaves what it was given
         if self._bank is None:
             return {}
         policy = None if self._policy is None else [self._policy.center, self._policy.spread]
@@ -210,7 +220,8 @@ class Control(Objective):
                 self._reference.load_state(self._restored["reference"])
         if step and self._restored:
             self._bank.load_state(self._restored["bank"])
-            self._policy = Policy(*self._restored["policy"])
+            if self._restored["policy"] is not None:
+                self._policy = Policy(*self._restored["policy"])
         self._restored = {}
         if step % self.refresh_every == 0 or not self._bank.ready:
             self._bank.refresh(Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size))
@@ -224,7 +235,7 @@ class Control(Objective):
         if not self._queries:
             return Policy()
         margin = encoder.encode_paths(self._queries, _Nobody()).state.margin
-        return Policy(float(margin.median()), max(float(margin.std()), 1.0))
+        return Policy(float(margin.median()), max(float(margin.std(correction=0)), 1.0))
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -393,10 +404,12 @@ class Control(Objective):
             "loss": loss + plan.contrast.loss,
             "decision_loss": decision_loss,
             "rationale_loss": rationale_loss,
-            "kl": kl / rationale_size.tokens,
             "decision_clip_share": decision_clips / decision_size.tokens,
             "rationale_clip_share": rationale_clips / rationale_size.tokens,
         }
+        if plan.references is not None:
+            words = all_sum((rollouts.tokens[plan.thinking] - 2).clamp(min=0).sum().to(kl))
+            logs["kl"] = kl / words.clamp(min=1)
         # Those of the first pass: later ones do not include the contrastive losses.
         return {**logs, **plan.contrast.logs} if anchored else {k: v for k, v in logs.items() if k != "loss"}
 

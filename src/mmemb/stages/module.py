@@ -57,7 +57,8 @@ class EmbeddingModule(L.LightningModule):
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
-        budget: most rationale tokens a row may write in evaluation.
+        budget: most rationale tokens a row may write in evaluation; a controller's own smaller budget holds, and so does
+            the backbone's max_rationale_tokens.
         validation_queries: queries a task scored at each validation during training; `mmemb validate` and the final
             evaluation take all.
     """
@@ -168,6 +169,8 @@ class EmbeddingModule(L.LightningModule):
             )
             self.objective.prepare_choice(self.pool.choice(pool, self.selector))
 
+        if self.control is not None:
+            self.datamodule.use_control(self._control_collate, start=self.control.start)
         for objective, split in ((self.objective, "train"), (self.control_objective, "control")):
             if objective is not None and objective.needs_candidates:
                 objective.prepare_candidates(self.datamodule.evaluation_tasks(split))
@@ -176,8 +179,6 @@ class EmbeddingModule(L.LightningModule):
             return self.objective.collate(self.parts, pairs, seed)
 
         self.datamodule.use_collate(collate)
-        if self.control is not None:
-            self.datamodule.use_control(self._control_collate, start=self.control.start)
 
     def _control_collate(self, pairs: list[Pair], seed: int) -> Any:
         assert self.control_objective is not None
@@ -203,8 +204,8 @@ class EmbeddingModule(L.LightningModule):
         self._started = time.monotonic()
         if self.objective.needs_rationales and self.global_step == 0 and self.before_training is None:
             tasks = self.datamodule.evaluation_tasks("test")
-            if tasks and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                never = {name: part for name, part in self.controllers.items() if name == "never"}
+            never = {name: part for name, part in self.controllers.items() if name == "never"}
+            if tasks and never and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_info("Scoring the model before training (the 'pretrained' row of the summary).")
                 results = evaluate(self.encoder(), tasks, controllers=never, true_rationale=None, progress=False)
                 self.before_training = results.modes.get("never")
