@@ -132,7 +132,8 @@ def test_a_wrong_example_fails(clone: Path) -> None:
 
 def test_results_in_the_readme_are_those_of_the_files() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "update_readme.py"), "--check"],
+        [sys.executable, "-m", "tools.update_readme", "--check"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -36,18 +36,21 @@ def main() -> None:
     workers = [ModelWorker(TinyBackbone()), MetadataWorker()]
     generate(pairs, workers, arguments.candidates, pool=arguments.folder, seed=0)
 
-    embedder = arguments.folder.with_name("pool_embedder")
+    embedder = arguments.folder / "embedder"
     checkpoint = embedder / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
+    done = embedder / "done"  # the checkpoint alone may be of a run that was stopped
+    if not done.is_file():
         logger = "lightning.pytorch.loggers.TensorBoardLogger"
+        last = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         code = mmemb(
             ["fit", "--config", str(ROOT / "recipes/r1.yaml"), "--config", str(ROOT / "recipes/evaluator.yaml")]
             + ["--model.pool.path", str(arguments.folder), "--trainer.max_steps", str(arguments.steps)]
             + ["--trainer.logger", logger, "--trainer.logger.save_dir", str(embedder.parent)]
-            + ["--trainer.logger.name", embedder.name, "--trainer.logger.version", ""]
+            + ["--trainer.logger.name", embedder.name, "--trainer.logger.version", "", *last]
         )
         if code:
             raise SystemExit(code)
+        done.touch()
     pool = score(pairs, RetrievalEvaluator(str(checkpoint), batch_size=128), arguments.folder)
     print(f"{pool.export(TARGET)}: {TARGET.stat().st_size / 1e6:.2f} MB")
 

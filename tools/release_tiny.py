@@ -52,8 +52,9 @@ def card(settings: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]
         f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by "
         "`mmemb fit --config recipes/pretrain_tiny.yaml` on the bundled data (see NOTICE for its sources): "
         f"{settings['steps']} steps of {settings['batch_size']} rows, next-token loss, seed {settings['seed']}. "
-        "Shipped in half precision. It names pictures, recalls facts about countries and captions scenes of the "
-        "bundled kind, in lower-case English; it knows nothing else. It was never shown a withheld picture, scene or "
+        "Shipped in half precision. It names pictures, recalls facts about countries, captions scenes of the bundled "
+        "kind and says, of a caption in text, who stands left or right of whom, in lower-case English; it knows "
+        "nothing else. It was never shown a withheld picture, scene or "
         "phrasing, nor a flag together with its country's attributes.",
         "",
         "Share of greedy answers that are right to the word, as shipped "

@@ -1,7 +1,7 @@
 """Writes the results table of README.md from the runs kept in `benchmarks/results/r1_seeds.json`.
 
-    python tools/update_readme.py            rewrite the part between the markers
-    python tools/update_readme.py --check    only say whether it is up to date (exit code 1 if not)
+    python -m tools.update_readme            rewrite the part between the markers
+    python -m tools.update_readme --check    only say whether it is up to date (exit code 1 if not)
 
 The file is a JSON list with the `summary.json` of each run, one run a seed.
 """
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
+
+from benchmarks import bars
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -128,6 +130,7 @@ def section(results: Path) -> str:
         f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
         f"{max(minutes):.0f} minutes a run{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
         f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
+        + f"\n\nWhat is asked of the main job (`python -m benchmarks.bars`):\n\n{bars.markdown(bars.judged(summaries))}"
     )
 
 
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if old == new:
         return 0
     if options.check:
-        print("README.md does not show the kept results: run python tools/update_readme.py")
+        print("README.md does not show the kept results: run python -m tools.update_readme")
         return 1
     aside = options.readme.with_suffix(".md.part")
     aside.write_text(new, encoding="utf-8")

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 STEPS = 25
 TASKS = {"name": 150, "flagattr": 200}
 """Candidates of each task's test split."""
-MODES = ("never", "always_reason", "threshold", "true_rationale", "pretrained", "chance")
+CONTROLLERS = ("never", "always_reason", "threshold", "rl", "random", "oracle")
+MODES = (*CONTROLLERS, "true_rationale", "pretrained", "chance")
 
 
 def sources(split: str, limit: int) -> list[dict[str, Any]]:
@@ -103,7 +104,9 @@ def test_modes_cost_what_they_should(run: Path) -> None:
     for mode in ("always_reason", "true_rationale"):
         assert modes[mode]["think_rate"] == 1
         assert modes[mode]["tokens_per_query"] > 2  # the two brackets and at least something between them
-    assert 0 <= modes["threshold"]["think_rate"] <= 1
+    for mode in ("threshold", "rl", "random", "oracle"):
+        assert 0 <= modes[mode]["think_rate"] <= 1
+    assert modes["oracle"]["hit@1"] >= max(modes[mode]["hit@1"] for mode in CONTROLLERS)
     assert modes["chance"]["hit@1"] == pytest.approx((1 / 150 + 1 / 200) / 2)
     assert modes["never"]["by_task"]["name"].keys() >= {"hit@5", "mrr", "chance", "queries_per_second"}
 

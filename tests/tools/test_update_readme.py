@@ -26,7 +26,7 @@ def summary(seed: int, hit: float, modes: tuple[str, ...] = ("never", "always_re
 def page(tmp_path: Path) -> tuple[Path, Path]:
     """(README, results) with markers and two runs."""
     readme, results = tmp_path / "README.md", tmp_path / "seeds.json"
-    readme.write_text(f"before\n{update_readme.START}\nold\n{update_readme.END}\nafter\n")
+    readme.write_text(f"before\n{update_readme.START}\nof yesterday\n{update_readme.END}\nafter\n")
     results.write_text(json.dumps([summary(1, 0.5), summary(2, 0.7)]))
     return readme, results
 
@@ -43,7 +43,8 @@ def test_table_shows_mean_spread_and_chance(page: tuple[Path, Path]) -> None:
     assert "| name | 50 | 0.020 | 0.600 ± 0.141 | 0.600 ± 0.141 |" in text
     assert "seeds 1, 2" in text
     assert "1 to 2 minutes" in text
-    assert "old" not in text
+    assert "| `name`, better path: hit@1 | at least 0.6 | 0.600 ± 0.141 |" in text
+    assert "of yesterday" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
 

@@ -34,6 +34,8 @@ QUERIES = {"train": 2000, "control": 300, "validation": 60, "test": 150}
 NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
 """Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
 NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
+_DRAW = {"test": "test, second draw"}
+"""Test scenes were drawn anew after an early design of the main job had been looked at on the first draw."""
 
 
 def picture_item(name: str) -> Item:
@@ -64,7 +66,7 @@ def load_pairs(
     count = QUERIES[split] if scenes_per_task is None else scenes_per_task
     pairs: list[Pair] = []
     for task in check_tasks(tasks):
-        rng = random.Random(f"{seed}/{task}/{split}")
+        rng = random.Random(f"{seed}/{task}/{_DRAW.get(split, split)}")
         made = list(_BUILDERS[task](split, rng, count))
         if split != "train" and task not in SCENE_TASKS and len(made) > QUERIES[split]:
             kept = sorted(made, key=lambda pair: order("query", pair.id))[: QUERIES[split]]

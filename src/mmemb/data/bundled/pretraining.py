@@ -129,7 +129,7 @@ class PretrainingSamples:
         # Several questions a row, both ways round: with one, the model guessed between the left-hand cells for long.
         _, scene = self._draw(rng)
         names = [entity.name for entity in scene]
-        return answer("text_scene", key, caption(names), neighbours_text(names, rng.sample(range(4), 3)))
+        return answer("text_scene", key, caption(names), neighbours_text(names, rng.sample(range(4), 2)))
 
 
 def describe(task: str, key: str, picture: str, response: str) -> Pair:
@@ -172,7 +172,7 @@ def probe_samples(split: str) -> list[Pair]:
         part = pair.query.parts[0]
         if pair.task == "left1":
             names = pair.query.fields["cells"].split(" , ")
-            probes.append(answer("text_scene", f"probe/{pair.id}", caption(names), neighbours_text(names, (1, 3, 0))))
+            probes.append(answer("text_scene", f"probe/{pair.id}", caption(names), neighbours_text(names, (1, 3))))
             continue
         if isinstance(part, Image):
             name = str(part.source).removeprefix(PREFIX)
