@@ -14,6 +14,6 @@ def binary(think: Tensor, probability: Tensor, *, budget: int) -> Decision:
     Args:
         think: [B] bool.
         probability: [B] float, probability or degree of thinking.
-        budget: most rationale tokens of a row that thinks.
+        budget: most rationale tokens of a row that thinks, `Controller.limit`.
     """
     return Decision(think, probability.float(), torch.where(think, budget, 0))

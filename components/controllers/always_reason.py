@@ -12,10 +12,10 @@ class AlwaysReason(Controller, name="always_reason"):
     """Reasons about every query before embedding it.
 
     Args:
-        budget: most rationale tokens of a row.
+        budget: most rationale tokens of a row; null: as many as the encoder allows.
     """
 
-    def __init__(self, budget: int = 48) -> None:
+    def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
@@ -25,5 +25,5 @@ class AlwaysReason(Controller, name="always_reason"):
         return Decision(
             think=torch.ones(rows, dtype=torch.bool, device=device),
             probability=torch.ones(rows, device=device),
-            budget=torch.full((rows,), self.budget, device=device),
+            budget=torch.full((rows,), self.limit, device=device),
         )

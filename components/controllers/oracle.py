@@ -17,12 +17,12 @@ class Oracle(Controller, name="oracle"):
     Args:
         gain: what counts: ``hit`` is what thinking adds to hit@1, ``utility`` to the positive's log-probability.
         price: least gain worth thinking for, in its units.
-        budget: most rationale tokens of a row.
+        budget: most rationale tokens of a row; null: as many as the encoder allows.
     """
 
     needs_utility = True
 
-    def __init__(self, gain: Literal["hit", "utility"] = "hit", price: float = 0.0, budget: int = 48) -> None:
+    def __init__(self, gain: Literal["hit", "utility"] = "hit", price: float = 0.0, budget: int | None = None) -> None:
         self.gain = gain
         self.price = price
         self.budget = budget
@@ -39,4 +39,4 @@ class Oracle(Controller, name="oracle"):
                 "controller oracle: the utility is unknown here; it works in evaluation only, choose another"
             )
         think = gain > self.price
-        return binary(think, think.float(), budget=self.budget)
+        return binary(think, think.float(), budget=self.limit)

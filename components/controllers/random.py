@@ -23,10 +23,10 @@ class Random(Controller, name="random"):
     Args:
         rate: probability of thinking, in [0, 1].
         seed: of the coins.
-        budget: most rationale tokens of a row.
+        budget: most rationale tokens of a row; null: as many as the encoder allows.
     """
 
-    def __init__(self, rate: float = 0.5, seed: int = 0, budget: int = 48) -> None:
+    def __init__(self, rate: float = 0.5, seed: int = 0, budget: int | None = None) -> None:
         if not 0 <= rate <= 1:
             raise ValueError(f"controller random: rate is {rate}; give a probability between 0 and 1")
         self.rate = rate
@@ -38,7 +38,7 @@ class Random(Controller, name="random"):
         signs = (state.direct[:, :_SIGNS] > 0).to(torch.uint8).cpu().numpy()
         coins = torch.tensor([self._coin(row.tobytes()) for row in signs], dtype=torch.float64)
         think = (coins < self.rate).to(state.direct.device)
-        return binary(think, torch.full_like(state.direct[:, 0], self.rate), budget=self.budget)
+        return binary(think, torch.full_like(state.direct[:, 0], self.rate), budget=self.limit)
 
     def _coin(self, row: bytes) -> float:
         digest = hashlib.blake2b(row, digest_size=8, key=str(self.seed).encode()).digest()

@@ -24,7 +24,7 @@ class Rl(Controller, name="rl"):
         price: what a rationale token costs, in hit@1; used by the fit.
         token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
             limit.
-        budget: most rationale tokens of a row that thinks.
+        budget: most rationale tokens of a row that thinks; null: as many as the encoder allows.
         short_budget: most rationale tokens of a row that thinks a little; null leaves this level out.
         full_margin: margin above which a row has the full budget, in nats; used with ``short_budget``.
 
@@ -37,21 +37,22 @@ class Rl(Controller, name="rl"):
         offset: float | None = None,
         price: float = 0.0,
         token_share: float | None = None,
-        budget: int = 48,
+        budget: int | None = None,
         short_budget: int | None = None,
         full_margin: float = 1.0,
     ) -> None:
         check_settings(price, token_share, "rl")
-        if short_budget is not None and not (0 < short_budget < budget and full_margin > 0):
+        self.budget = budget
+        if short_budget is not None and not (0 < short_budget < self.limit and full_margin > 0):
+            most = "any" if budget is None else budget
             raise ValueError(
-                f"controller rl: short_budget is {short_budget} of {budget}, full_margin {full_margin}; "
+                f"controller rl: short_budget is {short_budget} of {most}, full_margin {full_margin}; "
                 "use 0 < short_budget < budget and a margin above 0"
             )
         self.offset = 0.0 if offset is None else offset
         self.fitted = offset is None
         self.price = price
         self.token_share = token_share
-        self.budget = budget
         self.short_budget = short_budget
         self.full_margin = full_margin
 
@@ -59,7 +60,7 @@ class Rl(Controller, name="rl"):
         """Thinks where the margin is above 0."""
         margin = state.margin + self.offset
         think = margin > 0
-        budget = torch.where(think, self.budget, 0)
+        budget = torch.where(think, self.limit, 0)
         if self.short_budget is not None:
             budget = torch.where(think & (margin <= self.full_margin), self.short_budget, budget)
         return Decision(think, margin.sigmoid(), budget)

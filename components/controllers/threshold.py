@@ -29,7 +29,7 @@ class Threshold(Controller, name="threshold"):
         price: what a rationale token costs, in hit@1; used by the fit.
         token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
             limit.
-        budget: most rationale tokens of a row.
+        budget: most rationale tokens of a row; null: as many as the encoder allows.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -41,7 +41,7 @@ class Threshold(Controller, name="threshold"):
         threshold: float | None = None,
         price: float = 0.0,
         token_share: float | None = None,
-        budget: int = 48,
+        budget: int | None = None,
     ) -> None:
         check_settings(price, token_share, "threshold")
         self.signal = signal
@@ -63,7 +63,7 @@ class Threshold(Controller, name="threshold"):
             )
         signal = self._signal(state)
         degree = 1 - signal if self.signal == "confidence" else (1 - signal) / 2
-        return binary(signal.double() < self.threshold, degree, budget=self.budget)
+        return binary(signal.double() < self.threshold, degree, budget=self.limit)
 
     def calibrate(self, state: PrefillState) -> None:
         """Fits the threshold, unless one was given.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmemb.registry import Component
-from mmemb.types import Candidates, Decision, Item, ModelInputs, Pair, PrefillState, Rationale, Selection
+from mmemb.types import NO_LIMIT, Candidates, Decision, Item, ModelInputs, Pair, PrefillState, Rationale, Selection
 
 
 @dataclass
@@ -243,8 +243,13 @@ class Controller(Component, ABC, kind="controller"):
     needs_utility: ClassVar[bool] = False
     """Whether a decision reads what thinking brought (``PrefillState.utility`` and the fields after it): then everybody
     thinks first (evaluation only)."""
-    budget: int = 48
-    """Most rationale tokens of a row that thinks."""
+    budget: int | None = None
+    """Most rationale tokens of a row that thinks; None: as many as the encoder allows."""
+
+    @property
+    def limit(self) -> int:
+        """``budget`` as a `Decision` has it."""
+        return NO_LIMIT if self.budget is None else self.budget
 
     @abstractmethod
     def decide(self, state: PrefillState) -> Decision:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 THINK, END_THINK, EMB = "<think>", "</think>", "<emb>"
 """The special tokens every backbone owns: the decision to reason, the end of the rationale, the position embedded."""
+NO_LIMIT = 2**63 - 1
+"""A `Decision`'s budget where the controller sets none: the largest int64, above every budget of an encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,8 @@ class Decision:
     Attributes:
         think: [B] bool.
         probability: [B] float, probability (or degree) of thinking; for reports.
-        budget: [B] int64, most rationale tokens a row may write; 0 where it does not think.
+        budget: [B] int64, most rationale tokens a row may write, `NO_LIMIT` where the encoder's own budget is all that
+            holds; 0 where it does not think.
     """
 
     think: Tensor

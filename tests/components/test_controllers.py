@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mmemb.components.controllers.rl import Rl
 from mmemb.components.controllers.threshold import Threshold
 from mmemb.interfaces import Controller
 from mmemb.registry import create
-from mmemb.types import PrefillState
+from mmemb.types import NO_LIMIT, PrefillState
 
 NAMES = ("always_reason", "never", "oracle", "random", "rl", "threshold")
 
@@ -48,8 +49,8 @@ def fitting(signal: list[float], gain: list[float], tokens: list[int] | None = N
     )
 
 
-def built(name: str) -> Controller:
-    return create("controller", name, threshold=0.5) if name == "threshold" else create("controller", name)
+def built(name: str, **settings: Any) -> Controller:
+    return create("controller", name, **({"threshold": 0.5} if name == "threshold" else {}), **settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +59,15 @@ def test_every_decision_is_binary_with_its_budget(name: str) -> None:
     assert decision.think.shape == decision.probability.shape == decision.budget.shape == (6,)
     assert (decision.think.dtype, decision.budget.dtype) == (torch.bool, torch.int64)
     assert decision.probability.dtype == torch.float32
-    assert decision.budget.tolist() == [48 * think for think in decision.think.tolist()]
+    assert decision.budget.tolist() == [NO_LIMIT * think for think in decision.think.tolist()]
     assert ((decision.probability >= 0) & (decision.probability <= 1)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "never"])
+def test_a_budget_of_its_own_is_every_thinking_rows(name: str) -> None:
+    decision = built(name, budget=7).decide(known())
+    assert decision.think.any()
+    assert decision.budget.tolist() == [7 * think for think in decision.think.tolist()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +82,6 @@ def test_a_row_is_decided_without_its_neighbours(name: str) -> None:
 def test_never_and_always_are_the_two_ends() -> None:
     assert not built("never").decide(known()).think.any()
     assert built("always_reason").decide(known()).think.all()
-    assert create("controller", "always_reason", budget=7).decide(known()).budget.tolist() == [7] * 6
 
 
 def test_rl_follows_the_decision_token_and_its_offset() -> None:
@@ -210,12 +217,15 @@ def test_a_fit_needs_queries_of_which_all_is_known(kind: type) -> None:
 def test_rl_can_think_a_little() -> None:
     logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [2.0, 0.0]])
     given = PrefillState(decision_logits=logits, direct=torch.zeros(3, 4))
-    decision = Rl(offset=0.0, short_budget=8, full_margin=1.0).decide(given)
+    decision = Rl(offset=0.0, budget=48, short_budget=8, full_margin=1.0).decide(given)
     assert decision.think.tolist() == [False, True, True]
     assert decision.budget.tolist() == [0, 8, 48]
-    assert Rl(offset=0.6, short_budget=8).decide(given).budget.tolist() == [0, 48, 48]
+    assert Rl(offset=0.6, budget=48, short_budget=8).decide(given).budget.tolist() == [0, 48, 48]
+    assert Rl(offset=0.0, short_budget=80).decide(given).budget.tolist() == [0, 80, NO_LIMIT]
     with pytest.raises(ValueError, match="short_budget is 48 of 48"):
-        Rl(short_budget=48)
+        Rl(budget=48, short_budget=48)
+    with pytest.raises(ValueError, match="short_budget is 0 of any"):
+        Rl(short_budget=0)
 
 
 def test_the_threshold_says_what_it_misses() -> None:

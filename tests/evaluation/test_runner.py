@@ -177,6 +177,11 @@ def test_a_smaller_budget_encodes_only_the_rows_it_cuts() -> None:
     assert short["hit@1"] == pytest.approx((1 / 4 + 1 / 4 + 0 + 1) / 4)
 
 
+def test_a_controller_without_a_budget_leaves_it_to_the_encoder() -> None:
+    modes = run("always_reason", "oracle", tasks=[task("long", ("0 1 1 60", 1))]).modes
+    assert modes["always_reason"]["tokens_per_query"] == modes["oracle"]["tokens_per_query"] == 62
+
+
 def test_records_say_what_each_path_found() -> None:
     records = run("always_reason").records
     helped = records[1]

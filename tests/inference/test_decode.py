@@ -69,6 +69,7 @@ def test_a_budget_ends_a_rationale_and_says_so() -> None:
     paths = adaptive_paths(backbone, built(FakePooler()), items(3), Rows({0: 2, 1: 5, 2: 30}), budget=6)
     assert paths.tokens.tolist() == [4, 7, 8]  # two brackets each; the encoder's budget of 6 caps the third
     assert paths.truncated.tolist() == [True, True, True]
+    assert paths.decision.budget.tolist() == [2, 5, 6]
 
 
 def test_a_rationale_that_closes_exactly_at_its_budget_is_not_truncated() -> None:

@@ -100,6 +100,18 @@ def test_budget_and_rationales_are_asked_for() -> None:
 
 
 def test_embeddings_are_tensors_and_arrays_of_any_smaller_width() -> None:
+def test_a_call_may_raise_the_budget_of_whoever_thinks_by_itself() -> None:
+    texts = ["red apple", "what is the capital of chile", "left"]
+    eager = embedder(controller=create("controller", "always_reason"), budget=2)
+    assert eager.encode(texts).tokens.max() <= 4
+    assert eager.encode(texts, budget=30).tokens.max() > 11
+    by_default = embedder(budget=2)
+    by_default.controller.offset = 100.0  # type: ignore[attr-defined]  # everybody thinks
+    assert by_default.encode(texts, budget=30).tokens.max() > 11
+    bound = embedder(controller=create("controller", "always_reason", budget=2), budget=2)
+    assert bound.encode(texts, budget=30).tokens.max() <= 4
+
+
     model = embedder()
     whole = model.encode(["red apple", "blue", "dog"])
     half = model.encode(["red apple", "blue", "dog"], dim=8)

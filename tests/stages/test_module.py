@@ -11,9 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.backbones.tuning import LoraSettings
+from mmemb.components.controllers.always_reason import AlwaysReason
 from mmemb.components.controllers.never import Never
 from mmemb.data.datamodule import Source
 from mmemb.evaluation.runner import EvaluationResults
+from mmemb.interfaces import Controller
 from mmemb.stages import module as module_file
 from mmemb.stages.module import EmbeddingModule
 from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
@@ -82,6 +84,22 @@ def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itse
     assert scored == [2]
     small_trainer(tmp_path).validate(module, datamodule=data)
     assert scored == [2, 5]
+
+
+@pytest.mark.parametrize(("controllers", "scored"), [([Never(), AlwaysReason()], [["never"]]), ([AlwaysReason()], [])])
+def test_the_model_before_training_is_scored_for_the_direct_path_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: list[Controller], scored: list[list[str]]
+) -> None:
+    seen: list[list[str]] = []
+
+    def evaluate(encoder: Any, tasks: Any, *, controllers: Any, **rest: Any) -> EvaluationResults:
+        seen.append(list(controllers))
+        return EvaluationResults()
+
+    monkeypatch.setattr(module_file, "evaluate", evaluate)
+    data = small_data(batch_size=8, test=[Source("bundled:test", tasks=["fact"], limit=5)])
+    small_trainer(tmp_path, max_steps=1).fit(small_module(controllers=controllers), datamodule=data)
+    assert seen == scored
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ class _Any(Controller):
         budget = torch.zeros(rows, dtype=torch.int64, device=device)
         for controller in self.controllers:
             if controller.needs_utility:
-                asked = torch.full_like(budget, controller.budget)
+                asked = torch.full_like(budget, controller.limit)
             else:
                 decision = controller.decide(state)
                 asked = torch.where(decision.think, decision.budget, 0)

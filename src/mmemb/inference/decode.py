@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def adaptive_paths(
         items: the batch.
         controller: decides from the prefill.
         budget: most rationale tokens of a row, brackets not counted; a controller's smaller budget holds, and so does
-            the backbone's own limit.
+            the backbone's own limit. The decision returned has the smallest of the three.
         bank: [M, D] reference embeddings for the confidence; None leaves it out.
         confidence_temperature: of the softmax over the bank.
         temperature: of the rationale's sampling; 0 is greedy.
@@ -201,6 +201,7 @@ def adaptive_paths(
     confidence = None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature)
     state = PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
     decision = controller.decide(state)
+    decision = replace(decision, budget=decision.budget.clamp(max=min(budget, backbone.max_rationale_tokens)))
     thinking = decision.think.to(device).nonzero().flatten()
     embedding = direct.clone()
     rationale = [""] * len(items)
@@ -211,7 +212,7 @@ def adaptive_paths(
     decided = time.perf_counter()
     if len(thinking):
         rows = thinking.tolist()
-        budgets = decision.budget.to(device)[thinking].clamp(max=min(budget, backbone.max_rationale_tokens))
+        budgets = decision.budget.to(device)[thinking]
         seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
         sampler = Sampler(seeds, steps=int(budgets.max()) + 1, temperature=temperature, device=device)
         if len(rows) < len(items):

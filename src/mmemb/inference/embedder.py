@@ -65,7 +65,7 @@ class Embedder:
     ) -> None:
         self.backbone = backbone
         self.pooler = pooler
-        self.controller = controller or create("controller", "rl", budget=budget)
+        self.controller = controller or create("controller", "rl")
         self.encoder = Encoder(backbone, pooler, batch_size=batch_size, budget=budget, progress=progress)
         self._identity: str | None = None
 
@@ -118,7 +118,7 @@ class Embedder:
             side: what the items are: queries, or the targets that queries look for.
             reason: ``auto`` lets the controller decide for every query and thinks about no target; ``always`` and
                 ``never`` decide for all.
-            budget: most rationale tokens of a row; None: the embedder's own.
+            budget: most rationale tokens of a row; None: the embedder's own. A controller's own smaller budget holds.
             return_rationales: keep what was thought.
             dim: width of the embeddings: their first entries, normalised again (Matryoshka); None: all.
             instruction: the task in words, for everything that does not bring its own.
@@ -142,7 +142,7 @@ class Embedder:
         most = self.encoder.budget if budget is None else budget
         if side == "target" and reason == "auto":
             reason = "never"
-        controller = self._controller(reason, most)
+        controller = self._controller(reason)
         if reason == "never":  # one plain pass: no cache to hold, no decision to read
             found = direct(self.encoder.encode_queries(queries))
         else:
@@ -188,11 +188,11 @@ class Embedder:
         os.replace(aside, folder / _SETTINGS)
         return folder
 
-    def _controller(self, reason: str, budget: int) -> Controller:
+    def _controller(self, reason: str) -> Controller:
         if reason == "auto":
             return self.controller
         if reason == "always":
-            return create("controller", "always_reason", budget=budget)
+            return create("controller", "always_reason")
         if reason == "never":
             return create("controller", "never")
         raise ValueError(f"encode: reason is {reason!r}; give 'auto', 'always' or 'never'")

@@ -49,7 +49,7 @@ class Everyone(Controller):
     def decide(self, state: PrefillState) -> Decision:
         """B times yes."""
         rows = len(state.direct)
-        return Decision(torch.ones(rows, dtype=torch.bool), torch.ones(rows), torch.full((rows,), self.budget))
+        return Decision(torch.ones(rows, dtype=torch.bool), torch.ones(rows), torch.full((rows,), self.limit))
 
 
 class Encoder:

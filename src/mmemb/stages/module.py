@@ -57,8 +57,8 @@ class EmbeddingModule(L.LightningModule):
         warmup_steps: steps of linear warm-up.
         gradient_clip: largest gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
-        budget: most rationale tokens a row may write in evaluation; a controller's own smaller budget holds, and so does
-            the backbone's max_rationale_tokens.
+        budget: most rationale tokens a row may write in evaluation; a controller's own smaller budget holds, and so
+            does the backbone's max_rationale_tokens.
         validation_queries: queries a task scored at each validation during training; `mmemb validate` and the final
             evaluation take all.
     """
