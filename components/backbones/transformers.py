@@ -97,7 +97,9 @@ class TransformersBackbone(Backbone, name="transformers"):
             max_prompt_tokens=max_prompt_tokens,
             max_rationale_tokens=max_rationale_tokens,
         )
+        self.max_prompt_tokens = max_prompt_tokens
         self.max_rationale_tokens = max_rationale_tokens
+        self.dtype = dtype
         network: Any = loading.load_model(
             model,
             config,

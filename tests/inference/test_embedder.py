@@ -12,6 +12,7 @@ import torch
 from PIL import Image as PILImage
 
 from mmemb.checkpoint import write_checkpoint
+from mmemb.components.backbones.tiny import FOLDER
 from mmemb.inference.embedder import Embedder, as_item
 from mmemb.interfaces import Backbone, Pooler, Prefix
 from mmemb.registry import create
@@ -99,7 +100,6 @@ def test_budget_and_rationales_are_asked_for() -> None:
         model.encode(texts, budget=0)
 
 
-def test_embeddings_are_tensors_and_arrays_of_any_smaller_width() -> None:
 def test_a_call_may_raise_the_budget_of_whoever_thinks_by_itself() -> None:
     texts = ["red apple", "what is the capital of chile", "left"]
     eager = embedder(controller=create("controller", "always_reason"), budget=2)
@@ -112,6 +112,7 @@ def test_a_call_may_raise_the_budget_of_whoever_thinks_by_itself() -> None:
     assert bound.encode(texts, budget=30).tokens.max() <= 4
 
 
+def test_embeddings_are_tensors_and_arrays_of_any_smaller_width() -> None:
     model = embedder()
     whole = model.encode(["red apple", "blue", "dog"])
     half = model.encode(["red apple", "blue", "dog"], dim=8)
@@ -224,6 +225,25 @@ def test_a_saved_folder_comes_back(parts: tuple[Backbone, Pooler], tmp_path: Pat
     torch.testing.assert_close(out.embedding, expected.embedding, atol=1e-6, rtol=0)
     assert loaded.backbone.identity == own.backbone.identity
     assert loaded.backbone.max_rationale_tokens == own.backbone.max_rationale_tokens
+
+
+def test_a_saved_folder_keeps_precision_and_limits(tmp_path: Path) -> None:
+    limits = {"max_prompt_tokens": 300, "max_rationale_tokens": 20}
+    backbone = create("backbone", "transformers", model=str(FOLDER), weights="random", dtype="bfloat16", **limits)
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    folder = Embedder(backbone, pooler).save(tmp_path / "model")
+    loaded = Embedder.from_checkpoint(folder, device="cpu").backbone
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert {name: getattr(loaded, name) for name in limits} == limits
+    assert loaded.processor.max_prompt_tokens == 300  # type: ignore[attr-defined]
+
+    settings = json.loads((folder / "embedder.json").read_text())
+    of_an_earlier_version = {key: settings[key] for key in settings if key not in ("max_prompt_tokens", "dtype")}
+    (folder / "embedder.json").write_text(json.dumps(of_an_earlier_version))
+    older = Embedder.from_checkpoint(folder, device="cpu").backbone
+    assert {parameter.dtype for parameter in older.parameters()} == {torch.float32}
+    assert older.max_rationale_tokens == 20
 
 
 def test_a_hub_id_is_read_from_the_cache(

@@ -39,6 +39,8 @@ One: TypeAlias = str | Path | PILImage | Item | Mapping[str, Any] | Sequence[Any
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _SETTINGS, _BACKBONE, _POOLER = "embedder.json", "backbone", "pooler.safetensors"
+_KEPT = ("max_prompt_tokens", "max_rationale_tokens", "dtype")
+"""Arguments of the backbone that its own folder does not hold."""
 
 
 class Embedder:
@@ -76,7 +78,8 @@ class Embedder:
         Args:
             path: a ``.ckpt`` that ``mmemb fit`` wrote, its run folder (the last checkpoint is taken), a folder that
                 `save` wrote, or the hub id (``owner/name`` or ``owner/name@revision``) of such a folder; a local path
-                comes first, and only a hub id may use the network.
+                comes first. The network is used for a hub id, and for a ``.ckpt`` or run whose backbone was given by
+                hub id, unless the model is in the local cache.
             device: where the model goes; None: the GPU if there is one.
             **options: further arguments of the constructor.
 
@@ -174,7 +177,7 @@ class Embedder:
         settings = {
             "format": 1,
             "pooler": _describe(self.pooler),
-            "max_rationale_tokens": self.backbone.max_rationale_tokens,
+            **{name: getattr(self.backbone, name) for name in _KEPT if hasattr(self.backbone, name)},
             # Saving may merge adapters into the weights: the same model with another digest.
             "identity": self.identity,
         }
@@ -303,8 +306,9 @@ def _read_lightning(path: Path) -> tuple[Backbone, Pooler]:
 def _read_folder(folder: Path) -> tuple[Backbone, Pooler, str | None]:
     """Backbone, pooler and identity of a folder that `Embedder.save` wrote."""
     settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    model, most = str(folder / _BACKBONE), settings["max_rationale_tokens"]
-    backbone = create("backbone", "transformers", model=model, max_rationale_tokens=most)
+    # Folders of earlier versions have not all of them.
+    kept = {name: settings[name] for name in _KEPT if name in settings}
+    backbone = create("backbone", "transformers", model=str(folder / _BACKBONE), **kept)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pooler", type=Pooler)
     pooler = parser.instantiate_classes(parser.parse_object({"pooler": settings["pooler"]})).pooler
