@@ -261,7 +261,7 @@ def measure(
             "thought": round(float(every.paths.decision.think.float().mean()), 3),
             "tokens": round(float(written.mean()), 2),
             "seconds": statistics.median(times[name]),
-            "rows_per_second": len(items) / statistics.median(times[name]),
+            "rows_per_second": len(items) / harness.busy_seconds(statistics.median(times[name]), device=device),
             "ratio_to_floor": harness.median_ratio(times[name], times["floor"]),
             "ratio_to_mmemb": harness.median_ratio(times[name], times["mmemb"]),
             "difference": difference[name],
@@ -269,6 +269,32 @@ def measure(
         }
         for name, way in ways.items()
     ]
+
+
+def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is asked of our way beside what was measured, a row a bound and ``reason``."""
+    ratio = {(row["reason"], row["rival"]): row for row in found}
+    rows = []
+    for reason in dict.fromkeys(row["reason"] for row in found):
+        measured = {
+            "floor": (ratio[reason, "mmemb"]["ratio_to_floor"], "time / floor", "at most", 1.25),
+            **{
+                way: (ratio[reason, way]["ratio_to_mmemb"], f"{way} / ours", "at least", least)
+                for way, least in (("row_read", 5.0), ("row_reencode", 5.0), ("batch_reencode", 2.0))
+            },
+        }
+        for value, what, direction, bound in measured.values():
+            holds = value <= bound if direction == "at most" else value >= bound
+            claim = f"{reason}: {what}"
+            rows.append(
+                {
+                    "claim": claim,
+                    "asked": f"{direction} {bound:g}",
+                    "measured": value,
+                    "holds": "yes" if holds else "no",
+                }
+            )
+    return rows
 
 
 def _even_offset(backbone: Backbone, pooler: Pooler, items: Sequence[Item], batch_size: int) -> float:
@@ -290,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for reason in ("always", "half"):
         found += measure(reason, repeats=options.repeats, device=options.device, **sizes)
     path = harness.append(found, output=options.output, name="inference", smoke=options.smoke, device=options.device)
-    print(harness.table(found), f"appended to {path}", sep="\n")
+    print(harness.table(found), harness.table(judged(found)), f"appended to {path}", sep="\n\n")
 
 
 if __name__ == "__main__":

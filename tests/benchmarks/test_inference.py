@@ -26,3 +26,8 @@ def test_a_smoke_run_compares_all_ways(
         assert row["ratio_to_mmemb"] > 0
         assert row["thought"] == (1.0 if row["reason"] == "always" else 0.5)
     assert "ratio_to_floor" in capsys.readouterr().out
+    claims = {row["claim"]: row for row in benchmark.judged(rows)}
+    assert len(claims) == 8
+    floor = next(row for row in rows if (row["reason"], row["rival"]) == ("half", "mmemb"))["ratio_to_floor"]
+    assert claims["half: time / floor"]["holds"] == ("yes" if floor <= 1.25 else "no")
+    assert claims["always: batch_reencode / ours"]["asked"] == "at least 2"
