@@ -24,6 +24,10 @@ COMMANDS = {
 }
 """Command -> (one line, module whose ``main(argv)`` runs it); argv starts with the command."""
 
+_GOES_ON = "the same command started again goes on with what is finished"
+_HINTS = {"embed": _GOES_ON, "rationales": _GOES_ON}
+"""Command -> how to go on after Ctrl-C; those of `mmemb.cli` say it themselves."""
+
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
@@ -72,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_MISTAKE
     quiet()
     module = COMMANDS[words[0]][1]
-    return guarded(lambda: importlib.import_module(module).main(words), debug=debug)
+    hint = _HINTS.get(words[0], "")
+    return guarded(lambda: importlib.import_module(module).main(words), debug=debug, hint=hint)
 
 
 if __name__ == "__main__":

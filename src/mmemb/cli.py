@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mmemb import shortnames
 from mmemb.checkpoint_io import SafeCheckpointIO
 from mmemb.commands.configs import check_yaml, config_paths
+from mmemb.commands.errors import tell_interrupted
 from mmemb.commands.parser import HelpFormatter, OneLineErrors
 from mmemb.interrupt import InterruptCheckpoint, Interrupted
 from mmemb.progress import StepsBar
@@ -126,11 +126,10 @@ class MmembCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the safe checkpoint writer, the bar and the stop on Ctrl-C; drops what a disabled feature rules out."""
         config = self._get(self.config_init, "trainer")
-        callbacks = list(config.get("callbacks") or [])
+        callbacks = _listed(config.get("callbacks"))
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        plugins = config.get("plugins") or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        plugins = _listed(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -229,20 +228,34 @@ def main(
         code = (
             128 + stop.signum if isinstance(stop, Interrupted) else 143 if isinstance(stop, SIGTERMException) else 130
         )
-        print(f"mmemb: interrupted; {_how_to_resume(argv, interrupt.path)}", file=sys.stderr, flush=True)
+        tell_interrupted(_how_to_go_on(argv, interrupt))
         return code
     return 0
 
 
-def _how_to_resume(argv: Sequence[str], path: Path | None) -> str:
-    if path is None:
-        return "no training step was lost, so there is nothing to resume"
+def _how_to_go_on(argv: Sequence[str], interrupt: InterruptCheckpoint) -> str:
+    """What to type after a stop: the training again from where it was, or the evaluation that it had come to."""
+    if interrupt.path is not None:
+        return f"resume with: {_with_checkpoint(argv, interrupt.path)}"
+    if interrupt.trained is not None:
+        return f"training had finished; evaluate with: {_with_checkpoint(['test', *argv[1:]], interrupt.trained)}"
+    if interrupt.finished:
+        return "training had finished and kept no checkpoint, so there is nothing to evaluate"
+    return "no training step was lost, so there is nothing to resume"
+
+
+def _with_checkpoint(argv: Sequence[str], path: Path) -> str:
     words = list(argv)
     while "--ckpt_path" in words:
         position = words.index("--ckpt_path")
         del words[position : position + 2]
     words = [word for word in words if not word.startswith("--ckpt_path=")]
-    return f"resume with: {shlex.join(['mmemb', *words, '--ckpt_path', str(path)])}"
+    return shlex.join(["mmemb", *words, "--ckpt_path", str(path)])
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting of the trainer that may be a list, a single part or nothing."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _run_name(args: Sequence[str]) -> str:

@@ -39,10 +39,14 @@ class InterruptCheckpoint(L.Callback):
 
     Attributes:
         path: the checkpoint written, or None.
+        finished: whether the training has come to its end.
+        trained: its last checkpoint then, if one was kept.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.finished = False
+        self.trained: Path | None = None
         self._requested: int | None = None
         self._training = False
         self._process = os.getpid()
@@ -94,6 +98,12 @@ class InterruptCheckpoint(L.Callback):
         self._training = False
         if self._requested is not None:
             raise Interrupted(self._requested)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes from what an evaluation that is stopped may be made up for."""
+        self.finished = True
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        self.trained = Path(last) if last and Path(last).exists() else None
 
     # -- what is left ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from standins import QUIET, SIGINT, SIGTERM, StandInData, StandInModule
 
 from mmemb import cli as cli_module
+from mmemb.interrupt import InterruptCheckpoint
 
 Fit = Callable[..., int]
 
@@ -68,6 +70,12 @@ def test_checkpointing_can_be_turned_off(fit: Fit) -> None:
     assert not list(Path().rglob("*.ckpt"))
 
 
+def test_a_single_callback_need_not_stand_in_a_list(fit: Fit) -> None:
+    assert fit("--config", write("a.yaml", {"trainer": {"callbacks": {"class_path": "RunCheckpoint"}}})) == 0
+    names = {type(callback).__name__ for callback in module().trainer.callbacks}  # type: ignore[attr-defined]
+    assert {"RunCheckpoint", "InterruptCheckpoint"} <= names
+
+
 def test_later_configs_win_and_lists_of_callbacks_append(fit: Fit) -> None:
     first = write("a.yaml", {"model": {"selector": {"class_path": "random", "init_args": {"seed": 5}}}})
     second = write("b.yaml", {"model": {"selector": {"class_path": "random", "init_args": {"seed": 6}}}})
@@ -116,8 +124,34 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_lost(
     assert not list(Path().rglob("*.ckpt"))
 
 
+def test_a_signal_in_the_final_evaluation_says_how_to_make_up_for_it(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write("r1.yaml", {"seed_everything": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(StandInModule, "test_step", lambda *arguments: os.kill(os.getpid(), SIGINT))
+        assert fit("--config", config, "--model.width", "4") == 130
+    told = capsys.readouterr().err.strip().split("\n")[-1]
+    start = "mmemb: interrupted; training had finished; evaluate with: mmemb "
+    assert told.startswith(f"{start}test ")
+    argv = shlex.split(told.removeprefix(start))
+    assert argv[-2:] == ["--ckpt_path", "runs/r1/version_0/checkpoints/last.ckpt"]
+    assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
+    assert module().tested
+
+
+def test_a_signal_in_the_final_evaluation_of_a_run_without_checkpoints(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandInModule, "test_step", lambda *arguments: os.kill(os.getpid(), SIGINT))
+    assert fit("--trainer.enable_checkpointing", "false") == 130
+    assert "training had finished and kept no checkpoint" in capsys.readouterr().err
+
+
 def test_the_way_to_resume_replaces_an_older_checkpoint_of_the_command() -> None:
-    line = cli_module._how_to_resume(["fit", "--ckpt_path", "old.ckpt", "--config", "a b.yaml"], Path("new.ckpt"))
+    interrupt = InterruptCheckpoint()
+    interrupt.path = Path("new.ckpt")
+    line = cli_module._how_to_go_on(["fit", "--ckpt_path", "old.ckpt", "--config", "a b.yaml"], interrupt)
     assert line == "resume with: mmemb fit --config 'a b.yaml' --ckpt_path new.ckpt"
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from standins import SIGINT, SIGTERM
 
+from mmemb.__main__ import COMMANDS
 from mmemb.interrupt import InterruptCheckpoint, Interrupted
 
 HERE = Path(__file__).parent
@@ -82,6 +86,28 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
     assert run.returncode == 130, error
     assert "Traceback" not in error
     assert torch.load(checkpoint_of(error), weights_only=True)["global_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("embed", "mmemb: interrupted; the same command started again goes on with what is finished"),
+        ("rationales", "mmemb: interrupted; the same command started again goes on with what is finished"),
+        ("search", "mmemb: interrupted"),
+        ("data", "mmemb: interrupted"),
+        ("fit", "mmemb: interrupted"),
+    ],
+)
+def test_ctrl_c_is_one_line_whatever_the_command(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, command: str, line: str
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS[command][1]), "main", main)
+    assert cli(command) == (130, "", line + "\n")
+    with pytest.raises(KeyboardInterrupt):
+        cli("--debug", command)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 from mmemb.registry import PluginError
 
 EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
 DEBUG = "MMEMB_DEBUG"
 
 _WORKER = re.compile(r"^Caught (\w+) in DataLoader worker process \d+\.", re.MULTILINE)
@@ -82,23 +83,35 @@ def _explain_os(error: OSError) -> str | None:
     return _from_worker(str(error))
 
 
+def tell_interrupted(hint: str) -> None:
+    """Prints the one line of a command that Ctrl-C or SIGTERM stopped."""
+    print(f"mmemb: interrupted; {hint}" if hint else "mmemb: interrupted", file=sys.stderr, flush=True)
+
+
 def tell(message: str) -> None:
     """Prints one error line; every rank of a multi-process run may say its own."""
     print(f"mmemb: error: {message}", file=sys.stderr, flush=True)
 
 
-def guarded(run: Callable[[], int], *, debug: bool = False) -> int:
-    """Runs a command and turns mistakes into one line and exit code 2.
+def guarded(run: Callable[[], int], *, debug: bool = False, hint: str = "") -> int:
+    """Runs a command and turns mistakes into one line and exit code 2, Ctrl-C into one line and exit code 130.
 
     Args:
         run: the command; returns its exit code.
         debug: lets every error through with its traceback, as ``MMEMB_DEBUG=1`` does.
+        hint: how to go on after Ctrl-C.
 
     Returns:
         the exit code.
     """
+    debug = debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
         return run()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        tell_interrupted(hint)
+        return EXIT_INTERRUPTED
     except SystemExit as stop:
         if isinstance(stop.code, str):
             tell(one_line(stop.code))
@@ -106,7 +119,7 @@ def guarded(run: Callable[[], int], *, debug: bool = False) -> int:
         return int(stop.code or 0)
     except Exception as error:
         message = explain(error)
-        if message is None or debug or os.environ.get(DEBUG, "") not in ("", "0"):
+        if message is None or debug:
             raise
         tell(message)
         return EXIT_MISTAKE
