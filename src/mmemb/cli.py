@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from jsonargparse import Namespace
@@ -196,8 +196,16 @@ class _Build(MmembCLI):
         """Leaves the running to the caller."""
 
 
-def build(args: Sequence[str]) -> tuple[Any, Any]:
-    """Model and data module of a command's settings: for commands that need the parts of a training, not the training.
+class Built(NamedTuple):
+    """The parts of a training: model, data module, and the ``trainer.accelerator`` of the settings."""
+
+    model: Any
+    datamodule: Any
+    accelerator: Any
+
+
+def build(args: Sequence[str]) -> Built:
+    """What a command's settings name: for commands that need the parts of a training, not the training.
 
     Args:
         args: as `check_config` takes them.
@@ -206,7 +214,7 @@ def build(args: Sequence[str]) -> tuple[Any, Any]:
         ValueError: as `check_config`, and whatever the parts refuse.
     """
     cli = _Build(args=args)
-    return cli.model, cli.datamodule
+    return Built(cli.model, cli.datamodule, cli.config[cli.config.subcommand].trainer.accelerator)
 
 
 def main(

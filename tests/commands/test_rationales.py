@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+
+from mmemb.stages.module import EmbeddingModule
 
 Cli = Callable[..., Any]
 
@@ -67,6 +70,37 @@ def test_generate_score_show(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pair0" in out
     assert "pair4" in out
     assert "pair1" not in out
+
+
+def test_the_model_is_put_where_fit_would_train(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[str] = []
+    monkeypatch.setattr(EmbeddingModule, "to", lambda self, device: placed.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert rationales(cli, "generate").code == 0
+    assert rationales(cli, "score", "--trainer.accelerator", "cpu").code == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert rationales(cli, "score").code == 0
+    assert placed == ["cuda", "cpu", "cpu"]
+
+
+def test_show_chooses_where_the_selector_can(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("--model.pool.shard_size", "4")
+    assert rationales(cli, "generate", *words).code == 0
+    code, out, err = rationales(cli, "show", "--limit", "9")
+    assert code == 0
+    assert "no choice shown for 6 of 6 pairs: pair 'pair1': its rationale candidates have not been scored" in err
+    code, out, err = rationales(cli, "show", "--limit", "9", "--model.selector", "random")  # needs no scores
+    assert code == 0
+    assert out.count("▶") == 6
+    assert "no choice" not in err
+
+    assert rationales(cli, "score", *words).code == 0
+    Path("pool/scores-retrieval-000000004.parquet").unlink()  # as a run leaves it that was stopped after one shard
+    code, out, err = rationales(cli, "show", "--limit", "9")
+    assert code == 0
+    assert out.count("╭") == 6
+    assert "no choice shown for 2 of 6 pairs: pair 'pair5'" in err
 
 
 def test_stats_counts_by_task_and_worker_and_writes_a_page(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

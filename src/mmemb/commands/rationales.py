@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     configs = [word for path in options.config for word in ("--config", path)]
     from mmemb.cli import build
 
-    model, datamodule = build(["fit", *configs, *rest])
+    model, datamodule, accelerator = build(["fit", *configs, *rest])
     if model.pool is None:
         raise UsageError("the config has no model.pool: say there where the candidates are kept and who writes them")
     datamodule.setup("fit")
@@ -64,11 +64,18 @@ def main(argv: Sequence[str]) -> int:
         some = [pair for pair in pairs if options.task in (None, pair.task)]
         _stats(model, some, output=options.output)
     else:
-        _make(options.action, model, pairs)
+        _make(options.action, model, pairs, device=_device(accelerator))
     return 0
 
 
-def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
+def _device(accelerator: Any) -> str:
+    """Where `mmemb fit` would make the pool: on the GPU if there is one, unless the settings say otherwise."""
+    import torch
+
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None:
     """Writes candidates, or their scores."""
     from mmemb.stages.generate import generate
     from mmemb.stages.select import score
@@ -78,6 +85,7 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
         if not settings.workers:
             raise UsageError("model.pool.workers is empty: name who writes the candidates, e.g. [metadata, model]")
         settings.bind(parts)
+        model.to(device)
         generate(
             pairs,
             settings.workers,
@@ -91,6 +99,7 @@ def _make(action: str, model: Any, pairs: Sequence[Any]) -> None:
     if settings.evaluator is None:
         raise UsageError("model.pool.evaluator is missing: name who scores the candidates, e.g. retrieval")
     settings.bind(parts)
+    model.to(device)
     score(pairs, settings.evaluator, settings.path)
 
 
