@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mmemb.types import PrefillState
 
-
 FAR = 1e9
 """Beyond any signal, and still a number that JSON has."""
 

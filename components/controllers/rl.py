@@ -12,10 +12,10 @@ from mmemb.types import Decision, PrefillState
 class Rl(Controller, name="rl"):
     """Follows the model's own decision token, trained jointly and by reinforcement learning.
 
-    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO. The margin m = l_think - l_emb +
-    offset decides: think where m > 0. The offset is the price dial, one number for all queries: lower thinks less.
-    `calibrate` fits it on validation queries to what thinking adds there to hit@1, less a price a token, within a
-    budget of tokens; an offset that is given stays.
+    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO. The margin m = (l_think - l_emb +
+    offset) / spread decides: think where m > 0. The offset is the price dial, one number for all queries: lower thinks
+    less. `calibrate` fits it on validation queries to what thinking adds there to hit@1, less a price a token, within
+    a budget of tokens; an offset that is given stays.
 
     With ``short_budget`` there are three levels: none, short (0 < m <= ``full_margin``) and full (m above).
 
@@ -26,7 +26,9 @@ class Rl(Controller, name="rl"):
             limit.
         budget: most rationale tokens of a row that thinks; null: as many as the encoder allows.
         short_budget: most rationale tokens of a row that thinks a little; null leaves this level out.
-        full_margin: margin above which a row has the full budget, in nats; used with ``short_budget``.
+        full_margin: m above which a row has the full budget; used with ``short_budget``.
+        spread: unit of the margin, in nats: that of the policy which the control phase learned. It moves no decision
+            between thinking and not, only its probability and ``full_margin``.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -40,6 +42,7 @@ class Rl(Controller, name="rl"):
         budget: int | None = None,
         short_budget: int | None = None,
         full_margin: float = 1.0,
+        spread: float = 1.0,
     ) -> None:
         check_settings(price, token_share, "rl")
         self.budget = budget
@@ -49,6 +52,9 @@ class Rl(Controller, name="rl"):
                 f"controller rl: short_budget is {short_budget} of {most}, full_margin {full_margin}; "
                 "use 0 < short_budget < budget and a margin above 0"
             )
+        if not spread > 0:
+            raise ValueError(f"controller rl: spread is {spread}; it is above 0")
+        self.spread = spread
         self.offset = 0.0 if offset is None else offset
         self.fitted = offset is None
         self.price = price
@@ -58,7 +64,7 @@ class Rl(Controller, name="rl"):
 
     def decide(self, state: PrefillState) -> Decision:
         """Thinks where the margin is above 0."""
-        margin = state.margin + self.offset
+        margin = (state.margin + self.offset) / self.spread
         think = margin > 0
         budget = torch.where(think, self.limit, 0)
         if self.short_budget is not None:

@@ -91,6 +91,11 @@ def test_rl_follows_the_decision_token_and_its_offset() -> None:
     assert Rl(offset=0.6).decide(given).think.tolist() == [True, False, True]
     assert Rl(offset=-2.0).decide(given).think.tolist() == [False, False, False]
     assert Rl().decide(given).probability[0].item() == pytest.approx(1 / (1 + math.exp(-1)))
+    wide = Rl(offset=0.6, spread=2.0).decide(given)
+    assert wide.think.tolist() == [True, False, True]
+    assert wide.probability[0].item() == pytest.approx(1 / (1 + math.exp(-0.8)))
+    with pytest.raises(ValueError, match="spread is 0"):
+        Rl(spread=0.0)
 
 
 def test_oracle_thinks_where_the_gain_exceeds_the_price() -> None:

@@ -212,6 +212,28 @@ def test_a_checkpoint_gives_the_model_that_wrote_it(parts: tuple[Backbone, Poole
         torch.testing.assert_close(out.embedding, expected.embedding, atol=1e-6, rtol=0)
 
 
+def test_the_decision_comes_with_the_model(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    """As the evaluation of that very step calibrated it, else as the control phase learned it, else by the logits."""
+
+    def decision(source: Path) -> tuple[float, float]:
+        controller: Any = Embedder.from_checkpoint(source, device="cpu").controller
+        return controller.offset, controller.spread
+
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    write_checkpoint({**checkpoint(parts), "global_step": 9}, path)
+    assert decision(path) == (0.0, 1.0)
+    write_checkpoint({**checkpoint(parts), "global_step": 9, "control": {"policy": [1.5, 2.0]}}, path)
+    assert decision(path) == (-1.5, 2.0)
+    summary = tmp_path / "run" / "summary.json"
+    for step, expected in ((9, (-0.25, 2.0)), (8, (-1.5, 2.0))):
+        summary.write_text(json.dumps({"settings": {"step": step, "calibration": {"rl": {"offset": -0.25}}}}))
+        assert decision(path) == expected
+    summary.write_text(json.dumps({"settings": {"step": 9, "calibration": {}}}))
+    assert decision(path) == (-1.5, 2.0)
+    own = Embedder(*parts, controller=create("controller", "rl", offset=0.5, spread=3.0))
+    assert decision(own.save(tmp_path / "model")) == (0.5, 3.0)
+
+
 def test_a_saved_folder_comes_back(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
     own = Embedder(*parts, budget=3)
     own.save(tmp_path / "model")

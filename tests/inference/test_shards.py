@@ -81,6 +81,13 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path: Path) -> None:
     assert not (tmp_path / "all.parquet.parts").exists()
 
 
+def test_a_process_without_a_part_leaves_the_folder_alone(tmp_path: Path) -> None:
+    path = tmp_path / "all.parquet"
+    assert embed(path).joined
+    assert embed(path, 7, 8) == Share(0, 0, 0, True)
+    assert not (tmp_path / "all.parquet.parts").exists()
+
+
 def test_parts_of_another_job_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "all.parquet"
     embed(path, 0, 2)

@@ -53,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
         default="auto",
         help="whether items are thought about first; auto: queries as the model decides, targets never",
     )
+    parser.add_argument(
+        "--offset",
+        type=float,
+        help="auto: added to the logit of <think>, the dial; lower thinks less; by default as the run calibrated it",
+    )
     parser.add_argument("--budget", type=int, default=48, help="most rationale tokens of an item")
     parser.add_argument("--dim", type=int, help="width of the embeddings, their first entries; by default all")
     parser.add_argument("--instruction", type=str, default="", help="the task in words, for items without their own")
@@ -87,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
         progress=ranks.rank == 0,
     )
     settings = {name: options[name] for name in ("side", "reason", "dim")}
+    if options.offset is not None:
+        embedder.controller.offset = options.offset  # type: ignore[attr-defined]
     started = time.monotonic()
     share = embed_to_parquet(embedder, items, target, ranks=ranks, part_rows=options.part_rows, options=settings)
     seconds = time.monotonic() - started

@@ -8,24 +8,18 @@ embedder.similarity(queries, targets)  # [2, 2]
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from PIL.Image import Image as PILImage
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmemb.checkpoint import read_checkpoint, refuse_other_backbone
 from mmemb.data.images import BUNDLED
 from mmemb.data.records import parse_item
+from mmemb.inference import saved
 from mmemb.inference.embeddings import Embeddings, direct, similarity
 from mmemb.inference.encoder import Encoder
 from mmemb.inference.index import model_identity
@@ -37,11 +31,6 @@ Reason: TypeAlias = Literal["auto", "always", "never"]
 Side: TypeAlias = Literal["query", "target"]
 One: TypeAlias = str | Path | PILImage | Item | Mapping[str, Any] | Sequence[Any]
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-_SETTINGS, _BACKBONE, _POOLER = "embedder.json", "backbone", "pooler.safetensors"
-_KEPT = ("max_prompt_tokens", "max_rationale_tokens", "dtype")
-"""Arguments of the backbone that its own folder does not hold."""
-
 
 class Embedder:
     """Items -> embeddings, with or without thinking.
@@ -49,7 +38,8 @@ class Embedder:
     Args:
         backbone: the model.
         pooler: reads the embedding; already built.
-        controller: decides under ``reason="auto"``; None follows the model's own decision token (`rl`).
+        controller: decides under ``reason="auto"``; None follows the model's own decision (`rl`): of a checkpoint with
+            the offset that its run's evaluation calibrated, else as its control phase left it, else as the logits say.
         batch_size: rows of one forward pass.
         budget: most rationale tokens of a row.
         progress: show a bar over items.
@@ -87,17 +77,12 @@ class Embedder:
             FileNotFoundError: there is no such file or hub id, or no model in the folder.
             ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``.
         """
-        folder = Path(path).expanduser()
-        if not folder.exists() and _HUB_ID.fullmatch(str(path)):
-            folder = _download(str(path))
-        identity = None
-        if folder.is_dir() and (folder / _SETTINGS).is_file():
-            backbone, pooler, identity = _read_folder(folder)
-        else:
-            backbone, pooler = _read_lightning(_last_checkpoint(folder) if folder.is_dir() else folder)
+        found = saved.read(path)
+        if options.get("controller") is None:
+            options["controller"] = create("controller", "rl", **found.decision)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        embedder = cls(backbone.to(place), pooler.to(place), **options)
-        embedder._identity = identity
+        embedder = cls(found.backbone.to(place), found.pooler.to(place), **options)
+        embedder._identity = found.identity
         return embedder
 
     def encode(
@@ -174,21 +159,7 @@ class Embedder:
             ValueError: the pooler keeps an argument of its constructor under another name.
         """
         folder = Path(folder)
-        settings = {
-            "format": 1,
-            "pooler": _describe(self.pooler),
-            **{name: getattr(self.backbone, name) for name in _KEPT if hasattr(self.backbone, name)},
-            # Saving may merge adapters into the weights: the same model with another digest.
-            "identity": self.identity,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save(folder / _BACKBONE)
-        aside = folder / f".{_POOLER}.part"
-        save_file({name: value.contiguous() for name, value in self.pooler.state_dict().items()}, aside)
-        os.replace(aside, folder / _POOLER)
-        aside = folder / f".{_SETTINGS}.part"
-        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, folder / _SETTINGS)
+        saved.write(folder, self.backbone, self.pooler, identity=self.identity, controller=self.controller)
         return folder
 
     def _controller(self, reason: str) -> Controller:
@@ -249,97 +220,3 @@ def _picture(place: str, source: Any) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{place}: there is no picture {source}; correct the path (a plain string is text)")
     return str(path.resolve())
-
-
-def _download(name: str) -> Path:
-    """The folder of a hub id in the local cache, fetched if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        folder = Path(snapshot_download(repository, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
-            f"{name}: neither a path here nor a model of the hub that can be read: {first}"
-        ) from error
-    if not (folder / _SETTINGS).is_file():
-        raise FileNotFoundError(f"{name}: no {_SETTINGS} in it; upload a folder that Embedder.save wrote")
-    return folder
-
-
-def _last_checkpoint(folder: Path) -> Path:
-    path = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: neither {_SETTINGS} nor checkpoints/last.ckpt in it; give a run's folder or a .ckpt file"
-        )
-    return path
-
-
-def _read_lightning(path: Path) -> tuple[Backbone, Pooler]:
-    """Backbone and pooler of an `EmbeddingModule` checkpoint: built from its settings, then given its weights."""
-    checkpoint = read_checkpoint(path)
-    settings = checkpoint.get("hyper_parameters", {})
-    if not all(isinstance(settings.get(part), Mapping) for part in ("backbone", "pooler")):
-        raise ValueError(f"{path}: the settings of backbone and pooler are not in it; give a checkpoint of `mmemb fit`")
-    parser = ArgumentParser(exit_on_error=False)
-    # The types keep a checkpoint from naming anything but a backbone and a pooler.
-    parser.add_argument("--backbone", type=Backbone)
-    parser.add_argument("--pooler", type=Pooler)
-    try:
-        built = parser.instantiate_classes(
-            parser.parse_object({part: _plain(settings[part]) for part in ("backbone", "pooler")})
-        )
-    except ArgumentError as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise ValueError(f"{path}: its settings do not build a model here: {first}") from error
-    backbone, pooler = built.backbone, built.pooler
-    refuse_other_backbone(checkpoint, identity=backbone.identity, path=path)
-    pooler.build(backbone.hidden_size)
-    _load(backbone, checkpoint["state_dict"], "backbone.", path)
-    _load(pooler, checkpoint["state_dict"], "pooler.", path)
-    return backbone, pooler
-
-
-def _read_folder(folder: Path) -> tuple[Backbone, Pooler, str | None]:
-    """Backbone, pooler and identity of a folder that `Embedder.save` wrote."""
-    settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    # Folders of earlier versions have not all of them.
-    kept = {name: settings[name] for name in _KEPT if name in settings}
-    backbone = create("backbone", "transformers", model=str(folder / _BACKBONE), **kept)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--pooler", type=Pooler)
-    pooler = parser.instantiate_classes(parser.parse_object({"pooler": settings["pooler"]})).pooler
-    pooler.build(backbone.hidden_size)
-    pooler.load_state_dict(load_file(folder / _POOLER))
-    return backbone, pooler, settings.get("identity")
-
-
-def _load(part: nn.Module, state: Mapping[str, Tensor], prefix: str, path: Path) -> None:
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    try:
-        part.load_state_dict(own)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit the {prefix[:-1]} of its settings: {first}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Settings as plain containers: checkpoints keep them as mappings of several kinds."""
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _describe(part: Any) -> dict[str, Any]:
-    """Class path and arguments of a part that keeps every argument under its own name, as ours do."""
-    path = f"{type(part).__module__}.{type(part).__qualname__}"
-    names = [
-        name for name in inspect.signature(type(part).__init__).parameters if name not in ("self", "args", "kwargs")
-    ]
-    missing = [name for name in names if not hasattr(part, name)]
-    if missing:
-        raise ValueError(f"{path} does not keep its argument {missing[0]!r} as an attribute; it cannot be saved")
-    return {"class_path": path, "init_args": {name: getattr(part, name) for name in names}}

@@ -87,8 +87,10 @@ def embed_to_parquet(
     """
     ranks, options, output = ranks or Ranks(), dict(options or {}), Path(output)
     folder = output.with_name(f"{output.name}.parts")
-    _claim(folder, _job(embedder, items, part_rows, options))
     parts = -(-len(items) // part_rows)
+    if parts <= ranks.rank:  # nothing to do, and the others may have joined the parts and removed their folder already
+        return Share(0, 0, 0, output.is_file() and not folder.exists())
+    _claim(folder, _job(embedder, items, part_rows, options))
     embedded = thought = found = 0
     try:
         for number in range(ranks.rank, parts, ranks.world_size):
@@ -119,6 +121,8 @@ def _job(embedder: Embedder, items: Sequence[Item], part_rows: int, options: Map
     """All that determines the parts, in words where it is short."""
     contents = digest([[item.fields.get("id", ""), item_digest(item)] for item in items])
     settings = {"budget": embedder.encoder.budget, **options}
+    if options.get("side") == "query" and options.get("reason", "auto") == "auto":
+        settings["offset"] = getattr(embedder.controller, "offset", None)
     return {"model": embedder.identity, "rows": len(items), "items": contents, "part_rows": part_rows, **settings}
 
 
