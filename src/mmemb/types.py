@@ -86,6 +86,8 @@ class Pair:
         positive_id: identity of the target: pairs with equal ids share a target, so neither is the other's negative.
         hard_negatives: further candidates known to be wrong.
         hard_negative_ids: one identity a hard negative.
+        ranked_alone: evaluation ranks the query against its positive and its hard negatives only, not against the
+            candidates of other queries.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Pair:
     positive_id: str
     hard_negatives: tuple[Item, ...] = ()
     hard_negative_ids: tuple[str, ...] = ()
+    ranked_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,8 @@ def test_evaluation_rows_become_a_task_with_the_ground_truth_first(folder: Path)
     assert first.positive == Item("Represent the text.", (Text("cat"),))
     assert (first.positive_id, first.hard_negative_ids) == ("text:cat", ("text:dog", "text:tree"))
     assert (second.positive_id, second.hard_negative_ids) == ("text:tree", ("text:cat", "text:bird"))
+    assert first.ranked_alone
+    assert second.ranked_alone
     assert sorted(task.candidate_ids) == ["text:bird", "text:cat", "text:dog", "text:tree"]
     assert [f"text:{candidate.text}" for candidate in task.candidates] == list(task.candidate_ids)
 

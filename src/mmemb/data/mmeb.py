@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemb.data.rows import FieldError, kind_of
-from mmemb.types import EvaluationTask, Image, Item, Pair, Part, Text
+from mmemb.types import Image, Item, Pair, Part, Text
 
 TRAIN_COLUMNS = frozenset({"qry", "qry_image_path", "pos_text", "pos_image_path"})
 EVALUATION_COLUMNS = frozenset({"qry_text", "qry_img_path", "tgt_text", "tgt_img_path"})
@@ -124,12 +124,8 @@ def read_evaluation_row(
         positive_id=positive_id,
         hard_negatives=tuple(item for _, item in others),
         hard_negative_ids=tuple(identity for identity, _ in others),
+        ranked_alone=True,
     )
-
-
-def evaluation_task(name: str, queries: list[Pair], candidates: Mapping[str, Item]) -> EvaluationTask:
-    """Queries over the union of their candidates; a query's own ones are its positive and its hard negatives."""
-    return EvaluationTask(name, queries, list(candidates.values()), list(candidates))
 
 
 def is_train(columns: Iterable[str]) -> bool:

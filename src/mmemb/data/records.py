@@ -83,7 +83,7 @@ def read_tasks(source: Source) -> list[EvaluationTask]:
     """Retrieval tasks: bundled ones, MMEB image evaluation rows, or one a task of a pair file.
 
     Candidates of a pair file's task are all its positives and hard negatives, deduplicated by identity. Each query of
-    MMEB evaluation rows has candidates of its own: its positive and its hard negatives; the task's are the union.
+    MMEB evaluation rows is ranked against its own, positive and hard negatives; the task's are the union.
 
     Raises:
         FileNotFoundError, ValueError: as `read_pairs`.
@@ -106,7 +106,7 @@ def read_tasks(source: Source) -> list[EvaluationTask]:
             candidates.setdefault(pair.positive_id, pair.positive)
             for identity, item in zip(pair.hard_negative_ids, pair.hard_negatives, strict=True):
                 candidates.setdefault(identity, item)
-        tasks.append(mmeb.evaluation_task(name, pairs, candidates))
+        tasks.append(EvaluationTask(name, pairs, list(candidates.values()), list(candidates)))
     return tasks
 
 

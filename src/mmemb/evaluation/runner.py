@@ -25,15 +25,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from mmemb.evaluation.metrics import (
-    ExpectedHitRate,
-    ExpectedReciprocalRank,
-    cosine_scores,
-    expected_hit,
-    expected_rank,
-)
+from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
+from mmemb.evaluation.ranking import Ranking
 from mmemb.evaluation.sharding import gather, in_order, sharded, share, world
-from mmemb.inference.decode import Paths, confidence_over
+from mmemb.inference.decode import Paths
 from mmemb.inference.encoder import Everyone, merge_paths
 from mmemb.interfaces import Controller, Worker
 from mmemb.types import Decision, EvaluationTask, Item, Pair, PrefillState
@@ -41,9 +36,6 @@ from mmemb.types import Decision, EvaluationTask, Item, Pair, PrefillState
 TRUE_RATIONALE = "true_rationale"
 MEANS = ("hit@1", "hit@5", "mrr", "think_rate", "tokens_per_query", "chance", "queries_per_second")
 """Scores of a task that a mode averages over its tasks, each task counting once."""
-_TOP = 3
-_ROWS = 1024
-"""Queries scored at once: bounds the score matrix."""
 
 
 class QueryEncoder(Protocol):
@@ -212,47 +204,35 @@ class _Run:
     """One task encoded: everything the modes pick from. ``paths`` covers all N queries, whichever rank encoded them."""
 
     task: EvaluationTask
-    positive: Tensor
-    candidates: Tensor
+    ranking: Ranking
     paths: Paths
     state: PrefillState
 
     @classmethod
     def of(cls, encoder: QueryEncoder, task: EvaluationTask, controllers: Mapping[str, Controller | None]) -> _Run:
         """Encodes candidates and queries; a controller of None stands for everybody."""
-        columns = {identity: column for column, identity in enumerate(task.candidate_ids)}
-        for pair in task.queries:
-            if pair.positive_id not in columns:
-                raise ValueError(
-                    f"task {task.name}: the positive {pair.positive_id!r} of query {pair.id!r} is not a candidate"
-                )
-        if not task.queries:
-            raise ValueError(f"task {task.name}: no queries; give at least one, or leave the task out")
-        positive = torch.tensor([columns[pair.positive_id] for pair in task.queries])
-        candidates = sharded(task.candidates, encoder.encode_targets)
+        ranking = Ranking.of(task, sharded(task.candidates, encoder.encode_targets))
         mine = share(len(task.queries))
         asked = [part for part in controllers.values() if part is not None]
         union = _Any(asked) if len(asked) == len(controllers) else None
-        own = encoder.encode_paths([task.queries[row].query for row in mine], union, bank=candidates)
+        own = encoder.encode_paths([task.queries[row].query for row in mine], union, bank=ranking.candidates)
         shares = gather((mine, own))
         order = [row for rows, _ in shares for row in rows]
-        paths = merge_paths(order, [part for rows, part in shares if rows], width=candidates.shape[1])
+        paths = merge_paths(order, [part for rows, part in shares if rows], width=ranking.candidates.shape[1])
         direct = paths.state.direct
         temperature = encoder.confidence_temperature
         known = bool(paths.decision.think.all())
-        utility = _log_probability(paths.embedding, candidates, positive, temperature)
-        utility = utility - _log_probability(direct, candidates, positive, temperature)
+        utility = ranking.log_probability(paths.embedding, temperature=temperature)
+        utility = utility - ranking.log_probability(direct, temperature=temperature)
         state = PrefillState(
             decision_logits=paths.state.decision_logits,
             direct=direct,
-            confidence=confidence_over(direct, candidates, temperature=temperature),
+            confidence=ranking.confidence(direct, temperature=temperature),
             utility=utility if known else None,
-            hit_gain=_hits(paths.embedding, candidates, positive) - _hits(direct, candidates, positive)
-            if known
-            else None,
+            hit_gain=ranking.hits(paths.embedding) - ranking.hits(direct) if known else None,
             tokens=paths.tokens if known else None,
         )
-        return cls(task, positive, candidates, paths, state)
+        return cls(task, ranking, paths, state)
 
 
 def _evaluate_task(
@@ -282,7 +262,7 @@ def _controller_scores(encoder: QueryEncoder, run: _Run, controller: Controller)
     for budget in decision.budget[over].unique().tolist():
         rows = (over & (decision.budget == budget)).nonzero().flatten()
         queries = [run.task.queries[row].query for row in rows.tolist()]
-        again = encoder.encode_paths(queries, Everyone(budget), bank=run.candidates)
+        again = encoder.encode_paths(queries, Everyone(budget), bank=run.ranking.candidates)
         embedding[rows], tokens[rows] = again.embedding, again.tokens
         seconds += again.think_seconds
     return _scores(run, embedding, tokens, think, seconds)
@@ -301,24 +281,24 @@ def _true_rationale_scores(encoder: QueryEncoder, run: _Run, worker: Worker) -> 
 
 
 def _scores(run: _Run, embedding: Tensor, tokens: Tensor, think: Tensor, seconds: float) -> dict[str, float]:
-    n, candidates = len(embedding), len(run.candidates)
+    n, counts = len(embedding), run.ranking.counts
     # Every rank holds all rows here: there is nothing left to add up over ranks.
     metrics = {
         "hit@1": ExpectedHitRate(1, sync_on_compute=False),
         "hit@5": ExpectedHitRate(5, sync_on_compute=False),
         "mrr": ExpectedReciprocalRank(sync_on_compute=False),
     }
-    for rows in torch.arange(n).split(_ROWS):
-        scores, positive = cosine_scores(embedding[rows], run.candidates), run.positive[rows]
+    for rows in run.ranking.parts():
+        scores, positive = run.ranking.scores(embedding, rows), run.ranking.positive[rows]
         for metric in metrics.values():
             metric.update(scores, positive)
     return {
         **{name: float(metric.compute()) for name, metric in metrics.items()},
         "n": n,
-        "candidates": candidates,
+        "candidates": round(float(counts.double().mean())),
         "think_rate": float(think.float().mean()),
         "tokens_per_query": float(tokens.float().mean()),
-        "chance": 1 / candidates,
+        "chance": float((1 / counts.double()).mean()),
         "queries_per_second": n / max(seconds, 1e-9),
     }
 
@@ -351,23 +331,7 @@ def _records(run: _Run) -> list[QueryRecord]:
 
 def _placed(run: _Run, embedding: Tensor) -> list[tuple[float, float, tuple[str, ...]]]:
     """Expected rank, expected hit@1 and the first ids of every row."""
-    placed = []
-    for rows in torch.arange(len(embedding)).split(_ROWS):
-        scores, positive = cosine_scores(embedding[rows], run.candidates), run.positive[rows]
-        best = scores.nan_to_num(nan=-torch.inf).topk(min(_TOP, scores.shape[1]), dim=1).indices.tolist()
-        ranks, hits = expected_rank(scores, positive).tolist(), expected_hit(scores, positive, 1).tolist()
-        for rank, hit, columns in zip(ranks, hits, best, strict=True):
-            placed.append((rank, hit, tuple(run.task.candidate_ids[column] for column in columns)))
-    return placed
-
-
-def _hits(embedding: Tensor, candidates: Tensor, positive: Tensor) -> Tensor:
-    """Expected hit@1 [N] float64."""
-    parts = torch.arange(len(embedding)).split(_ROWS)
-    return torch.cat([expected_hit(cosine_scores(embedding[rows], candidates), positive[rows], 1) for rows in parts])
-
-
-def _log_probability(embedding: Tensor, candidates: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """Log-probability [N] of each positive among the candidates."""
-    logits = embedding @ candidates.T / temperature
-    return logits.log_softmax(dim=-1).gather(1, positive[:, None])[:, 0]
+    return [
+        (rank, hit, tuple(run.task.candidate_ids[column] for column in columns))
+        for rank, hit, columns in run.ranking.placed(embedding)
+    ]
