@@ -32,7 +32,8 @@ def gains(candidates: Candidates, *, net_of_placebo: bool = False) -> list[float
     if not format_alone:
         raise ValueError(
             f"pair {candidates.pair_id!r}: its rationale candidates were scored without placebos; "
-            f"score the pool anew (`mmemb rationales score` on a new path), or set net_of_placebo: false"
+            f"make the pool anew under another path (`mmemb rationales generate`, then `score`), "
+            f"or set net_of_placebo: false"
         )
     return [
         gain - (0.0 if math.isnan(placebo) else max(0.0, placebo))

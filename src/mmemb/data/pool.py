@@ -35,6 +35,7 @@ from mmemb.data.pool_files import (
     Side,
     rationale_of,
     read_manifest,
+    rescore,
     resolve,
     write_shard,
 )
@@ -180,14 +181,15 @@ class RationalePool:
         """
         remedy = "make it anew under another path (`mmemb rationales generate`), or delete it"
         scoring = self.manifest.evaluators.get(self.evaluator or "", {})
-        for what, stored, wanted in (
-            ("made by workers", self.manifest.generation, generation),
-            ("scored by an evaluator", scoring, evaluator),
+        scores = "" if self.path.is_file() else f", or {rescore(self.path, self.evaluator or '')}"
+        for what, stored, wanted, way_out in (
+            ("made by workers", self.manifest.generation, generation, remedy),
+            ("scored by an evaluator", scoring, evaluator, remedy + scores),
         ):
             if wanted is not None and digest(stored) != digest(wanted):
                 raise ValueError(
                     f"{self.path}: {what} with other settings (hash {digest(stored)}, this run asks for "
-                    f"{digest(wanted)}; differing: {_differences(stored, wanted)}); {remedy}"
+                    f"{digest(wanted)}; differing: {_differences(stored, wanted)}); {way_out}"
                 )
         hashes = [pair_digest(pair) for pair in pairs]
         if digest(hashes) == self.manifest.data:
@@ -204,7 +206,21 @@ class RationalePool:
         """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path.
 
         Candidates with leak flags are written too.
+
+        Raises:
+            ValueError: candidates are missing, or the evaluator has not scored them all: a file is never gone on with.
         """
+        if len(self) != self.manifest.pairs:
+            raise ValueError(
+                f"{self.path}: {len(self)} of {self.manifest.pairs} pairs have their candidates; "
+                f"finish `mmemb rationales generate` before the pool is exported"
+            )
+        if not self.complete:
+            missing = sum(part.scores is None for part in self._parts)
+            raise ValueError(
+                f"{self.path}: {missing} of {len(self._parts)} shards have no scores by {self.evaluator!r}; "
+                f"finish `mmemb rationales score` before the pool is exported"
+            )
         target = resolve(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}

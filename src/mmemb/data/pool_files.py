@@ -170,6 +170,13 @@ def scores_shard(folder: Path, evaluator: str, start: int) -> Path:
     return folder / f"scores-{evaluator}-{start:09d}.parquet"
 
 
+def rescore(folder: Path, evaluator: str) -> str:
+    """How one evaluator's scores are made anew with the candidates kept, for messages."""
+    return (
+        f"delete {folder / f'scores-{evaluator}-*.parquet'} and run `mmemb rationales score`: the candidates are kept"
+    )
+
+
 def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zstd"] = "lz4") -> None:
     """Writes a table aside and renames it: the shard is whole or absent, also after a full disk or a kill.
 
@@ -189,9 +196,10 @@ def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zst
 
 
 def drop_partial(folder: Path, shards: str = "candidates") -> None:
-    """Takes away what a killed run was writing, of shards whose names begin so. One run at a time makes them."""
-    for path in folder.glob(f"{shards}-*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Takes away what a killed run was writing: the manifest, and shards whose names begin so. One run at a time."""
+    for pattern in (f"{shards}-*{_TEMPORARY}", f"{MANIFEST}.*{_TEMPORARY}"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 class Proposal(NamedTuple):
