@@ -1,7 +1,8 @@
 """A client of an OpenAI-compatible chat endpoint: many requests in flight, retries, a budget, a key nobody gets to see.
 
-The `openai` library does the requests and retries connection errors, timeouts, 408, 409, 429 and 5xx with a growing,
-jittered pause (or the one that the server names). What it passes through, a damaged answer, is retried here.
+The `openai` library does the requests; they are retried here, since it gives up where a server asks for a pause of more
+than two minutes, and passes damaged answers through. Connection errors, timeouts, 408, 409, 429, 5xx and damaged
+answers are asked again after the pause that the server names, or else a growing, jittered one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import base64
 import io
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import random
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mmemb.data.images import load_image
@@ -21,11 +26,14 @@ from mmemb.digests import describe
 from mmemb.types import Item, Text, Video
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
     from PIL.Image import Image as PILImage
 
 T = TypeVar("T")
-_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds, as in the library
+_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, as in the library
+_LONGEST_WAIT = 600.0  # seconds; a server that names a longer pause is asked again after this one
+_JITTER = random.SystemRandom()  # the seeded generator is the training's
+_WORTH_A_WORD = 60.0  # seconds of waiting after which someone at the terminal wonders
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Budget:
         cost: most money, in the unit of the prices; None: no limit.
         input_price: of a million prompt tokens.
         output_price: of a million completion tokens.
-        requests: answered so far.
+        requests: answered so far, damaged answers that were counted included.
         prompt_tokens: read by the endpoint so far.
         completion_tokens: written by it so far.
     """
@@ -76,6 +84,20 @@ class Budget:
     def limited(self) -> bool:
         """Whether there is a limit to keep."""
         return self.tokens is not None or self.cost is not None
+
+    def count(self, usage: Any) -> None:
+        """Adds an answer by what the endpoint says that it used; None adds no tokens."""
+        self.requests += 1
+        self.prompt_tokens += int(getattr(usage, "prompt_tokens", 0) or 0)
+        self.completion_tokens += int(getattr(usage, "completion_tokens", 0) or 0)
+
+    def excess(self, tokens: int) -> str:
+        """The limit that so many completion tokens alone would exceed, in words; empty if none."""
+        if self.tokens is not None and tokens > self.tokens:
+            return f"token_budget of {self.tokens:,}"
+        if self.cost is not None and tokens * self.output_price / 1e6 > self.cost:
+            return f"cost_budget of {self.cost:g}"
+        return ""
 
     def check(self) -> None:
         """Refuses to go on once a limit is reached.
@@ -136,9 +158,7 @@ class Endpoint:
         key = self._key()
 
         async def inside() -> T:
-            async with AsyncOpenAI(
-                api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=self.retries
-            ) as client:
+            async with AsyncOpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=0) as client:
                 return await work(client)
 
         try:
@@ -158,57 +178,79 @@ class Endpoint:
         """
         import openai
 
-        for attempt in range(self.retries + 1):
+        for attempt in range(1, self.retries + 2):
             self.budget.check()
+            failure: Exception
+            named, again = None, True
             try:
                 return self._read(await client.chat.completions.create(**request))
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                raise Refused(self._clean(error)) from None
-            except openai.RateLimitError as error:
-                self._down(f"still limits the rate of requests after {self.retries + 1} attempts", error)
             except openai.APIStatusError as error:
-                if error.status_code == 413:
-                    raise Refused(self._clean(error)) from None
-                if error.status_code >= 500 or error.status_code == 408:
-                    self._down(f"failed {self.retries + 1} times", error)
-                raise ValueError(
-                    f"openai worker: {self._place} refuses the request ({self._clean(error)}); "
-                    f"check base_url, the model's name and the key in {self.key_variable}"
-                ) from None
+                what, failure, named = self._passing(error), error, _named_pause(error.response.headers)
+                again = error.response.headers.get("x-should-retry") != "false"
             except openai.APITimeoutError as error:
-                self._down(f"took longer than {self.timeout:g} s, {self.retries + 1} times", error)
+                what, failure = f"took longer than {self.timeout:g} s", error
             except openai.APIConnectionError as error:
-                self._down(f"cannot be reached, or cut the connection, {self.retries + 1} times", error)
+                what, failure = "cannot be reached, or cut the connection", error
             except (_DamagedAnswer, openai.APIResponseValidationError, ValueError) as error:
                 if isinstance(error, ValueError) and not _is_decoding(error):
                     raise
-                if attempt == self.retries:
-                    self._down(f"gave no proper answer {self.retries + 1} times", error)
-                await asyncio.sleep(min(_LONGEST_PAUSE, _PAUSE * 2**attempt))
+                what, failure = "gave no proper answer", error
+            if attempt > self.retries or not again:
+                self._down(f"{what}, attempt {attempt} of {self.retries + 1}", failure)
+            await asyncio.sleep(self._pause(attempt, named))
         raise AssertionError("the last attempt returns or raises")
+
+    def _passing(self, error: APIStatusError) -> str:
+        """What a status that may be another one next time says of the endpoint.
+
+        Raises:
+            Refused: the request will never be answered.
+            ValueError: no request will.
+        """
+        if error.status_code in (400, 413, 422):
+            raise Refused(self._clean(error)) from None
+        if error.status_code == 429:
+            return "limits the rate of requests"
+        if error.status_code in (408, 409) or error.status_code >= 500:
+            return "failed"
+        key = f" and the key in {self.key_variable}" if self.key_variable else " (it was sent no key)"
+        raise ValueError(
+            f"openai worker: {self._place} refuses the request ({self._clean(error)}); "
+            f"check base_url, the model's name{key}"
+        ) from None
+
+    def _pause(self, attempt: int, named: float | None) -> float:
+        """Seconds to the next attempt: what the endpoint names, capped, or a growing time, jittered."""
+        if named is None:
+            return min(_LONGEST_PAUSE, _PAUSE * 2 ** (attempt - 1)) * _JITTER.uniform(0.75, 1.0)
+        if named > _WORTH_A_WORD:
+            warnings.warn(
+                f"openai worker: {self._place} asks for a pause of over {_WORTH_A_WORD:.0f} s; "
+                f"waiting as long as it says, at most {_LONGEST_WAIT:.0f} s",
+                stacklevel=2,
+            )
+        return min(_LONGEST_WAIT, named)
 
     def _read(self, completion: Any) -> Answer:
         """The library validates nothing: any JSON, or text, may come."""
-        choices = getattr(completion, "choices", None)
+        choices, usage = (getattr(completion, name, None) for name in ("choices", "usage"))
         if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+            if usage is not None:
+                self.budget.count(usage)  # worthless, and paid for
             raise _DamagedAnswer("an answer without choices")
-        usage = getattr(completion, "usage", None)
         if usage is None and self.budget.limited:
             raise _NoUsage(
                 f"openai worker: {self._place} does not say how many tokens it used, so a budget cannot be kept; "
                 f"leave token_budget and cost_budget out, or bound the run by its pairs and max_new_tokens"
             )
-        self.budget.requests += 1
-        written = int(getattr(usage, "completion_tokens", 0) or 0)
-        self.budget.prompt_tokens += int(getattr(usage, "prompt_tokens", 0) or 0)
-        self.budget.completion_tokens += written
+        self.budget.count(usage)
         message = choices[0].message
         # Servers that tell thoughts from the answer put them into a field of their own; it is all there may be.
         thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
         fingerprint = getattr(completion, "system_fingerprint", None)
         return Answer(
             text=str(getattr(message, "content", None) or thoughts),
-            tokens=written,
+            tokens=int(getattr(usage, "completion_tokens", 0) or 0),
             finish_reason=str(getattr(choices[0], "finish_reason", None) or "stop"),
             model=f"{getattr(completion, 'model', '')}{f'@{fingerprint}' if fingerprint else ''}",
         )
@@ -237,7 +279,7 @@ class Endpoint:
     def _down(self, what: str, error: Exception) -> NoReturn:
         raise ConnectionError(
             f"openai worker: {self._place} {what} ({self._clean(error) or type(error).__name__}); "
-            f"what was finished is kept: run the same command again when it is back"
+            f"finished shards are kept: run the same command again when it is back"
         ) from None
 
 
@@ -307,6 +349,20 @@ def data_url(source: str | PILImage, *, max_pixels: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _named_pause(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer's headers ask to wait, as a number or a date; None if they do not, or make no sense."""
+    for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
+        text = headers.get(name, "")
+        try:
+            seconds = float(text) / divisor
+        except ValueError:
+            date = parsedate_tz(text)
+            seconds = math.nan if date is None else mktime_tz(date) - time.time()
+        if seconds > 0:
+            return seconds
+    return None
+
+
 def _is_decoding(error: ValueError) -> bool:
     """Whether the body of an answer was no JSON, or no text at all."""
     return isinstance(error, UnicodeDecodeError) or type(error).__name__ == "JSONDecodeError"
@@ -314,6 +370,6 @@ def _is_decoding(error: ValueError) -> bool:
 
 def _stop(limit: str, used: str) -> NoReturn:
     raise ValueError(
-        f"openai worker: the {limit} is used up ({used}); the pairs that were finished are kept: "
-        f"raise it and run the same command again to go on"
+        f"openai worker: the {limit} is used up ({used}); finished shards are kept: "
+        f"run the same command again to go on, with as much again"
     )

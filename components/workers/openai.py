@@ -24,8 +24,9 @@ class OpenAIWorker(Worker, name="openai"):
 
     Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
     that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
-    A request that fails for now (429, 5xx, timeouts, cut connections, damaged answers) is repeated after a growing
-    pause; one that the endpoint refuses for what it is (a picture too large, say) gives no candidate and a warning.
+    A request that fails for now (429, 5xx, timeouts, cut connections, damaged answers) is repeated after the pause that
+    the endpoint names (at most ten minutes), or a growing one; one that the endpoint refuses for what it is (a picture
+    too large, say) gives no candidate and a warning. Budgets count anew in every run.
 
     The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
     'mmemb[openai]'``).
@@ -44,9 +45,9 @@ class OpenAIWorker(Worker, name="openai"):
         concurrency: requests in flight.
         timeout: seconds an answer may take.
         retries: further attempts of a request.
-        token_budget: prompt and completion tokens after which a run stops, give or take the requests in flight; null:
-            no limit.
-        cost_budget: cost after which a run stops, in the prices' unit; null: no limit.
+        token_budget: prompt and completion tokens of one run of the program, after which it stops, give or take the
+            requests in flight; null: no limit.
+        cost_budget: cost of one run after which it stops, in the prices' unit; null: no limit.
         input_price: price of a million prompt tokens.
         output_price: price of a million completion tokens.
     """
@@ -91,12 +92,14 @@ class OpenAIWorker(Worker, name="openai"):
             raise ValueError("openai worker: cost_budget needs input_price and output_price, of a million tokens each")
         self.model = model
         self.instruction = instruction
+        self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
         self.concurrency = concurrency
         self.budget = Budget(token_budget, cost_budget, input_price, output_price)
         self._endpoint = Endpoint(
             base_url=base_url, key_variable=api_key_variable, timeout=timeout, retries=retries, budget=self.budget
         )
+        self._may_warn = self.budget.limited
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         self._extra = dict(extra_body or {})
         self._request = {"model": model, "temperature": temperature, "top_p": top_p, limit_name: max_new_tokens}
@@ -115,6 +118,7 @@ class OpenAIWorker(Worker, name="openai"):
         seeds = {key: [_request_seed(seed, key, number) for number in range(k)] for key in distinct}
         if not distinct or not k:
             return [[] for _ in items]
+        self._compare_with_budget(len(distinct) * k)
         found = self._endpoint.run(lambda client: self._ask_all(client, distinct, seeds))
         rationales = dict(zip(distinct, map(self._rationales, distinct, found, seeds.values()), strict=True))
         self._report_refused(distinct, found)
@@ -181,9 +185,23 @@ class OpenAIWorker(Worker, name="openai"):
                 texts.setdefault(text, rationale)
         return list(texts.values())
 
-    @staticmethod
-    def _report_refused(prompts: dict[str, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
-        """One warning for what was refused; an error where nothing else came."""
+    def _compare_with_budget(self, requests: int) -> None:
+        """Warns, before the first request, where one call (a shard) may use up the budget and leave nothing on disk."""
+        tokens = requests * self.max_new_tokens
+        if self._may_warn and (limit := self.budget.excess(tokens)):
+            warnings.warn(
+                f"openai worker: the {requests:,} requests of one shard may write {tokens:,} tokens, more than the "
+                f"{limit} allows, and a run that it stops keeps finished shards only; "
+                f"take a smaller pool.shard_size, or raise it",
+                stacklevel=3,
+            )
+        self._may_warn = False
+
+    def _report_refused(self, prompts: dict[str, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
+        """One warning for what was refused; an error where several items were, and nothing was ever answered.
+
+        A pool whose last shard holds nothing but one item that the endpoint will not take must come to its end.
+        """
         refused = [
             (prompt, answer)
             for prompt, answers in zip(prompts.values(), found, strict=True)
@@ -193,10 +211,11 @@ class OpenAIWorker(Worker, name="openai"):
         if not refused:
             return
         prompt, refusal = refused[0]
+        items = len({id(item) for item, _ in refused})
         count = sum(map(len, found))
         share = f"{len(refused)} of {count} requests were refused"
         text = f"openai worker: {share}; the first, {describe(prompt)!r}: {refusal}"
-        if len(refused) == count:
+        if not self.budget.requests and items > 1:
             raise ValueError(f"{text}; check the model's name and what it can take")
         warnings.warn(f"{text}; they give no candidates", stacklevel=3)
 

@@ -22,6 +22,7 @@ class ChatServer(ThreadingHTTPServer):
         faults: what happens to the next requests, one each: an HTTP status, ``slow``, ``cut``, ``truncated``,
             ``malformed``, ``html``, ``empty``.
         always: what happens to every request; empty for answers.
+        headers: sent with every answer.
         requests: the bodies received.
         authorizations: the headers received.
         most_at_once: most requests in work at one time.
@@ -38,6 +39,7 @@ class ChatServer(ThreadingHTTPServer):
         self.delay = 0.0
         self.usage = True
         self.reason = "stop"
+        self.headers = {"retry-after": "0.01"}
         self.requests: list[dict[str, Any]] = []
         self.authorizations: list[str] = []
         self.statuses: Counter[int | str] = Counter()
@@ -124,7 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data) if length is None else length))
-        self.send_header("retry-after", "0.01")
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()

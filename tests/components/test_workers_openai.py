@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
+from mmemb.components.workers import _endpoint
 from mmemb.components.workers.openai import OpenAIWorker
 from mmemb.stages.generate import generate
 from mmemb.types import Image, Item, Page, Pair, Rationale, Text, Video
@@ -116,8 +117,8 @@ def test_a_slow_answer_times_out_and_is_asked_again(server: ChatServer, make: Ca
 @pytest.mark.parametrize(
     ("always", "message"),
     [
-        (503, "failed 1 times .*status 503"),
-        (429, "still limits the rate of requests"),
+        (503, "failed, attempt 1 of 1 .*status 503"),
+        (429, "limits the rate of requests, attempt 1 of 1"),
         ("cut", "cut the connection"),
         ("malformed", "gave no proper answer"),
         ("slow", "took longer than 0.4 s"),
@@ -133,6 +134,35 @@ def test_an_endpoint_that_stays_down_ends_the_run_and_says_so(
     assert "run the same command again" in str(caught.value)
 
 
+@pytest.mark.parametrize("asked", ["300", "Fri, 31 Dec 2049 23:59:59 GMT"])
+def test_a_long_pause_that_the_endpoint_asks_for_is_waited_out(
+    asked: str, server: ChatServer, make: Callable[..., OpenAIWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_endpoint, "_LONGEST_WAIT", 0.05)
+    undisturbed = make().propose(ITEMS[:1], 1, seed=0)
+    server.headers["retry-after"] = asked
+    server.faults = [429, 503]
+    with pytest.warns(UserWarning, match="asks for a pause of over 60 s; waiting as long as it says"):
+        assert make().propose(ITEMS[:1], 1, seed=0) == undisturbed
+    server.always = 429
+    with (
+        pytest.warns(UserWarning, match="pause"),
+        pytest.raises(ConnectionError, match="limits the rate of requests, attempt 3 of 3"),
+    ):
+        make().propose(ITEMS[:1], 1, seed=0)
+    assert server.statuses[429] == 1 + 3
+
+
+def test_an_endpoint_that_says_not_to_ask_again_is_not_asked_again(
+    server: ChatServer, make: Callable[..., OpenAIWorker]
+) -> None:
+    server.always = 429
+    server.headers["x-should-retry"] = "false"
+    with pytest.raises(ConnectionError, match="attempt 1 of 3"):
+        make().propose(ITEMS[:1], 1, seed=0)
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_ends_the_run_at_once(
     status: int, server: ChatServer, make: Callable[..., OpenAIWorker]
@@ -142,6 +172,8 @@ def test_a_wrong_key_or_model_ends_the_run_at_once(
         make(concurrency=1).propose(ITEMS, 1, seed=0)
     assert len(server.requests) == 1
     assert KEY not in str(caught.value)
+    with pytest.raises(ValueError, match=r"check base_url, the model's name \(it was sent no key\)"):
+        make(api_key_variable=None, concurrency=1).propose(ITEMS, 1, seed=0)
 
 
 def test_a_request_that_is_refused_costs_its_candidates_only(
@@ -156,6 +188,17 @@ def test_a_request_that_is_refused_costs_its_candidates_only(
     server.refuse = "thing"
     with pytest.raises(ValueError, match="12 of 12 requests were refused"):
         make().propose(ITEMS, 2, seed=0)
+
+
+def test_refusals_alone_do_not_keep_a_pool_from_its_end(
+    server: ChatServer, make: Callable[..., OpenAIWorker], tmp_path: Path
+) -> None:
+    server.refuse = "thing 4"  # the last row, in a shard of its own
+    for _ in range(2):  # a run that has had answers, and one that begins at this shard
+        with pytest.warns(UserWarning, match="2 of 2 requests were refused"):
+            pool = generate(make_pairs(5), [make()], 2, pool=tmp_path / "pool", seed=0, shard_size=4, progress=False)
+        assert pool.candidates("pair-4").rationales == ()
+        (pool.path / "candidates-000000004.parquet").unlink()
 
 
 def test_an_answer_cut_by_its_length_says_so_and_a_filtered_one_is_dropped(
@@ -176,15 +219,28 @@ def test_budgets_stop_the_run_and_what_was_finished_is_kept(
         worker = make(concurrency=1, **options)
         generate(pairs, [worker], 1, pool=tmp_path / pool, seed=0, shard_size=2, progress=False)
 
-    with pytest.raises(ValueError, match=r"token_budget of 70 tokens is used up \(70 tokens in 5 requests\)"):
+    with (
+        pytest.warns(UserWarning, match="2 requests of one shard may write 256 tokens, .* smaller pool.shard_size"),
+        pytest.raises(ValueError, match=r"token_budget of 70 tokens is used up \(70 tokens in 5 requests\)"),
+    ):
         run("pool", token_budget=70)
     assert len(server.requests) == 5
     assert len(list((tmp_path / "pool").glob("candidates-*"))) == 2
-    with pytest.raises(ValueError, match=r"cost_budget of 0.0001 is used up \(0.00012 in 2 requests\)"):
+    with (
+        pytest.warns(UserWarning, match=r"more than the cost_budget of 0\.0001 allows"),
+        pytest.raises(ValueError, match=r"cost_budget of 0.0001 is used up \(0.00012 in 2 requests\)"),
+    ):
         run("other", cost_budget=0.0001, input_price=2, output_price=10)
     server.requests.clear()
     run("pool")  # a budget is no part of what the pool is made from
     assert len(server.requests) == 4
+
+
+def test_an_answer_without_choices_is_paid_for(server: ChatServer, make: Callable[..., OpenAIWorker]) -> None:
+    server.faults = ["empty"]
+    worker = make()
+    worker.propose(ITEMS[:1], 1, seed=0)
+    assert (worker.budget.requests, worker.budget.completion_tokens) == (2, 8)
 
 
 def test_an_endpoint_that_does_not_count_cannot_keep_a_budget(
@@ -193,7 +249,7 @@ def test_an_endpoint_that_does_not_count_cannot_keep_a_budget(
     server.usage = False
     assert make().propose(ITEMS[:1], 1, seed=0)[0][0].tokens == 0
     with pytest.raises(ValueError, match="does not say how many tokens it used"):
-        make(token_budget=100).propose(ITEMS[:1], 1, seed=0)
+        make(token_budget=200).propose(ITEMS[:1], 1, seed=0)
 
 
 def test_the_key_is_sent_and_written_nowhere(
