@@ -205,6 +205,11 @@ class TransformersBackbone(Backbone, name="transformers"):
         return self.processor.ids[token]
 
     @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """The picture areas (for some families sides): a larger picture is shrunk, a smaller one enlarged."""
+        return {"picture_size": dict(getattr(self.image_processor, "size", None) or {})}
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
         own = set(self.processor.ids.values())

@@ -59,20 +59,22 @@ class JudgeEvaluator(Evaluator, name="judge"):
         self.yes = yes
         self.no = no
         self.batch_size = batch_size
+        self._is_own = backbone is not None
+        self._device: torch.device | None = None  # where a judge of its own scores; None: where it lies
         if backbone is not None:
             self._answer_ids(backbone)
 
     def bind(self, backbone: Backbone, pooler: Pooler) -> None:
-        """Gives the evaluator the model in training; a judge of its own moves to where that model is.
+        """Gives the evaluator the model in training; a judge of its own moves to where that model is, to score.
 
         Raises:
             ValueError: yes or no is no single token of the model.
         """
-        if self.backbone is None:
+        if not self._is_own:
             self._answer_ids(backbone)
             self.backbone = backbone
         else:
-            self.backbone.to(backbone.device)
+            self._device = backbone.device
 
     def prepare_bank(self, pairs: Sequence[Pair]) -> None:
         """Does nothing: a judge looks at one pair at a time."""
@@ -86,6 +88,8 @@ class JudgeEvaluator(Evaluator, name="judge"):
         backbone = self._bound()
         if not pairs:
             return []
+        if self._device is not None:
+            backbone.to(self._device)
         asked = {id(pair): self._prompt(pair) for pair in pairs}
         before, after = (backbone.tokenize(piece) for piece in self.reasoning.split(_SLOT))
         last = backbone.tokenize(self.answer)
@@ -107,17 +111,27 @@ class JudgeEvaluator(Evaluator, name="judge"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The judge (identity and a probe of its weights) and its prompt."""
+        """The judge (identity, a probe of its weights, its limits) and its prompt."""
         backbone = self._bound()
         return {
             "judge": backbone.identity,
             "weights": module_digest(backbone),
+            "max_rationale_tokens": backbone.max_rationale_tokens,
+            **backbone.prompt_settings,
             "question": self.question,
             "reasoning": self.reasoning,
             "answer": self.answer,
             "yes": self.yes,
             "no": self.no,
         }
+
+    def release(self) -> None:
+        """Moves a judge of its own to the CPU, and the next score back: it was given whole, so it cannot be reloaded.
+
+        A quantised one stays: its layers are packed for the device where they lie.
+        """
+        if self._device is not None and not getattr(getattr(self.backbone, "model", None), "is_quantized", False):
+            self._bound().to("cpu")
 
     def _bound(self) -> Backbone:
         if self.backbone is None:

@@ -111,15 +111,23 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The embedder (identity and a probe of its weights) and the constructor's arguments that move scores."""
+        """The embedder (identity, a probe of its weights, its limits) and the arguments that move scores."""
         encoder = self._frozen()
         return {
             "embedder": encoder.backbone.identity,
             "weights": [module_digest(encoder.backbone), module_digest(encoder.pooler)],
+            "max_rationale_tokens": encoder.backbone.max_rationale_tokens,
+            **encoder.backbone.prompt_settings,
             "temperature": self.temperature,
             "negatives": self.negatives,
             "seed": self.seed,
         }
+
+    def release(self) -> None:
+        """Drops an embedder of its own, which the next score loads again, and the bank's embeddings."""
+        if self.embedder is not None:
+            self._encoder = None
+        self._embedded = {}
 
     def _frozen(self) -> Encoder:
         if self._encoder is None:

@@ -71,8 +71,8 @@ def sample_rationales(
 
 
 def model_settings(backbone: Backbone) -> dict[str, Any]:
-    """The model by its identity and a probe of its weights."""
-    return {"model": backbone.identity, "weights": module_digest(backbone)}
+    """The model by its identity and a probe of its weights, and how much it sees of an item."""
+    return {"model": backbone.identity, "weights": module_digest(backbone), **backbone.prompt_settings}
 
 
 def check_sampling(worker: str, *, temperature: float, max_new_tokens: int, batch_size: int) -> None:

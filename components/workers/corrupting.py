@@ -105,6 +105,15 @@ class CorruptingWorker(Worker, name="corrupting"):
             "kinds": list(self.kinds),
         }
 
+    @property
+    def report(self) -> str:
+        """The other worker's: damaging costs nothing."""
+        return self.worker.report
+
+    def release(self) -> None:
+        """Hands it on."""
+        self.worker.release()
+
     def _donors(self, item: Item, seed: int) -> list[Item]:
         """Items whose rationales may stand in for this one's, drawn by its content."""
         own = item_digest(item)

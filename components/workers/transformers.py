@@ -97,16 +97,23 @@ class TransformersWorker(Worker, name="transformers"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Model (identity and a mark of its weights), how it is loaded, prompt and sampling; loads no weights."""
+        """Model (identity and a mark of its weights), how it is loaded, prompt and sampling; loads no weights.
+
+        The longest prompt is left out: one that is longer is an error, whose remedy is to raise it and go on.
+        """
         return {
             "worker": self.name,
             **source(self.model, revision=self.revision),
-            **self._options,
+            **{name: value for name, value in self._options.items() if name != "max_prompt_tokens"},
             "style": self.style,
             "instruction": self.instruction,
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
         }
+
+    def release(self) -> None:
+        """Drops the model; the next proposal loads it again."""
+        self._backbone = None
 
     def _loaded(self) -> Backbone:
         if self._backbone is None:

@@ -121,6 +121,14 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         """Writes weights (safetensors), config and processor; the folder loads again by its path."""
 
     @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """What decides how much of an item's content the model sees, JSON-ready: what is made with it depends on it.
+
+        A limit whose excess is an error does not count, so that it may be raised and the work gone on with.
+        """
+        return {}
+
+    @property
     def special_ids(self) -> Sequence[int]:
         """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
         return ()
@@ -195,6 +203,9 @@ class Worker(Component, ABC, kind="worker"):
         """One line for the end of a run: what the proposals cost; empty where there is nothing to say."""
         return ""
 
+    def release(self) -> None:
+        """Gives back the memory of a model of its own; the next proposal takes it again."""
+
 
 class Evaluator(Component, ABC, kind="evaluator"):
     """Matching confidence c(q, t | r) of a pair given a rationale, given none, given a placebo."""
@@ -218,6 +229,9 @@ class Evaluator(Component, ABC, kind="evaluator"):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """All that determines the scores, JSON-ready."""
+
+    def release(self) -> None:
+        """Gives back the memory of a model of its own; the next score takes it again."""
 
 
 class Selector(Component, ABC, kind="selector"):

@@ -158,6 +158,7 @@ def test_the_matrix_product_equals_the_convolution() -> None:
 
 def test_a_prompt_over_the_limit_is_refused(make_backbone: Callable[..., Backbone]) -> None:
     backbone = make_backbone("tiny", max_prompt_tokens=10)
+    assert backbone.prompt_settings == make_backbone("tiny").prompt_settings  # raising it changes nothing that is made
     with pytest.raises(ValueError, match=r"a prompt of \d+ tokens is longer than max_prompt_tokens=10 .*'find red red"):
         backbone.prepare([Item("find", (Text("red " * 20),))])
 

@@ -107,6 +107,24 @@ def test_every_evaluator_has_settings_for_the_hash(evaluator: Evaluator) -> None
     assert json.loads(json.dumps(evaluator.settings)) == evaluator.settings
 
 
+def test_every_evaluator_knows_the_limits_of_its_model(evaluator: Evaluator) -> None:
+    class Seeing(FakeBackbone):
+        prompt_settings = {"picture_size": {"longest_edge": 4096}}
+
+    before = evaluator.settings
+    for other in (FakeBackbone(seed=1, max_rationale_tokens=3), Seeing(seed=1)):
+        evaluator.bind(other, model()[1])
+        assert evaluator.settings != before
+
+
+def test_every_evaluator_scores_the_same_after_it_gave_its_memory_back(evaluator: Evaluator) -> None:
+    pairs = make_pairs(12)
+    evaluator.prepare_bank(pairs)
+    before = evaluator.score(pairs, rows(pairs))
+    evaluator.release()
+    assert evaluator.score(pairs, rows(pairs)) == before
+
+
 def test_retrieval_is_the_log_softmax_of_the_true_target_among_other_targets_of_the_task() -> None:
     pairs = make_pairs(40)
     evaluator = bound(temperature=0.2)
@@ -219,6 +237,10 @@ def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.Monk
     expected.prepare_bank(pairs)
     assert scores == pytest.approx(expected.score(pairs, [None] * 20))
     assert evaluator.settings == expected.settings
+    evaluator.release()
+    assert evaluator._encoder is None
+    assert evaluator.score(pairs, [None] * 20) == scores
+    assert len(loaded) == 4
 
 
 def test_a_saved_embedder_scores_as_the_model_it_was_saved_from(tmp_path: Path) -> None:
@@ -261,6 +283,24 @@ def test_a_judge_of_its_own_is_kept_and_its_settings_follow_it() -> None:
     assert evaluator.score(pairs, [None] * 4) != judge().score(pairs, [None] * 4)
     assert evaluator.settings["weights"] != judge().settings["weights"]
     assert judge(question="what").settings != judge().settings == judge().settings
+
+
+def test_a_judge_of_its_own_lies_where_it_scores_only_while_it_does() -> None:
+    class Moving(FakeBackbone):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            moved.append(str(device))
+            return self
+
+    moved: list[str] = []
+    own, bound = judge(backbone=Moving()), JudgeEvaluator(**ARGUMENTS["judge"])
+    own.score(make_pairs(2), [None] * 2)
+    own.release()
+    assert moved == ["cpu", "cpu"]
+    for _ in range(2):
+        bound.bind(Moving(), model()[1])
+    bound.score(make_pairs(2), [None] * 2)
+    bound.release()  # the model in training stays where it trains
+    assert moved == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,13 @@ def test_model_settings_know_trained_weights_from_fresh_ones() -> None:
     assert ModelWorker(backbone).settings != before
 
 
+def test_model_settings_know_how_much_the_model_sees() -> None:
+    class Seeing(FakeBackbone):
+        prompt_settings = {"picture_size": {"longest_edge": 4096}}
+
+    assert ModelWorker(Seeing()).settings == {**ModelWorker(FakeBackbone()).settings, **Seeing.prompt_settings}
+
+
 def test_weights_count_the_same_at_another_precision_and_with_a_fresh_adapter() -> None:
     def with_adapter(seed: int) -> torch.nn.Module:
         backbone = FakeBackbone().bfloat16().float()

@@ -85,6 +85,21 @@ def test_it_hands_the_model_on_and_names_the_other_worker_in_its_settings() -> N
     assert worker.settings["of"]["model"] == "fake"
 
 
+def test_it_hands_on_what_the_other_worker_cost_and_holds() -> None:
+    released = []
+
+    class Costly(MetadataWorker):
+        report = "three answers"
+
+        def release(self) -> None:
+            released.append(self)
+
+    worker = CorruptingWorker(Costly())
+    assert worker.report == "three answers"
+    worker.release()
+    assert released == [worker.worker]
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="share is 1.5, expected 0 to 1"):
         CorruptingWorker(MetadataWorker(), share=1.5)

@@ -36,6 +36,19 @@ def test_it_writes_what_the_model_worker_writes_when_asked_the_same() -> None:
     assert any(mine)
 
 
+def test_it_gives_its_model_back_and_writes_the_same_with_another() -> None:
+    made = worker()
+    before = made.propose(ITEMS, 2, seed=0)
+    made.release()
+    assert made._backbone is None
+    assert made.propose(ITEMS, 2, seed=0) == before
+
+
+def test_settings_know_how_much_is_seen_but_not_what_would_be_an_error() -> None:
+    assert worker(max_pixels=4096).settings != worker().settings
+    assert worker(max_prompt_tokens=64).settings == worker().settings
+
+
 def test_an_instruct_model_writes_without_the_opening_bracket() -> None:
     thinking = worker(style="thinking").propose(ITEMS, 4, seed=0)
     plain = worker(style="instruct").propose(ITEMS, 4, seed=0)
