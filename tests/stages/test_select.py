@@ -14,6 +14,7 @@ from mmemb.components.selectors.all import All
 from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Selector
+from mmemb.stages import waiting
 from mmemb.stages.generate import generate
 from mmemb.stages.pools import PoolSettings
 from mmemb.stages.select import build_pool, choose, score, show
@@ -202,18 +203,32 @@ def test_score_refuses_other_data_other_settings_and_missing_candidates(tmp_path
         score(pairs, ByNumber(shift=1.0), path, progress=False)
 
 
-def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
-    pairs = make_pairs(10)
-    worker, met = Numbered(), []
+def test_one_process_builds_and_the_others_wait_for_the_whole_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, path = make_pairs(10), tmp_path / "pool"
+    worker, looks, met = Numbered(), [], []
 
-    def barrier() -> None:
-        met.append("waiting")
-        build(pairs, tmp_path / "pool")  # what rank zero does meanwhile
+    def look(seconds: float) -> None:
+        """What rank zero does between two looks of another: it dies, then makes the rest, then scores."""
+        assert not met
+        looks.append(sorted(file.name for file in tmp_path.rglob("*-*.parquet")))
+        if len(looks) == 1:
+            with pytest.raises(Killed):
+                generate(pairs, [Numbered(die_at=1)], 4, pool=path, seed=0, progress=False, shard_size=5)
+        elif len(looks) == 2:
+            build(pairs, path, evaluator=None)
+        else:
+            build(pairs, path)
 
-    pool = build(pairs, tmp_path / "pool", workers=[worker], is_builder=False, barrier=barrier)
-    assert met == ["waiting"]
+    monkeypatch.setattr(waiting.time, "sleep", look)
+    pool = build(pairs, path, workers=[worker], is_builder=False, barrier=lambda: met.append("met"))
+    assert [len(files) for files in looks] == [0, 1, 2]
+    assert met == ["met"]
     assert worker.calls == []
     assert len(pool) == 10
+    assert pool.complete
+    assert not waiting.sign_of(path).exists()
 
 
 def test_a_selector_without_scores_needs_no_evaluator(tmp_path: Path) -> None:

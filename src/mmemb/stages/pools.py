@@ -65,7 +65,7 @@ class PoolSettings:
         Args:
             pairs: the training pairs.
             parts: the model as it is, which workers and evaluator may use.
-            is_builder: whether this process makes a missing pool (rank zero); the others wait at the barrier.
+            is_builder: whether this process makes a missing pool (rank zero); the others wait for it.
             barrier: where all processes meet.
 
         Raises:

@@ -38,6 +38,7 @@ from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.generate import bar, generate, generation_settings, say
 from mmemb.stages.placebo import Placebos
 from mmemb.types import Candidates, Pair, Rationale
+from mmemb.stages.waiting import at_work, sign_of, wait_until
 
 
 class Selected(NamedTuple):
@@ -146,21 +147,25 @@ def build_pool(
         leaks: flags candidates that hold the target; None: the default check.
         shard_size: pairs a shard of a new pool.
         progress: bars and a line at the end of each stage.
-        is_builder: whether this process makes the pool (rank zero); the others wait.
+        is_builder: whether this process makes the pool (rank zero); the others wait (`mmemb.stages.waiting`).
         barrier: where all processes meet once the pool is there.
 
     Raises:
         FileNotFoundError: the path names a file that is not there.
-        ValueError: the pool that is there was made from other data or settings; the message gives both hashes.
+        ValueError: the pool that is there was made from other data or settings; the message gives both hashes. Or the
+            process that makes the pool is gone.
     """
     place = resolve(path)
     if place.suffix == ".parquet" and not place.is_file():
         raise FileNotFoundError(f"{place}: no such pool; name a folder to make one there")
     name = evaluator_name(evaluator) if evaluator is not None else None
-    if is_builder and not _finished(path, name):
-        generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, shard_size=shard_size, progress=progress)
-        if evaluator is not None:
-            score(pairs, evaluator, path, progress=progress)
+    if not is_builder:
+        wait_until(lambda: _finished(path, name), sign_of(place))
+    elif not _finished(path, name):
+        with at_work(sign_of(place)):
+            generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, shard_size=shard_size, progress=progress)
+            if evaluator is not None:
+                score(pairs, evaluator, path, progress=progress)
     barrier()
     pool = RationalePool.open(path, evaluator=name)
     pool.check(
@@ -244,6 +249,7 @@ def _finished(path: str | Path, evaluator: str | None) -> bool:
     known = evaluator is None or evaluator in read_manifest(path).evaluators
     return known and RationalePool.open(path, evaluator=evaluator).complete
 
+    """Whether all of a pool is there and scored, by the names of its files alone: a shard that exists is whole."""
 
 def _score_shard(
     path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
