@@ -246,8 +246,15 @@ def _only(candidates: Candidates, rows: Sequence[int]) -> Candidates:
 def _finished(path: str | Path, evaluator: str | None) -> bool:
     if not exists(path):
         return False
-    known = evaluator is None or evaluator in read_manifest(path).evaluators
-    return known and RationalePool.open(path, evaluator=evaluator).complete
+    manifest, folder = read_manifest(path), resolve(path)
+    if evaluator is not None and evaluator not in manifest.evaluators:
+        return False
+    if folder.is_file():
+        return True
+    shards = [candidates_shard(folder, start) for start in manifest.starts()]
+    if evaluator is not None:
+        shards += [scores_shard(folder, evaluator, start) for start in manifest.starts()]
+    return all(shard.is_file() for shard in shards)
 
     """Whether all of a pool is there and scored, by the names of its files alone: a shard that exists is whole."""
 
