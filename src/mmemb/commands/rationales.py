@@ -84,8 +84,8 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
     if action == "generate":
         if not settings.workers:
             raise UsageError("model.pool.workers is empty: name who writes the candidates, e.g. [metadata, model]")
-        settings.bind(parts)
         model.to(device)
+        settings.bind(parts)
         generate(
             pairs,
             settings.workers,
@@ -98,8 +98,8 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
         return
     if settings.evaluator is None:
         raise UsageError("model.pool.evaluator is missing: name who scores the candidates, e.g. retrieval")
-    settings.bind(parts)
     model.to(device)
+    settings.bind(parts)
     score(pairs, settings.evaluator, settings.path)
 
 

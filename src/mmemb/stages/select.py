@@ -37,8 +37,8 @@ from mmemb.digests import digest, seed_of
 from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.generate import bar, generate, generation_settings, say
 from mmemb.stages.placebo import Placebos
-from mmemb.types import Candidates, Pair, Rationale
 from mmemb.stages.waiting import at_work, sign_of, wait_until
+from mmemb.types import Candidates, Pair, Rationale
 
 
 class Selected(NamedTuple):
@@ -244,6 +244,7 @@ def _only(candidates: Candidates, rows: Sequence[int]) -> Candidates:
 
 
 def _finished(path: str | Path, evaluator: str | None) -> bool:
+    """Whether all of a pool is there and scored, by the names of its files alone: a shard that exists is whole."""
     if not exists(path):
         return False
     manifest, folder = read_manifest(path), resolve(path)
@@ -256,7 +257,6 @@ def _finished(path: str | Path, evaluator: str | None) -> bool:
         shards += [scores_shard(folder, evaluator, start) for start in manifest.starts()]
     return all(shard.is_file() for shard in shards)
 
-    """Whether all of a pool is there and scored, by the names of its files alone: a shard that exists is whole."""
 
 def _score_shard(
     path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
