@@ -91,6 +91,26 @@ def paired(
     return times
 
 
+def paired_clocks(
+    functions: Mapping[str, Callable[[], object]], *, repeats: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """`paired`, and the wall-clock seconds of the same calls, in which waiting counts: what a throughput is made of."""
+    waited: dict[str, list[float]] = {name: [] for name in functions}
+
+    def clocked(name: str) -> Callable[[], object]:
+        def call() -> None:
+            start = time.perf_counter()
+            functions[name]()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            waited[name].append(time.perf_counter() - start)
+
+        return call
+
+    times = paired({name: clocked(name) for name in functions}, repeats=repeats, device=device)
+    return times, {name: found[-repeats:] for name, found in waited.items()}  # the first call of each warms up
+
+
 def busy_seconds(seconds: float, *, device: str) -> float:
     """What `timed` gave as the time that the machine would take if no thread ever waited: CPU seconds / threads."""
     return seconds / torch.get_num_threads() if device == "cpu" else seconds

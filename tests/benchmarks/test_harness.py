@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def test_rivals_are_timed_in_turn(warm_up: bool, rounds: int) -> None:
     times = harness.paired(functions, repeats=2, device="cpu", warm_up=warm_up)
     assert calls == ["a", "b"] * rounds
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+
+
+def test_the_wall_clock_counts_waiting() -> None:
+    times, walls = harness.paired_clocks({"wait": lambda: time.sleep(0.05)}, repeats=2, device="cpu")
+    assert len(times["wait"]) == len(walls["wait"]) == 2
+    assert min(walls["wait"]) >= 0.05 > max(times["wait"])
 
 
 def test_busy_time_is_shared_by_the_threads() -> None:
