@@ -4,13 +4,15 @@
     python -m benchmarks.r1_seeds --seeds 1 2 3 --at-once 3      one thread a run: three cost less time than one by one
 
 Writes `benchmarks/results/r1_seeds.json`, the list of the runs' `summary.json`, and prints hit@1 by task as a ratio to
-chance. A seed whose run is finished is not run again; one that was interrupted resumes.
+chance. A seed whose run is finished is not run again; one that was interrupted resumes. A run's folder is named by its
+seed and a digest of what it was made from, so that none is taken for one of other settings, weights or pool.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import statistics
@@ -22,8 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
+from mmemb.digests import digest
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "r1.yaml"
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "r1.yaml"
+_TINY = ROOT / "components" / "backbones" / "tiny"
+SHIPPED = (
+    _TINY / "model.safetensors",
+    _TINY / "tokenizer.json",
+    ROOT / "src" / "mmemb" / "data" / "bundled" / "pool.parquet",
+)
+"""Files beside the recipe that a run begins from."""
+
+
+def made_from(extra: Sequence[str]) -> str:
+    """A digest of the recipe, the shipped files and further words of the command, of a file its content."""
+    content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
+    content += [Path(word).read_bytes() if Path(word).is_file() else word.encode() for word in extra]
+    return digest([hashlib.sha256(each).hexdigest() for each in content])
 
 
 def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +50,7 @@ def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[
     Raises:
         subprocess.CalledProcessError: the run failed.
     """
-    home = folder / f"seed_{seed}"
+    home = folder / f"seed_{seed}-{made_from(extra)}"
     summary = home / "summary.json"
     if not summary.is_file():
         command = [sys.executable, "-m", "mmemb", "fit", "--config", str(RECIPE)]

@@ -1,7 +1,8 @@
 """Does selection work? The bundled task on a pool of which half is corrupted, by selector, several seeds, same steps.
 
     python -m benchmarks.selectors
-    python -m benchmarks.selectors --steps 300 --tasks flagattr left1 --seeds 1 --at-once 1
+    python -m benchmarks.selectors --steps 300 --tasks flagattr left1 --pairs 200 --seeds 1
+    python -m benchmarks.selectors --selectors random counterfactual my_module.MySelector
 
 1. A pool of two candidates a pair: the row's own rationale (`metadata`), and the same damaged (`corrupting`).
 2. An embedder to score it: the joint phase on randomly chosen candidates, so that it knows no more than the pool does.
@@ -9,13 +10,15 @@
 4. For every selector and seed a run of recipes/r1.yaml on that pool, evaluated on the test split.
 
 Prints both tables and writes `benchmarks/results/selectors.json`. What is finished is not done again: a stopped
-benchmark goes on where it was. ``none`` trains the direct path alone.
+benchmark goes on where it was. Pool, embedder and runs lie in a folder named by all that they depend on, so other
+options begin anew. ``none`` trains the direct path alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -49,18 +52,27 @@ _CORRUPTING = {"class_path": "corrupting", "init_args": {"worker": "metadata", "
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def overlay(tasks: Sequence[str], *, steps: int, limit: int | None) -> dict[str, Any]:
-    """What every run changes of recipes/r1.yaml: length, tasks (with the recipe's weights), no validation."""
+def overlay(
+    tasks: Sequence[str], *, steps: int, pairs: int | None = None, queries: int | None = None
+) -> dict[str, Any]:
+    """What every run changes of recipes/r1.yaml: length, tasks (with the recipe's weights), no validation.
+
+    Args:
+        tasks: trained and tested.
+        steps: of training.
+        pairs: training pairs of each task, for pool and training; None: all.
+        queries: test queries of each task; None: all.
+    """
     recipe = yaml.safe_load(r1_seeds.RECIPE.read_text(encoding="utf-8"))
     sources = []
     for source in recipe["data"]["train"]:
         named = [task for task in source["tasks"] if task in tasks]
         if named:
-            sources.append({**source, "tasks": named, **({"limit": limit} if limit else {})})
+            sources.append({**source, "tasks": named, **({"limit": pairs} if pairs else {})})
     known = {task for source in recipe["data"]["train"] for task in source["tasks"]}
     if unknown := set(tasks) - known:
         raise ValueError(f"--tasks {' '.join(sorted(unknown))}: the recipe has {', '.join(sorted(known))}")
-    test = [{"path": "bundled:test", "tasks": list(tasks), **({"limit": limit} if limit else {})}]
+    test = [{"path": "bundled:test", "tasks": list(tasks), **({"limit": queries} if queries else {})}]
     return {
         "trainer": {"max_steps": steps, "limit_val_batches": 0},
         "model": {"control": None, "controllers": ["never", "always_reason"], "reference": None},
@@ -135,16 +147,37 @@ class Selected:
     rejects_corrupted: float | None
 
 
-def selection(pool: RationalePool, pairs: Sequence[Pair], tasks: Sequence[str]) -> list[Selected]:
-    """One entry a selector and task."""
+def selector_of(name: str) -> Selector:
+    """A selector by short name or class path, with its own defaults.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "." not in name:
+        made = create("selector", name)
+    else:
+        module, _, attribute = name.rpartition(".")
+        try:
+            made = getattr(importlib.import_module(module), attribute)()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"--selectors {name}: {error}; name a selector's class that needs no arguments") from None
+    if not isinstance(made, Selector):
+        raise ValueError(f"--selectors {name}: not a selector; name a class that is one")
+    return made
+
+
+def selection(
+    pool: RationalePool, pairs: Sequence[Pair], tasks: Sequence[str], selectors: Sequence[str] = SELECTORS
+) -> list[Selected]:
+    """One entry a selector (other than ``none``) and task."""
     groups = {task: [pair for pair in pairs if pair.task == task] for task in tasks}
     groups["reasoning"] = [pair for pair in pairs if pair.task in NEEDS_REASONING]
     groups["all"] = list(pairs)
     found = []
-    for name in SELECTORS[1:]:
-        selector = create("selector", name)
-        assert isinstance(selector, Selector)
-        found += [_selected(name, task, selector, pool, some) for task, some in groups.items() if some]
+    for name in selectors:
+        if name != "none":
+            selector = selector_of(name)
+            found += [_selected(name, task, selector, pool, some) for task, some in groups.items() if some]
     return found
 
 
@@ -230,12 +263,25 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--evaluator-steps", type=int, default=250, help="of the scoring embedder (default: %(default)s)")
     made.add_argument("--tasks", nargs="+", default=every, help="tasks trained and tested (default: all)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run each (default: 1 2 3)")
-    made.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS), help="default: all")
+    made.add_argument("--pairs", type=int, help="training pairs of each task, for pool and training (default: all)")
+    made.add_argument(
+        "--selectors",
+        nargs="+",
+        metavar="NAME",
+        default=list(SELECTORS),
+        help=f"short names or class paths, or none for the direct path alone (default: {' '.join(SELECTORS)})",
+    )
     made.add_argument("--at-once", type=int, default=1, help="runs side by side; their seconds then mean little")
     made.add_argument("--folder", type=Path, default=Path("runs/selectors"), help="where pool and runs go")
     options = made.parse_args(argv)
+    for name in options.selectors:
+        if name != "none":
+            try:
+                selector_of(name)
+            except ValueError as error:
+                made.error(str(error))
     if options.smoke:
-        options.steps, options.evaluator_steps, options.seeds = 2, 2, [1]
+        options.steps, options.evaluator_steps, options.pairs, options.seeds = 2, 2, 96, [1]
         options.tasks, options.folder = ["name", "flagattr"], options.folder / "smoke"
     return options
 
@@ -243,22 +289,26 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     options = options_of(argv)
-    limit = 96 if options.smoke else None
-    settings = overlay(options.tasks, steps=options.steps, limit=limit)
-    place = make_pool(options.folder, settings, evaluator_steps=options.evaluator_steps)
+    queries = 96 if options.smoke else None
+    settings = overlay(options.tasks, steps=options.steps, pairs=options.pairs, queries=queries)
+    made_from = r1_seeds.made_from([json.dumps(settings, sort_keys=True), str(options.evaluator_steps)])
+    folder = options.folder / f"{options.steps}_steps-{made_from}"
+    place = make_pool(folder, settings, evaluator_steps=options.evaluator_steps)
     pairs = [pair for source in settings["data"]["train"] for pair in read_pairs(Source(**source))]
-    chosen = selection(RationalePool.open(place), pairs, options.tasks)
+    chosen = selection(RationalePool.open(place), pairs, options.tasks, options.selectors)
     print(table([asdict(each) for each in chosen]), flush=True)
 
-    one = functools.partial(train, folder=options.folder, settings=settings, pool=place, at_once=options.at_once)
+    one = functools.partial(train, folder=folder, settings=settings, pool=place, at_once=options.at_once)
     jobs = [(selector, seed) for seed in options.seeds for selector in options.selectors]
     with ThreadPoolExecutor(options.at_once) as executor:
         runs = list(executor.map(lambda job: one(*job), jobs))
-    runs.sort(key=lambda run: SELECTORS.index(run["selector"]))
+    runs.sort(key=lambda run: options.selectors.index(run["selector"]))
     rows = hits(runs, options.tasks)
     columns = dict.fromkeys(name for row in rows for name in row)
     print(table(rows, columns=list(columns)))
-    asked = {name: getattr(options, name) for name in ("steps", "evaluator_steps", "tasks", "seeds", "at_once")}
+    asked = {
+        name: getattr(options, name) for name in ("steps", "evaluator_steps", "tasks", "pairs", "seeds", "at_once")
+    }
     result = {
         "settings": {**asked, "corrupted": 0.5, "draws": _DRAWS},
         "environment": environment(options.device),

@@ -26,7 +26,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         ran.append(command)
         folder = Path(command[command.index("--trainer.logger.save_dir") + 1])
         seed = int(command[command.index("--seed_everything") + 1])
-        home = folder / f"seed_{seed}"
+        home = folder / command[command.index("--trainer.logger.name") + 1]
         home.mkdir(parents=True, exist_ok=True)
         (home / "summary.json").write_text(json.dumps(_summary(seed, seed / 10)), encoding="utf-8")
 
@@ -38,19 +38,34 @@ def test_runs_missing_seeds_only_and_writes_all(
     tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "results")]
-    assert r1_seeds.main(["--seeds", "1", *arguments]) == 0
-    assert r1_seeds.main(["--seeds", "1", "3", "--at-once", "2", *arguments, "--trainer.max_steps", "5"]) == 0
+    extra = ["--trainer.max_steps", "5"]
+    assert r1_seeds.main(["--seeds", "1", *arguments, *extra]) == 0
+    assert r1_seeds.main(["--seeds", "1", "3", "--at-once", "2", *arguments, *extra]) == 0
     seeds = [command[command.index("--seed_everything") + 1] for command in commands]
     assert seeds == ["1", "3"]
-    assert commands[1][-2:] == ["--trainer.max_steps", "5"]
+    assert commands[1][-2:] == extra
     kept = json.loads((tmp_path / "results" / "r1_seeds.json").read_text(encoding="utf-8"))
     assert [run["settings"] for run in kept] == [{"seed": 1, "runs_at_once": 2}, {"seed": 3, "runs_at_once": 2}]
     assert "hit@1 0.200" in capsys.readouterr().out  # the mean of .1 and .3, 2.0 times a chance of .1
 
 
 def test_an_interrupted_seed_resumes(tmp_path: Path, commands: list[list[str]]) -> None:
-    last = tmp_path / "seed_2" / "checkpoints" / "last.ckpt"
+    last = tmp_path / f"seed_2-{r1_seeds.made_from([])}" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()
     r1_seeds.run(2, folder=tmp_path, at_once=1, extra=[])
     assert commands[0][-2:] == ["--ckpt_path", str(last)]
+
+
+def test_a_run_of_other_settings_is_another_run(
+    tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, recipe = tmp_path / "changes.yaml", tmp_path / "r1.yaml"
+    monkeypatch.setattr(r1_seeds, "RECIPE", recipe)
+    for text in ("a: 1", "a: 2"):
+        recipe.write_text(text, encoding="utf-8")
+        for steps in ("5", "6"):
+            changes.write_text(f"steps: {steps}", encoding="utf-8")
+            for _ in range(2):
+                r1_seeds.run(1, folder=tmp_path, at_once=1, extra=["--config", str(changes)])
+    assert len(commands) == 4

@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import selectors
+from benchmarks import r1_seeds, selectors
 from mmemb.components.workers.corrupting import CorruptingWorker
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.pool import RationalePool
@@ -59,14 +60,34 @@ def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) 
 
 
 def test_a_run_changes_tasks_and_length_alone() -> None:
-    made = selectors.overlay(["fact", "scenematch"], steps=7, limit=None)
+    made = selectors.overlay(["fact", "scenematch"], steps=7)
     assert made["trainer"]["max_steps"] == 7
-    assert [(source["tasks"], source["weight"]) for source in made["data"]["train"]] == [
-        (["fact"], 1.5),
-        (["scenematch"], 0.5),
-    ]
+    recipe = yaml.safe_load(r1_seeds.RECIPE.read_text(encoding="utf-8"))["data"]["train"]
+    weights = {task: source.get("weight", 1.0) for source in recipe for task in source["tasks"]}
+    found = {task: source.get("weight", 1.0) for source in made["data"]["train"] for task in source["tasks"]}
+    assert found == {task: weights[task] for task in ("fact", "scenematch")}
     with pytest.raises(ValueError, match="--tasks nope: the recipe has fact, findscene"):
-        selectors.overlay(["nope"], steps=7, limit=None)
+        selectors.overlay(["nope"], steps=7)
+    some = selectors.overlay(["fact"], steps=7, pairs=5)["data"]
+    assert some["train"][0]["limit"] == 5
+    assert "limit" not in some["test"][0]
+
+
+def test_a_selector_may_be_of_ones_own(pool: RationalePool, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = "mmemb.components.selectors.best_of.BestOf"
+    options = selectors.options_of(["--selectors", "none", mine, "all", "--pairs", "9"])
+    assert (options.selectors, options.pairs) == (["none", mine, "all"], 9)
+    found = {each.selector: each for each in selectors.selection(pool, make_pairs(40), ["task-0"], options.selectors)}
+    assert list(found) == [mine, "all"]
+    assert found[mine].precision == 0.8
+    for name, told in (
+        ("nope", "no selector named 'nope'"),
+        ("no.Such", "--selectors no.Such: No module"),
+        ("json.JSONDecoder", "not a selector"),
+    ):
+        with pytest.raises(SystemExit):
+            selectors.options_of(["--selectors", name])
+        assert told in capsys.readouterr().err
 
 
 def test_hits_are_means_over_seeds_by_path_and_task() -> None:
