@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         items = [item if item.instruction else replace(item, instruction=options.instruction) for item in items]
     from mmemb.inference.embedder import Embedder
     from mmemb.inference.shards import Ranks, embed_to_parquet
+    from mmemb.registry import create
 
     ranks = Ranks.from_environment()
     embedder = Embedder.from_checkpoint(
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     )
     settings = {name: options[name] for name in ("side", "reason", "dim")}
     if options.offset is not None:
-        embedder.controller.offset = options.offset  # type: ignore[attr-defined]
+        embedder.controller = create("controller", "rl", offset=options.offset)
     started = time.monotonic()
     share = embed_to_parquet(embedder, items, target, ranks=ranks, part_rows=options.part_rows, options=settings)
     seconds = time.monotonic() - started

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,44 +29,19 @@ from torch import Tensor
 from mmemb.evaluation.rollout_table import draw_rollouts
 from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.inference.rollout import Rollouts, rollout
-from mmemb.interfaces import Controller
 from mmemb.losses.distributed import all_sum, world_size
-from mmemb.losses.gradcache import CachedLoss
 from mmemb.losses.grpo import GRPO, PolicyLoss, Size
 from mmemb.losses.infonce import InfoNCE
 from mmemb.stages.bank import CandidateBank
 from mmemb.stages.contrast import Path, contrast
 from mmemb.stages.control_batch import ControlBatch, control_batch
-from mmemb.stages.control_logs import Policy, measures, over_ranks, shown
+from mmemb.stages.control_logs import measures, over_ranks, shown
+from mmemb.stages.control_plan import Plan
+from mmemb.stages.decision import Policy, sample, standardised
 from mmemb.stages.objective import Engine, Objective, Parts, check_chunk_size
 from mmemb.stages.policy import Pool, Reference, differentiable, replay
 from mmemb.stages.rewards import Format, Outcome, OverLength, Reward, Utility
-from mmemb.types import Decision, EvaluationTask, Item, ModelInputs, Pair, PrefillState
-
-_SAMPLE = 16
-"""Queries of a task from which the decision's policy is standardised."""
-
-
-class _Nobody(Controller):
-    """Nobody thinks: what a prefill alone tells."""
-
-    def decide(self, state: PrefillState) -> Decision:
-        none = torch.zeros(len(state.direct), device=state.direct.device)
-        return Decision(none.bool(), none, none.long())
-
-
-@dataclass
-class _Plan:
-    """What a step's passes with gradients are to do: fixed when the rollouts are scored."""
-
-    rollouts: Rollouts
-    policy: Policy
-    thinking: Tensor  # [r] rows of the rollouts that thought
-    decision_advantage: Tensor  # [R]
-    rationale_advantage: Tensor  # [r]
-    importance: Tensor  # [R]
-    contrast: CachedLoss
-    references: list[Tensor] | None  # [r of a chunk, L] each
+from mmemb.types import EvaluationTask, Item, ModelInputs, Pair
 
 
 class Control(Objective):
@@ -181,13 +155,7 @@ class Control(Objective):
 
     def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
         self._bank = CandidateBank(tasks, size=self.bank_size)
-        # Evenly spaced: neighbours in a data set are often alike.
-        self._queries = [
-            task.queries[row * len(task.queries) // count].query
-            for task in tasks
-            for count in [min(_SAMPLE, len(task.queries))]
-            for row in range(count)
-        ]
+        self._queries = sample(tasks)
 
     def follow(self, previous: Objective) -> None:
         found = getattr(previous, "infonce", None)
@@ -226,16 +194,9 @@ class Control(Objective):
         if step % self.refresh_every == 0 or not self._bank.ready:
             self._bank.refresh(Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size))
         if self._policy is None:
-            self._policy = self._standardised(parts)
+            encoder = Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size)
+            self._policy = standardised(encoder, self._queries)
         return self._bank, self._policy, self._reference
-
-    def _standardised(self, parts: Parts) -> Policy:
-        """The policy under which the phase's queries are undecided on average and no task is settled beforehand."""
-        encoder = Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size)
-        if not self._queries:
-            return Policy()
-        margin = encoder.encode_paths(self._queries, _Nobody()).state.margin
-        return Policy(float(margin.median()), max(float(margin.std(correction=0)), 1.0))
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -304,7 +265,7 @@ class Control(Objective):
         total: Tensor,
         target: Tensor,
         reference: Reference | None,
-    ) -> _Plan:
+    ) -> Plan:
         device, query = parts.backbone.device, outcome.query
         thinking = rollouts.think.nonzero().flatten()
         decided = policy.log_prob(rollouts.decision_logits)[query, (~rollouts.think).long()]
@@ -322,7 +283,7 @@ class Control(Objective):
             ),
         ]
         embeddings = {"direct": rollouts.direct, "reasoned": rollouts.embedding[thinking.to(device)], "target": target}
-        plan = _Plan(
+        plan = Plan(
             rollouts=rollouts,
             thinking=thinking.to(device),
             decision_advantage=self.grpo.advantages(total, query).to(device),
@@ -336,7 +297,7 @@ class Control(Objective):
             with reference.model(parts.backbone) as model:
                 plan.references = [
                     replay(model, prompt, rollouts, rows, source, pool=None).log_prob
-                    for (prompt, _), (_, rows, source) in zip(batch.chunks, self._spans(batch, plan), strict=True)
+                    for (prompt, _), (_, rows, source) in zip(batch.chunks, plan.spans(batch), strict=True)
                 ]
         return plan
 
@@ -347,19 +308,8 @@ class Control(Objective):
             return self._previous[0]
         return self.infonce
 
-    def _spans(self, batch: ControlBatch, plan: _Plan) -> list[tuple[slice, Tensor, Tensor]]:
-        """Of each chunk: its queries, its rollouts that thought, and the chunk's query each of those belongs to."""
-        spans, start = [], 0
-        owner = plan.thinking // self.group_size
-        for prompt, _ in batch.chunks:
-            stop = start + len(prompt)
-            rows = plan.thinking[(owner >= start) & (owner < stop)]
-            spans.append((slice(start, stop), rows, rows // self.group_size - start))
-            start = stop
-        return spans
-
     def _update(
-        self, parts: Parts, batch: ControlBatch, plan: _Plan, engine: Engine, *, anchored: bool
+        self, parts: Parts, batch: ControlBatch, plan: Plan, engine: Engine, *, anchored: bool
     ) -> dict[str, float | Tensor]:
         """Accumulates the gradients of one pass over all chunks; with ``anchored`` those of the contrastive losses."""
         rollouts, group = plan.rollouts, self.group_size
@@ -372,7 +322,7 @@ class Control(Objective):
         last = len(batch.chunks) - 1
         targets = thoughts = 0
         for index, ((prompt, target), (queries, rows, source)) in enumerate(
-            zip(batch.chunks, self._spans(batch, plan), strict=True)
+            zip(batch.chunks, plan.spans(batch), strict=True)
         ):
             with (
                 nullcontext() if index == last else engine.no_sync(),
@@ -413,7 +363,7 @@ class Control(Objective):
         # Those of the first pass: later ones do not include the contrastive losses.
         return {**logs, **plan.contrast.logs} if anchored else {k: v for k, v in logs.items() if k != "loss"}
 
-    def _decision(self, plan: _Plan, logits: Tensor, rows: slice, size: Size) -> PolicyLoss:
+    def _decision(self, plan: Plan, logits: Tensor, rows: slice, size: Size) -> PolicyLoss:
         """The policy loss of the decisions of a chunk's rollouts."""
         rollouts = plan.rollouts
         choice = (~rollouts.think[rows]).long()[:, None]
@@ -424,7 +374,7 @@ class Control(Objective):
         mask = torch.ones_like(choice, dtype=torch.bool)
         return self.grpo(now, old, plan.decision_advantage[rows], mask, size=size, weight=plan.importance[rows])
 
-    def _rationale(self, plan: _Plan, log_prob: Tensor, rows: Tensor, own: slice, chunk: int, size: Size) -> PolicyLoss:
+    def _rationale(self, plan: Plan, log_prob: Tensor, rows: Tensor, own: slice, chunk: int, size: Size) -> PolicyLoss:
         """The policy loss of the rationale tokens of a chunk's rollouts that thought."""
         rollouts = plan.rollouts
         mask = rollouts.token_mask[rows]

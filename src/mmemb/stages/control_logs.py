@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmemb.evaluation.rollout_table import RolloutRow
 from mmemb.inference.rollout import Rollouts
 from mmemb.losses.distributed import all_sum, world_size
+from mmemb.stages.decision import Policy
 from mmemb.stages.rewards import Outcome
 
 SHOWN = 12
 """Rollouts of one table."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The decision as it is learned: thinking has probability sigmoid((l_think - l_emb - center) / spread).
-
-    Attributes:
-        center: difference of the decision logits at which both decisions are as likely.
-        spread: its unit.
-    """
-
-    center: float = 0.0
-    spread: float = 1.0
-
-    def log_prob(self, logits: Tensor) -> Tensor:
-        """Log-probabilities [n, 2] of thinking and not, from the two tokens' logits [n, 2]."""
-        margin = (logits[:, 0] - logits[:, 1] - self.center) / self.spread
-        return torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1)
 
 
 def measures(
