@@ -59,10 +59,10 @@ class Case:
         """What time grows with."""
         return self.n * self.n * self.width
 
-    def embeddings(self, device: str, *, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    def embeddings(self, device: str) -> tuple[Tensor, Tensor]:
         """Seeded unit rows [N, D]."""
         made = torch.Generator().manual_seed(0)
-        shape = (2, rows or self.n, self.width)
+        shape = (2, self.n, self.width)
         query, candidate = normalize(torch.randn(shape, generator=made), dim=2).to(device, DTYPES[self.dtype])
         return query, candidate
 
@@ -126,9 +126,8 @@ class Course:
         return None
 
     def _measured(self, rival: Rival, case: Case) -> dict[str, Any]:
-        few = case.embeddings(self.device, rows=min(case.n, CHECKED))
-        error = peers.error(rival, *few, symmetric=case.symmetric)
         query, candidate = case.embeddings(self.device)
+        error = peers.error(rival, query[:CHECKED], candidate[:CHECKED], symmetric=case.symmetric)
         call = rival.make(query, candidate, case.symmetric)
         gradients = (query.nbytes + candidate.nbytes) / 1e6
         # The first call at this size warms up and shows the memory; the second shows the pace.

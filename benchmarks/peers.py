@@ -111,6 +111,8 @@ def _naive(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
 
 
 def _compiled(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
+    # The recompile limit counts by code object: later cases would run eagerly and not say so.
+    torch._dynamo.reset()
     loss = torch.compile(full_matrix_both if symmetric else full_matrix, dynamic=False)
     run = _by_autograd(loss)
     return lambda: run(query, candidate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,29 @@ def test_memory_is_counted_beyond_the_gradients() -> None:
     naive = course().measure(NAIVE, case)
     # Logits, their log-softmax and gradient: at least two of the 512 x 512 matrices at once.
     assert 2 * 512**2 * 4e-6 < naive["extra_mb"] < 6 * 512**2 * 4e-6
+
+
+def test_errors_are_those_of_the_cases_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infonce, "CHECKED", 8)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def make(query: Tensor, candidate: Tensor, symmetric: bool) -> peers.Call:
+        seen.append((query, candidate))
+        return NAIVE.make(query, candidate, symmetric)
+
+    course().measure(replace(NAIVE, make=make), Case(20, 4, "float32", False))
+    few, whole = seen
+    for part, rows in zip(few, whole, strict=True):
+        assert torch.equal(part, rows[:8])
+
+
+def test_a_compiled_rival_stays_compiled_from_case_to_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a C++ compiler: dynamo alone, whose limit is what is asked about.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    (compiled,) = [rival for rival in peers.RIVALS if rival.name == "torch.compile"]
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for n in (3, 4, 5):
+            compiled.make(torch.randn(n, 2), torch.randn(n, 2), False)()
 
 
 def test_a_missing_peer_is_a_row() -> None:

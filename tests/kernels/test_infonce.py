@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmemb.kernels import _infonce_tiled as tiled
 from mmemb.kernels import infonce, infonce_with_grads, reference
-from mmemb.kernels.infonce import Reduction
+from mmemb.kernels.infonce import Reduction, prepare, solve
 from mmemb.kernels.problem import work_dtype
-from tests.kernels.cases import error, oracle, unit_rows
+from tests.kernels.cases import OPTIONS, arguments, error, oracle, unit_rows
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 2, 384), (7, 7, 1), (13, 31, 17), (1031, 1031, 8), (1025, 2053, 5)]
 """One row, one column, primes, hard negatives (M > N), one more than a stripe."""
@@ -167,11 +169,15 @@ IDS = torch.tensor([0, 1])
         ({"candidate": torch.ones(4, 3, device="meta")}, "candidate is on meta and query on cpu"),
         ({"candidate": torch.ones(1, 3)}, "1 candidates for 2 queries; without positive="),
         ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
-        ({"temperature": 0.0}, "temperature is 0.0; allowed are finite numbers above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed are finite numbers above 0 whose reciprocal is one too"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is infinite"),
-        ({"query": torch.tensor([[1.0, 2, 3], [0, float("nan"), 0]])}, "query has a row of norm nan; every value"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; .* in torch.float32"),
+        ({"temperature": 1e39}, r"temperature is 1e\+39; .* in torch.float32"),
+        ({"temperature": torch.tensor([0.0])}, "temperature is 0.0"),
+        ({"query": torch.tensor([[1.0, 2, 3], [0, float("nan"), 0]])}, "query has a row of norm nan in torch.float32"),
+        ({"query": torch.full((2, 3), 1e20)}, "norm inf in torch.float32; its values are not finite or too large"),
         ({"candidate": torch.full((4, 3), float("inf"))}, "candidate has a row of norm inf"),
         ({"query": torch.full((2, 3), 1e19), "candidate": torch.full((4, 3), 1e19)}, "logits may reach"),
         ({"positive": torch.tensor([0, 4])}, "positive has values 0 to 4; allowed are rows of candidate, 0 to 3"),
@@ -235,6 +241,32 @@ def test_small_losses_keep_their_relative_precision(symmetric: bool) -> None:
         given.query_grad.double()[off_diagonal], expected.query_grad[off_diagonal], rtol=1e-5, atol=0
     )
     torch.testing.assert_close(given.query_grad.sum(1), torch.zeros(6), rtol=0, atol=1e-20)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64, as far as one without can be had."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        assert all(x.dtype != torch.float64 for x in tree_leaves(found) if isinstance(x, Tensor)), func
+        return found
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dims", [None, [2, 5]], ids=str)
+def test_float32_needs_no_float64(symmetric: bool, dims: list[int] | None) -> None:
+    kwargs = arguments(frozenset(OPTIONS) - {"query_negatives", "dims", "symmetric"}, (6, 9, 5))
+    given = [kwargs.pop(name) for name in ("positive", "query_id", "candidate_id", "weight")]
+    with NoFloat64():
+        query, candidate = torch.randn(6, 5), torch.randn(9, 5)
+        problem, weight = prepare(query, candidate, torch.tensor(0.1), *given, symmetric, "mean", dims=dims, **kwargs)
+        solve(problem, coefficient=weight, symmetric=symmetric)
+
+
+def test_an_index_that_float32_cannot_hold_is_checked_exactly() -> None:
+    positive = torch.tensor([0, 2**40 + 1])
+    with pytest.raises(ValueError, match=f"positive has values 0 to {2**40 + 1}"):
+        infonce(torch.ones(2, 3), torch.ones(4, 3), temperature=0.1, positive=positive)
 
 
 @pytest.mark.gpu

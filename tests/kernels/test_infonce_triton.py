@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import harness
 from mmemb.kernels import _tiles, infonce, infonce_with_grads
 from mmemb.kernels.problem import Columns, Merge, Problem
 from tests.kernels.cases import OPTIONS, arguments, combinations, error, oracle, unit_rows
@@ -75,6 +76,13 @@ def test_tiles_and_slabs_of_any_number(call: Call, symmetric: bool, temperature:
 def test_16_bits(call: Call, options: frozenset[str], dtype: torch.dtype, allowed: float) -> None:
     shape = (61, 131, 24)
     check(call, shape, 0.05, allowed, dtype=dtype, **arguments(options, shape))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("options", [frozenset(), frozenset(OPTIONS)], ids=len)
+def test_prefixes_of_16_bits_are_not_rounded_again(call: Call, options: frozenset[str], temperature: float) -> None:
+    shape = (23, 31, 24)
+    check(call, shape, temperature, 1e-2, dtype=torch.bfloat16, **arguments(options | {"dims"}, shape))
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
@@ -186,6 +194,25 @@ def without_queries() -> list[float]:
     problem = Problem(torch.zeros(0, 8), torch.randn(5, 8), torch.tensor(20.0), none, None, None, 100.0)
     found = [solve(problem, coefficient=torch.zeros(0))[1] for solve in (triton.one_direction, triton.symmetric)]
     return [float(each.candidate.abs().amax()) for each in found if each is not None]
+
+
+def peak_bytes(symmetric: bool, workspace_bytes: int) -> float:
+    """Most bytes of torch's tensors while a problem of 256 x 512 is solved."""
+    query, candidate = unit_rows(256, 8, torch.bfloat16), unit_rows(512, 8, torch.bfloat16)
+    how: dict[str, Any] = {"temperature": 0.05, "engine": "triton", "workspace_bytes": workspace_bytes}
+
+    def run() -> None:
+        infonce_with_grads(query, candidate, symmetric=symmetric, **how)
+
+    return 1e6 * harness.peak_megabytes(run, device="cpu")
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
+def test_the_workspace_holds_sums_and_float32_copies_too(interpreted: Call, symmetric: bool) -> None:
+    # Room for all rows in 2 bytes, and for one tile's with the copy in 4 and the sums of their pieces.
+    workspace = 420_000
+    of_embeddings = 512 * 8 * 4
+    assert interpreted(peak_bytes, symmetric, workspace) < workspace + 6 * of_embeddings
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:

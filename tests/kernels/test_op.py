@@ -39,6 +39,22 @@ def test_opcheck(reduction: str, gradients: bool, everything: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("reduction", "gradients"), [("mean", True), ("none", False)])
+@pytest.mark.parametrize("query_negatives", [False, True])
+def test_opcheck_of_transposed_embeddings(reduction: str, gradients: bool, query_negatives: bool) -> None:
+    query, candidate = (torch.randn(4, rows).T.requires_grad_() for rows in (5, 8))
+    options = (None, None, None, None, None, query_negatives, False, 0.0, None, False, reduction, gradients, None, None)
+    torch.library.opcheck(torch.ops.mmemb.infonce.default, (query, candidate, leaves()[2], *options))
+
+
+def test_gradients_are_contiguous_whatever_the_inputs_are() -> None:
+    query, candidate = torch.randn(4, 5).T, torch.randn(4, 8).T
+    for query_negatives in (False, True):
+        found = infonce_with_grads(query, candidate, temperature=0.1, query_negatives=query_negatives)
+        assert all(each.is_contiguous() for each in found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_graph_break(reduction: Any) -> None:
     kwargs = arguments(frozenset(OPTIONS), (5, 8, 4)) | {"reduction": reduction}
@@ -77,6 +93,17 @@ def test_each_input_may_be_the_only_one_with_a_gradient(reduction: Any) -> None:
         inputs = [leaf.detach().clone().requires_grad_(number == i) for i, leaf in enumerate(whole)]
         infonce(inputs[0], inputs[1], temperature=inputs[2], reduction=reduction).sum().backward()
         torch.testing.assert_close(inputs[number].grad, gradient)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_incoming_gradient_may_be_larger_than_float16_holds(reduction: Any) -> None:
+    inputs = [unit_rows(5, 4, torch.float16).requires_grad_(), unit_rows(8, 4, torch.float16).requires_grad_()]
+    expected = infonce_with_grads(*inputs, temperature=1.0)
+    losses = infonce(*inputs, temperature=1.0, reduction=reduction)
+    (losses.mean() * 2.0**16).backward()  # a gradient scaler's first factor; float16 ends at 65504
+    for leaf, gradient in zip(inputs, expected[1:3], strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double() / 2**16, gradient.double(), rtol=2e-3, atol=1e-6)
 
 
 def test_the_temperatures_gradient_has_its_shape_and_dtype() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmemb.kernels import _infonce_tiled as tiled
-from mmemb.kernels import infonce, infonce_with_grads
+from mmemb.kernels import infonce, infonce_with_grads, reference
 from mmemb.kernels._prefixes import by_dimension
 from mmemb.kernels.checks import prepare
 from mmemb.kernels.problem import Gradients, Peers, Problem
@@ -152,8 +152,11 @@ def test_dims_are_the_sum_of_the_losses_on_normalised_prefixes(symmetric: bool) 
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_an_engine_without_dims_is_called_once_for_each(symmetric: bool) -> None:
+@pytest.mark.parametrize("shortest", [1.0, 1e-15])
+def test_an_engine_without_dims_is_called_once_for_each(shortest: float, symmetric: bool) -> None:
     query, candidate = torch.randn(9, 12, dtype=torch.float64), torch.randn(11, 12, dtype=torch.float64)
+    for rows in (query, candidate):
+        rows[:, :2] *= shortest
     problem, _ = prepare(
         query,
         candidate,
@@ -181,6 +184,11 @@ def test_an_engine_without_dims_is_called_once_for_each(symmetric: bool) -> None
     losses, gradients = by_dimension(problem, narrow)
     expected_losses, expected = engine(problem, coefficient=coefficient)
     assert calls == [2, 5, 12]
+    by_definition = reference.infonce(
+        query, candidate, temperature=0.1, margin=0.1, query_negatives=True, candidate_negatives=True, hardness=1.0,
+        dims=[2, 5, 12], symmetric=symmetric, reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(losses, by_definition, rtol=1e-6, atol=0)
     torch.testing.assert_close(losses, expected_losses)
     assert gradients is not None
     assert expected is not None

@@ -162,6 +162,8 @@ def losses(world: int, rank: int) -> dict[str, Any]:
             grads = distributed_infonce_with_grads(**local, temperature=0.1, symmetric=symmetric, **options)
             result[f"{name} {symmetric}"] = list(grads)
     result["rounded"] = list(distributed_infonce_with_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in local.items()}
+    result["half"] = list(distributed_infonce_with_grads(**half, temperature=0.1, averaged=False))
     diagonal = {name: local[name] for name in ("query", "candidate")}
     result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
     # One rank without queries, and one whose weights are all 0.
@@ -264,7 +266,7 @@ def sharded(world: int, rank: int) -> dict[str, Any]:
         result[f"{held} reductions"] = reductions.count
         named = [*encoder.named_parameters(), *contrast.named_parameters()]
         result[f"{held}"] = {
-            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
             for name, p in named
             if p.grad is not None
         }

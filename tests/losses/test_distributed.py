@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmemb.kernels import infonce_with_grads, reference
+from mmemb.losses import gradient_hold
 from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
 from tests.losses.ranks import (
     CANDIDATES,
@@ -101,6 +102,22 @@ def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], wor
     torch.testing.assert_close(torch.cat(query), world * expected.query_grad, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(torch.cat(candidate), world * expected.candidate_grad, rtol=1e-6, atol=1e-9)
     assert not torch.allclose(torch.cat(query), world * exact.query_grad, rtol=1e-4)
+
+
+def test_16_bit_gradients_are_rounded_by_rank_and_summed_in_float32(ranks: list[dict[str, Any]], world: int) -> None:
+    values = joined_positive(batch(world), world)
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in values.items()}
+    weight = half.pop("weight").float()
+    total = torch.stack([part.sum() for part in weight.split(QUERIES[world])]).sum()
+    parts = []
+    for rank in range(world):
+        own = own_queries(world, rank)
+        local = {name: x if name.startswith("candidate") else x[own] for name, x in half.items()}
+        how: dict[str, Any] = {"temperature": 0.1, "reduction": "none"}
+        parts.append(infonce_with_grads(**local, weight=(weight / total)[own], **how).candidate_grad)
+    _, query, candidate, _ = by_field(ranks, "half")
+    assert {each.dtype for each in (*query, *candidate)} == {torch.bfloat16}
+    assert torch.equal(torch.cat(candidate), torch.stack(parts).float().sum(0).bfloat16())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -191,6 +208,17 @@ def test_ddp_that_looks_for_unused_parameters_wants_the_loss_outside() -> None:
     x, y = batch(2)["query"], batch(2)["candidate"][:8]
     with pytest.raises(RuntimeError, match="marked as ready twice"):
         train(wrapped, whole.loss, x, y, 3, wrapped.no_sync)
+
+
+@pytest.mark.usefixtures("group")
+def test_ddp_inside_a_module_is_held_and_let_go() -> None:
+    inner = DistributedDataParallel(Whole())
+    hold = gradient_hold(torch.nn.ModuleDict({"model": inner, "other": torch.nn.Linear(2, 2)}))
+    with hold():
+        with hold():
+            assert not inner.require_backward_grad_sync
+        assert not inner.require_backward_grad_sync
+    assert inner.require_backward_grad_sync
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["reduced by chunk", "reduced once"])

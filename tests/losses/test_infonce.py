@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 
 from mmemb.kernels import infonce
 from mmemb.losses import InfoNCE
+from mmemb.stages.contrast import Path, contrast
 from tests.losses.ranks import OPTIONS
 
 
@@ -78,6 +80,18 @@ def test_what_no_embedding_could_satisfy_is_refused_at_once() -> None:
         InfoNCE(margin=math.nan)
     with pytest.raises(ValueError, match="workspace_mib is 0"):
         InfoNCE(workspace_mib=0)
+
+
+def test_a_symmetric_loss_with_several_rows_of_one_query_says_what_to_change() -> None:
+    rows = torch.eye(3)
+    identities = SimpleNamespace(query_id=torch.arange(3), candidate_id=torch.arange(3), positive=torch.arange(3))
+    paths = [Path("direct", "direct", 1.0, torch.arange(3)), Path("reasoned", "reasoned", 1.0, torch.tensor([0, 2, 2]))]
+    embeddings = {"direct": rows, "reasoned": rows, "target": rows}
+    assert contrast(InfoNCE(), embeddings, identities, paths).loss.isfinite()
+    assert contrast(InfoNCE(symmetric=True), embeddings, identities, paths[:1]).loss.isfinite()
+    message = "infonce.symmetric is true and several rows of the reasoned path .* set symmetric to false.* not `all`"
+    with pytest.raises(ValueError, match=message):
+        contrast(InfoNCE(symmetric=True), embeddings, identities, paths)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ The positive is kept out of the sums: loss = log(1 + exp(o - p)) and G at the po
 losses and gradients keep their relative precision (log-sum-exp minus p would leave only rounding of 1 / temperature).
 
 Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is the workspace, plus a few
-chunks and O((N + M) D) for inputs of 16 bits.
+chunks, R x D temporaries and, for inputs of 16 bits, O((N + M) D).
 """
 
 from __future__ import annotations

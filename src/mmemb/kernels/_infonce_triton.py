@@ -13,8 +13,9 @@ of it, with float32 accumulation. Counted in products of N x M x D:
   makes S again and writes G: 4 products (8U).
 
 Bits are the same in every run: every value has one writer, sums have a fixed order, tiles are fixed a chip
-(`mmemb.kernels._tiles`). Memory beyond inputs and outputs: the workspace and, for 16-bit input, both gradients once
-more in float32.
+(`mmemb.kernels._tiles`). Memory beyond inputs and outputs: the workspace (the slab, its float32 copy where the library
+has no mixed products, the sums of its rows), of which one tile's rows is the least; a slab's rows of dQ and, for 16-bit
+input, both gradients once more in float32.
 
 As in the tiled engine the positive is kept out of the sums (loss = log(1 + exp(o - p)), G at it = -sigmoid(o - p)).
 The temperature's gradient is sum(G * S), summed before G is rounded, with S less p: rows of G sum to 0, so that is the
@@ -31,7 +32,7 @@ from torch import Tensor
 from mmemb.kernels import _tiles
 from mmemb.kernels._infonce_tiled import excess_loss
 from mmemb.kernels._triton_gradients import Sums, add_product
-from mmemb.kernels._triton_launch import Launcher, aligned, blocks
+from mmemb.kernels._triton_launch import FULL_ROW_SUMS, Launcher, aligned, blocks
 from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
 
 
@@ -49,7 +50,9 @@ def one_direction(
     with launcher.device:
         extra = launcher.further_negatives()
         if coefficient is not None and launcher.full_rows:
-            return _by_exponentials(launcher, coefficient, extra)
+            losses, totals, gradients = _by_exponentials(launcher, coefficient, extra)
+            gradients.add_further(coefficient, totals)  # its slab is another one: here the first is gone
+            return losses, gradients.result()
         others, _ = launcher.sums(launcher.main, columns=False)
         others = others if extra is None else torch.logaddexp(others, extra)
         losses = excess_loss(others - launcher.own)
@@ -103,12 +106,12 @@ def symmetric(
         return losses, gradients.result()
 
 
-def _by_exponentials(launcher: Launcher, coefficient: Tensor, extra: Tensor | None) -> tuple[Tensor, Gradients]:
-    """`one_direction` at 6U: the slab holds exp(s) of full rows."""
+def _by_exponentials(launcher: Launcher, coefficient: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor, Sums]:
+    """`one_direction` at 6U: the slab holds exp(s) of full rows. Losses [N], their log-sum-exps [N], main gradients."""
     n, m = len(launcher.query), len(launcher.candidate)
     losses, totals, at_positive = (launcher.empty(n) for _ in range(3))
     gradients = Sums(launcher, coefficient)
-    rows = launcher.slab_rows(m)
+    rows = launcher.slab_rows(m, sums=FULL_ROW_SUMS)
     slab = launcher.query.new_empty(min(rows, n), aligned(m))
     for start, stop in blocks(n, rows):
         by_row, products = (launcher.empty(launcher.pieces(m), stop - start) for _ in range(2))
@@ -127,5 +130,4 @@ def _by_exponentials(launcher: Launcher, coefficient: Tensor, extra: Tensor | No
         gradients.query[start:stop] = product.mul_(share[:, None])
         narrow = (launcher.query[start:stop] * share[:, None]).to(launcher.dtype)
         add_product(gradients.candidate, powers.T, narrow)
-    gradients.add_further(coefficient, totals)
-    return losses, gradients.result()
+    return losses, totals, gradients

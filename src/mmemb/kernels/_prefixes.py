@@ -2,8 +2,9 @@
 
 N queries   M candidates   L peers   D width
 
-The tiled engine shares the products of all dimensions instead; this costs an engine's whole work for every dimension,
-and rounds the normalised prefixes to the input's dtype.
+The tiled engine shares the products of all dimensions instead; this costs an engine's whole work for every dimension.
+The engine gets the normalised prefixes in the work dtype: in 16 bits their rounding, divided by a low temperature,
+would be an error of the loss that the inputs do not have.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmemb.kernels.problem import Gradients, Peers, Problem
 
@@ -30,22 +30,22 @@ def by_dimension(problem: Problem, solve: Solve) -> tuple[Tensor, Gradients | No
     losses, temperature = problem.scale.new_zeros(len(problem.query)), problem.scale.new_zeros(())
     found: Gradients | None = None
     for dim in problem.dims or ():
-        unit = {name: normalize(rows[:, :dim].to(work), dim=1) for name, rows in wide.items()}
-        narrow = {name: rows.to(problem.query.dtype) for name, rows in unit.items()}
-        peers = None if problem.peers is None else Peers(narrow["peers"], problem.peers.own, problem.peers.id)
-        part, found = solve(
-            replace(problem, query=narrow["query"], candidate=narrow["candidate"], peers=peers, dims=None)
-        )
+        # Not `normalize`, which divides by 1e-12 at least: the checks let shorter prefixes pass.
+        length = {
+            name: torch.linalg.vector_norm(rows[:, :dim], dim=1, keepdim=True, dtype=work)
+            for name, rows in wide.items()
+        }
+        unit = {name: rows[:, :dim].to(work) / length[name] for name, rows in wide.items()}
+        peers = None if problem.peers is None else Peers(unit["peers"], problem.peers.own, problem.peers.id)
+        part, found = solve(replace(problem, query=unit["query"], candidate=unit["candidate"], peers=peers, dims=None))
         losses += part
         if found is None:
             continue
         temperature += found.temperature
         for name, gradient in (("query", found.query), ("candidate", found.candidate), ("peers", found.peers)):
             if gradient is not None:
-                gradient = gradient.to(work)
                 along = (gradient * unit[name]).sum(1, keepdim=True)
-                length = wide[name][:, :dim].to(work).norm(dim=1, keepdim=True)
-                sums[name][:, :dim] += (gradient - along * unit[name]) / length
+                sums[name][:, :dim] += (gradient - along * unit[name]) / length[name]
     if found is None:
         return losses, None
     query, candidate = (sums[name].to(problem.query.dtype) for name in ("query", "candidate"))

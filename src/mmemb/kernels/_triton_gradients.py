@@ -10,7 +10,7 @@ from triton import cdiv
 
 from mmemb.kernels import _tiles
 from mmemb.kernels._triton_kernels import gradient_kernel
-from mmemb.kernels._triton_launch import Launcher, Part, aligned, blocks
+from mmemb.kernels._triton_launch import Launcher, Part, aligned, blocks, multiplies_mixed
 from mmemb.kernels.problem import Columns, Gradients
 
 HALF_PEAK = 14
@@ -94,9 +94,10 @@ class Sums:
     def _block(self, n: int, m: int) -> tuple[int, int]:
         """Rows and columns of a slab, whole tiles: near square, which moves the fewest bytes of dQ and dK."""
         tiles = self.tiles
-        side = isqrt(self.launcher.workspace_bytes // self.launcher.dtype.itemsize)
+        items = self.launcher.workspace_bytes // self.launcher.slab_item
+        side = isqrt(items)
         if n < side:
-            side = self.launcher.workspace_bytes // (self.launcher.dtype.itemsize * max(n, 1))
+            side = items // max(n, 1)
         width = max(tiles.columns, side // tiles.columns * tiles.columns)
         return max(tiles.rows, self.launcher.slab_rows(min(width, m))), width
 
@@ -113,6 +114,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total [R, D] += left [R, L] right [L, D] in place, accumulated in the total's dtype whatever the factors'."""
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
-    if left.is_cuda and torch.version.hip is None:
+    if multiplies_mixed(left.device):
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     return total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -32,6 +32,9 @@ FULL_ROWS = 512
 """Fewer rows of full length in the slab do not pay: dK [M, D] would be read and written too often (an estimate from
 bandwidths: at 512 rows that traffic takes as long as one and a half products)."""
 
+FULL_ROW_SUMS = 4
+"""Arrays of sums by piece beside a slab of full rows: two and the next two, or two and the reduction's two copies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -95,13 +98,25 @@ class Launcher:
     def full_rows(self) -> bool:
         """Whether the one-direction loss is made from exponentials of full rows, at 6U."""
         # float16 cannot hold exp(s).
-        fits = self.slab_rows(len(self.candidate)) >= max(1, min(FULL_ROWS, len(self.query)))
+        fits = self.slab_rows(len(self.candidate), sums=FULL_ROW_SUMS) >= max(1, min(FULL_ROWS, len(self.query)))
         return self.problem.bound <= SAFE_LOGIT and self.dtype != torch.float16 and fits
 
-    def slab_rows(self, columns: int) -> int:
-        """Most rows of a slab so many columns wide, whole tiles; 0 if not even one tile fits."""
-        rows = self.workspace_bytes // (aligned(columns) * self.dtype.itemsize)
-        return rows // self.tiles.rows * self.tiles.rows
+    @property
+    def slab_item(self) -> int:
+        """Bytes of an element of the slab, with its copy in the work dtype where the products need one."""
+        work = self.problem.work_dtype
+        copied = self.dtype != work and not multiplies_mixed(self.query.device)
+        return self.dtype.itemsize + copied * work.itemsize
+
+    def slab_rows(self, columns: int, *, sums: int = 0) -> int:
+        """Most rows of a slab so many columns wide, whole tiles; 0 if not even one tile fits.
+
+        Args:
+            columns: of the slab.
+            sums: arrays of the rows' sums by piece that are in memory beside it.
+        """
+        a_row = aligned(columns) * self.slab_item + sums * self.pieces(columns) * self.problem.work_dtype.itemsize
+        return self.workspace_bytes // a_row // self.tiles.rows * self.tiles.rows
 
     def pieces(self, columns: int) -> int:
         """Pieces of tiles in a row of tiles so many columns wide."""
@@ -219,6 +234,11 @@ class Launcher:
 def loadable(rows: Tensor, block: int, tiles: Tiles) -> Any:
     """What the kernels load blocks of rows from."""
     return TensorDescriptor.from_tensor(rows, [block, tiles.depth]) if tiles.descriptors else rows
+
+
+def multiplies_mixed(device: torch.device) -> bool:
+    """Whether the library multiplies 16-bit factors into a float32 sum as they are."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def plain(rows: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def prepare(
     )
     work = work_dtype(query.dtype)
     with torch.no_grad():
-        scale = temperature.detach().to(query.device, work).reshape(()).reciprocal()
+        # In the work dtype before it moves: the temperature may be float64, which not every device knows.
+        scale = temperature.detach().to(work).to(query.device).reshape(()).reciprocal()
         index = torch.arange(len(query), device=query.device) if positive is None else positive
         weight = None if weight is None else weight.detach().to(work)
         problem = Problem(
@@ -161,7 +162,7 @@ def prepare(
         )
         values = _values(problem, weight, distinct=symmetric)
     rows = range(len(candidate)) if own is None else own
-    _check_values(values, rows=rows, may_weigh_nothing=own is not None, dims=problem.dims)
+    _check_values(values, problem, temperature, rows=rows, may_weigh_nothing=own is not None)
     scale_value = values["scale"] + hardness
     lengths = {name: 1.0 if dims else values[name] for name in ("query", "candidate", "peers") if name in values}
     bound = scale_value * lengths.get("query", 0.0) * lengths["candidate"]
@@ -177,36 +178,48 @@ def prepare(
 def _values(problem: Problem, weight: Tensor | None, *, distinct: bool) -> dict[str, float]:
     """What shapes do not show; one transfer from the device in all."""
     work = problem.work_dtype
-    facts: dict[str, Tensor] = {"scale": problem.scale}
+    floats: dict[str, Tensor] = {"scale": problem.scale}
+    integers: dict[str, Tensor] = {}
     rows = {"query": problem.query, "candidate": problem.candidate}
     if problem.peers is not None:
         rows["peers"] = problem.peers.query
     for name, each in rows.items():
         if len(each) == 0:
             continue
-        facts[name] = torch.linalg.vector_norm(each, dim=1, dtype=work).amax()
+        floats[name] = torch.linalg.vector_norm(each, dim=1, dtype=work).amax()
         if problem.dims is not None:
             prefix = each[:, : problem.dims[0]]
-            facts[f"{name} prefix"] = torch.linalg.vector_norm(prefix, dim=1, dtype=work).amin()
+            floats[f"{name} prefix"] = torch.linalg.vector_norm(prefix, dim=1, dtype=work).amin()
     if len(problem.query):
-        facts |= {"positive low": problem.positive.amin(), "positive high": problem.positive.amax()}
+        integers |= {"positive low": problem.positive.amin(), "positive high": problem.positive.amax()}
         if distinct:
-            facts["repeated"] = (problem.positive.sort().values.diff() == 0).any()
+            integers["repeated"] = (problem.positive.sort().values.diff() == 0).any()
         if weight is not None:
-            facts |= {"weight low": weight.amin(), "weight sum": weight.sum()}
-    numbers = torch.stack([fact.double() for fact in facts.values()]).tolist()
-    return dict(zip(facts, numbers, strict=True))
+            floats |= {"weight low": weight.amin(), "weight sum": weight.sum()}
+    # Floats travel as their bits, beside integers that float32 could not hold: not every device knows float64.
+    bits = torch.int64 if work == torch.float64 else torch.int32
+    packed = torch.stack(list(floats.values())).view(bits).long()
+    if integers:
+        packed = torch.cat([packed, torch.stack([each.long() for each in integers.values()])])
+    packed = packed.cpu()
+    numbers = packed[: len(floats)].to(bits).view(work).tolist() + packed[len(floats) :].tolist()
+    return dict(zip([*floats, *integers], numbers, strict=True))
 
 
 def _check_values(
-    values: dict[str, float], *, rows: range, may_weigh_nothing: bool, dims: tuple[int, ...] | None
+    values: dict[str, float], problem: Problem, temperature: Tensor, *, rows: range, may_weigh_nothing: bool
 ) -> None:
+    work, dims = problem.work_dtype, problem.dims
     for name in ("query", "candidate", "peers"):
         if not values.get(name, 0.0) < math.inf:
-            raise ValueError(f"{name} has a row of norm {values[name]}; every value must be finite")
-    scale = values["scale"]
-    if not 0 < scale < math.inf:
-        raise ValueError(f"temperature is {1 / scale if scale else 'infinite'}; allowed are finite numbers above 0")
+            raise ValueError(
+                f"{name} has a row of norm {values[name]} in {work}; its values are not finite or too large"
+            )
+    if not 0 < values["scale"] < math.inf:
+        raise ValueError(
+            f"temperature is {temperature.item()}; allowed are finite numbers above 0 whose reciprocal is one too, "
+            f"in {work}"
+        )
     for name in ("query", "candidate", "peers"):
         # Its square must be a normal number.
         if dims is not None and not values.get(f"{name} prefix", 1.0) > 1e-18:

@@ -95,7 +95,7 @@ def infonce(
         ValueError: what is said above does not hold, or a value is not finite; the message names what was given and
         what is allowed.
     """
-    temperature = _as_tensor(temperature, query)
+    temperature = _as_tensor(temperature)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, candidate, temperature))
     return _call(
         (query, candidate, temperature, positive, query_id, candidate_id, weight),
@@ -129,7 +129,7 @@ def infonce_with_grads(
     With ``none`` the gradients are those of the losses' sum.
     """
     found = _call(
-        (query, candidate, _as_tensor(temperature, query), positive, query_id, candidate_id, weight),
+        (query, candidate, _as_tensor(temperature), positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
         (True, workspace_bytes, engine),
     )
@@ -148,9 +148,6 @@ def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> t
     return infonce_op(*tensors, margin, *options[1:3], float(hardness), dims, *options[5:], *how)
 
 
-def _as_tensor(temperature: Tensor | float, like: Tensor) -> Tensor:
-    return (
-        temperature
-        if isinstance(temperature, Tensor)
-        else torch.tensor(float(temperature), device=like.device, dtype=torch.float64)
-    )
+def _as_tensor(temperature: Tensor | float) -> Tensor:
+    """A number stays on the CPU, whatever the embeddings' device: not every device knows float64."""
+    return temperature if isinstance(temperature, Tensor) else torch.tensor(float(temperature), dtype=torch.float64)

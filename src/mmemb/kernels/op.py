@@ -66,7 +66,7 @@ def _(query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     loss = query.new_empty(() if reduction == "mean" else (query.shape[0],), dtype=work)
     if not gradients:
         return loss, query.new_empty(0), candidate.new_empty(0), query.new_empty(0, dtype=work)
-    return loss, torch.empty_like(query), torch.empty_like(candidate), query.new_empty((), dtype=work)
+    return loss, *_fake_gradients(query, candidate)
 
 
 @torch.library.custom_op("mmemb::infonce_backward", mutates_args=())
@@ -90,7 +90,7 @@ def infonce_backward_op(
     workspace_bytes: int | None,
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients [N, D], [M, D] and the temperature's for the loss's, ``grad`` [N] or 0-d."""
+    """The gradients [N, D], [M, D] and the temperature's (0-d, work dtype) for the loss's, ``grad`` [N] or 0-d."""
     problem, weight = _prepare(
         (query, candidate, temperature, positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
@@ -104,8 +104,7 @@ def infonce_backward_op(
         workspace_bytes=workspace_bytes,
         engine=engine,
     )
-    query_grad, candidate_grad, temperature_grad = _joined(problem, found)
-    return query_grad, candidate_grad, temperature_grad.to(temperature).reshape(temperature.shape).clone()
+    return _joined(problem, found)
 
 
 @torch.library.custom_op("mmemb::infonce_chain", mutates_args=())
@@ -118,15 +117,23 @@ def infonce_chain_op(
     candidate_grad: Tensor,
     temperature_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``grad`` (0-d) times the gradients; the inputs are there for their shapes and for the refusal below."""
-    temperature_grad = (temperature_grad * grad).to(temperature).reshape(temperature.shape)
-    return query_grad * grad.to(query_grad), candidate_grad * grad.to(candidate_grad), temperature_grad
+    """``grad`` (0-d) times the gradients; the inputs are there for the refusal below."""
+    # In the work dtype: a gradient scaler's 65536 is infinite in float16, its products with gradients need not be.
+    wide = temperature_grad.dtype
+    of_rows = [(rows.to(wide) * grad.to(wide)).to(rows.dtype) for rows in (query_grad, candidate_grad)]
+    return of_rows[0], of_rows[1], temperature_grad * grad.to(wide)
 
 
 @infonce_backward_op.register_fake
 @infonce_chain_op.register_fake
-def _(grad: Tensor, query: Tensor, candidate: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(query), torch.empty_like(candidate), torch.empty_like(temperature)
+def _(grad: Tensor, query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(query, candidate)
+
+
+def _fake_gradients(query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_joined`, without values: contiguous, whatever the layout of the inputs."""
+    temperature = query.new_empty((), dtype=work_dtype(query.dtype))
+    return query.new_empty(query.shape), candidate.new_empty(candidate.shape), temperature
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -146,7 +153,14 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         found = infonce_chain_op(grad, *tensors[:3], query_grad, candidate_grad, temperature_grad)
     else:
         found = infonce_backward_op(grad.contiguous(), *tensors, *ctx.options)
-    return *found, *[None] * (TENSORS - 3 + len(ctx.options))
+    query_grad, candidate_grad, temperature_grad = found
+    temperature = tensors[2]
+    if ctx.needs_input_grad[2]:
+        # Moved before it is widened, where the temperature is a float64 number on the CPU; not moved for nothing.
+        temperature_grad = temperature_grad.to(temperature.device).to(temperature.dtype).reshape(temperature.shape)
+    else:
+        temperature_grad = None
+    return query_grad, candidate_grad, temperature_grad, *[None] * (TENSORS - 3 + len(ctx.options))
 
 
 infonce_op.register_autograd(_backward, setup_context=_save)
@@ -171,10 +185,10 @@ def _prepare(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Problem, Tenso
 
 
 def _joined(problem: Problem, gradients: Gradients | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, the peers' among their queries'; empty tensors for none."""
+    """The gradients, contiguous, the peers' among their queries'; empty tensors for none."""
     if gradients is None:
         return problem.query.new_empty(0), problem.candidate.new_empty(0), problem.scale.new_empty(0)
     query = gradients.query
     if gradients.peers is not None:
         query = (gradients.peers + query).to(query.dtype)
-    return query, gradients.candidate, gradients.temperature
+    return query.contiguous(), gradients.candidate.contiguous(), gradients.temperature

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 
 def infonce(
@@ -35,7 +35,7 @@ def infonce(
     positive = rows if positive is None else positive
     losses = query.new_zeros(n)
     for dim in dims or (None,):
-        q, k = (query, candidate) if dim is None else (normalize(x[:, :dim], dim=1) for x in (query, candidate))
+        q, k = (query, candidate) if dim is None else (_unit(x[:, :dim]) for x in (query, candidate))
         dots = q @ k.T  # [N, M]
         own = dots[rows, positive]
 
@@ -65,3 +65,8 @@ def infonce(
     if reduction == "none":
         return losses if weight is None else losses * weight
     return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, however short the given ones: `torch.nn.functional.normalize` divides by 1e-12 at least."""
+    return rows / rows.norm(dim=1, keepdim=True)

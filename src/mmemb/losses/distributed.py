@@ -123,13 +123,15 @@ def distributed_infonce_with_grads(
             sum over ranks is.
         gather_dtype: what candidates (and queries that are negatives) are rounded to on their way between ranks, e.g.
             `torch.bfloat16` for half the bytes of float32; every rank then scores the rounded ones, its own included.
-            None: as they are. Their gradients are summed unrounded. Without effect on one rank.
+            None: as they are. Their gradients are not rounded to it. Without effect on one rank.
         workspace_bytes: see ``margin``.
         engine: see ``margin``.
 
     Returns:
         The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's
-        gradient: if averaged, the global one on every rank, otherwise this rank's share of it.
+        gradient: if averaged, the global one on every rank, otherwise this rank's share of it. Of 16-bit embeddings
+        each rank rounds its part of the candidates' gradients once; the parts travel and are summed in float32, and
+        the sum is rounded. Peers' parts are not rounded before they are summed.
 
     Raises:
         ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in
@@ -167,12 +169,12 @@ def distributed_infonce_with_grads(
         own = torch.arange(n, device=query.device) + sum(query_counts[: dist.get_rank()])
         peer_ids = None if query_id is None else gather_rows(query_id, counts=query_counts)
         peers = Peers(_gather_rounded(query, query_counts, gather_dtype), own, peer_ids)
-    exact = None if isinstance(temperature, Tensor) else torch.float64
-    scale = torch.as_tensor(temperature, device=query.device, dtype=exact)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=torch.float64)
     problem, weights = prepare(
         query,
         candidates,
-        scale,
+        temperature,
         positive + offset,
         query_id,
         candidate_ids,
@@ -203,12 +205,14 @@ def distributed_infonce_with_grads(
     query_grad = gradients.query
     if gradients.peers is not None:
         query_grad = (query_grad + scatter_row_sum(gradients.peers, counts=query_counts)).to(query.dtype)
+    # In 16 bits the sum would be rounded again at every rank.
+    candidate_grad = scatter_row_sum(gradients.candidate.to(problem.work_dtype), counts=counts)
     factor = world_size() if averaged else 1
     temperature_grad = all_sum(gradients.temperature) if averaged else gradients.temperature
     return InfoNCEResult(
         loss=all_sum((losses * weights).sum()),
         query_grad=query_grad * factor,
-        candidate_grad=scatter_row_sum(gradients.candidate, counts=counts) * factor,
+        candidate_grad=(candidate_grad * factor).to(candidate.dtype),
         temperature_grad=temperature_grad,
     )
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -181,12 +181,12 @@ def gradient_hold(module: nn.Module) -> Callable[[], AbstractContextManager[None
     Nested around several cached steps it accumulates their gradients with one reduction in all: hold all but the last.
 
     Args:
-        module: DDP holds by its ``no_sync``. FSDP2 (`torch.distributed.fsdp.fully_shard`, anywhere inside the module)
-            then keeps whole gradients on every rank until the last backward pass; without holding it reduces a shard a
-            chunk, which costs communication instead of memory. Any other module reduces nothing, and nothing is held.
+        module: DDP and FSDP2 (`torch.distributed.fsdp.fully_shard`) may be the module or anywhere inside it. DDP holds
+            by its ``no_sync``. FSDP2 then keeps whole gradients on every rank until the last backward pass; without
+            holding it reduces a shard a chunk, which costs communication instead of memory. Any other module reduces
+            nothing, and nothing is held.
     """
-    if isinstance(module, DistributedDataParallel):
-        return module.no_sync
+    replicated = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     depth = 0
 
@@ -197,7 +197,10 @@ def gradient_hold(module: nn.Module) -> Callable[[], AbstractContextManager[None
         for part in sharded:
             part.set_requires_gradient_sync(False, recurse=False)
         try:
-            yield
+            with ExitStack() as stack:
+                for replica in replicated:
+                    stack.enter_context(replica.no_sync())
+                yield
         finally:
             depth -= 1
             for part in sharded:

@@ -60,6 +60,10 @@ def contrast(
         embeddings: by name, detached; ``target`` [M, D] and one entry a path.
         identities: of all N queries and M targets.
         paths: every rank must name the same ones.
+
+    Raises:
+        ValueError: the loss is symmetric and a query has several rows of a path: they share a positive, and only one of
+            them could be its query.
     """
     target = embeddings["target"]
     gradients = {name: torch.zeros_like(value) for name, value in embeddings.items()}
@@ -70,6 +74,12 @@ def contrast(
         # Every rank must take part in a path's collectives, also one that has no row of it.
         if not path.scale or int(all_sum(torch.tensor(len(path.rows), device=target.device))) == 0:
             continue
+        if infonce.options["symmetric"] and len(path.rows.unique()) < len(path.rows):
+            raise ValueError(
+                f"infonce.symmetric is true and several rows of the {path.label} path are one query's and share its "
+                "positive; set symmetric to false or, in the joint phase, take a selector that chooses one rationale a "
+                "pair, not `all`"
+            )
         result = infonce.with_grads(
             embeddings.get(path.name, target.new_zeros(0, target.shape[1])),
             target,
