@@ -77,7 +77,7 @@ def test_a_finished_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 _CHILD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 
 import mmemb.data.pool_files as files
@@ -85,37 +85,63 @@ from mmemb.components.workers.corrupting import CorruptingWorker
 from mmemb.stages.generate import generate
 from tests.stages.rationale_fakes import Numbered, make_pairs
 
-real = files.pq.write_table
+pool, point = Path(sys.argv[1]), sys.argv[2]
+write, rename = files.pq.write_table, os.replace
 
-def slow(table, path, **options):  # so that a kill may find a shard half written
-    real(table, path, **options)
-    time.sleep(0.05)
+def here(name):
+    if name == point:
+        (pool.parent / "here").touch()
+        time.sleep(60)
 
-files.pq.write_table = slow
-workers = [Numbered(), CorruptingWorker(Numbered(label="b"))]
-generate(make_pairs(40), workers, 3, pool=Path(sys.argv[1]), seed=0, progress=False, shard_size=4)
+class Slow(Numbered):
+    def propose(self, items, k, *, seed):
+        found = super().propose(items, k, seed=seed)
+        here(f"proposing {len(self.calls)}")
+        return found
+
+def half(table, path, **options):
+    write(table, path, **options)
+    if point == f"writing {path.name[11:20]}":
+        os.truncate(path, path.stat().st_size // 2)
+        here(point)
+
+def renaming(source, target):
+    here(f"renaming {Path(target).name}")
+    rename(source, target)
+
+Slow.__qualname__ = "Numbered"
+files.pq.write_table, os.replace = half, renaming
+workers = [Slow(), CorruptingWorker(Numbered(label="b"))]
+generate(make_pairs(40), workers, 3, pool=pool, seed=0, progress=False, shard_size=4)
 """
 
 
-@pytest.mark.parametrize("shards", [1, 4, 8])
-def test_a_process_killed_outright_loses_nothing(tmp_path: Path, shards: int) -> None:
-    """Killed at three points, each while a shard is written aside; the rerun gives the same files byte for byte."""
+@pytest.mark.parametrize(
+    ("point", "shards", "left"),
+    [
+        ("renaming manifest.json", 0, "manifest.json.*.partial"),
+        ("proposing 5", 4, ""),
+        ("writing 000000032", 8, "candidates-000000032.parquet.*.partial"),
+    ],
+)
+def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, shards: int, left: str) -> None:
+    """Killed before there is a manifest, while a worker writes, and with half a shard on disk; then run again."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool")], cwd=root, env=environment)
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool"), point], cwd=root, env=environment)
     try:
-        deadline = time.monotonic() + 120
-        pool = tmp_path / "pool"
-        while len(list(pool.glob("candidates-*.parquet"))) < shards or not list(pool.glob("candidates-*.partial")):
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "here").exists():
             assert time.monotonic() < deadline
             assert child.poll() is None
-            time.sleep(0.005)
+            time.sleep(0.05)
         child.send_signal(signal.SIGKILL)
     finally:
         child.kill()
         child.wait()
     killed = len(list((tmp_path / "pool").glob("candidates-*.parquet")))
-    assert shards <= killed < 10
+    assert killed == shards
+    assert [path.match(left) for path in (tmp_path / "pool").glob("*.partial")] == [True] * bool(left)
     for name in ("whole", "pool"):
         workers = (Numbered(), CorruptingWorker(Numbered(label="b")))
         generate(make_pairs(40), workers, 3, pool=tmp_path / name, seed=0, progress=False, shard_size=4)
