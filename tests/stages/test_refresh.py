@@ -14,12 +14,15 @@ import torch
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.selectors.best_of import BestOf
 from mmemb.components.selectors.random import Random
+from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
+from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator
 from mmemb.stages.generate import generate
 from mmemb.stages.pools import PoolSettings
-from mmemb.stages.refresh import FOLDER, GrownPool, RefreshPool
+from mmemb.stages.refresh import FOLDER, GrownPool, RefreshPool, shares_of
 from mmemb.stages.select import choose, score
 from mmemb.types import Pair, Selection
 from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
@@ -141,10 +144,47 @@ def test_the_share_of_self_made_candidates_is_logged(tmp_path: Path) -> None:
         (row,) = [each for each in csv.DictReader(file) if each.get("refresh/self_made")]
     assert row["step"] == "2"
     assert 0 < float(row["refresh/self_made"]) < 1
+    assert float(row["refresh/covered"]) == 1.0
     assert 0 < float(row["refresh/self_made_chosen"]) < 1
     assert float(row["refresh/keep_rate"]) == 1.0
     assert float(row["refresh/mean_gain"]) > 0
     assert (Path(logger.log_dir) / FOLDER / "step-000000002").is_dir()
+
+
+@pytest.mark.parametrize("most", [4, None])
+def test_the_soonest_pairs_are_refreshed_and_shares_are_of_all_that_come(tmp_path: Path, most: int | None) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    check, logger = LeakCheck(min_words=3), CSVLogger(tmp_path, name="log")
+    pool = PoolSettings(str(tmp_path / "pool"), workers=[MetadataWorker()], candidates=1, leaks=check)
+    sources = [Source(path="bundled:train", tasks=["name"], limit=32)]
+    data = PairDataModule(train=sources, batch_size=8, sub_batch_size=8)
+    trainer = small_trainer(tmp_path, max_steps=2, callbacks=[refresher(1, most_pairs=most)], logger=logger)
+    trainer.fit(small_module(selector=Random(), pool=pool), datamodule=data)
+    added = RationalePool.open(Path(logger.log_dir, FOLDER, "step-000000001", "rank-0"))
+    assert added.manifest.generation["leaks"] == check.settings  # the pool's, not the default
+    assert len(added) == (8 if most is None else most)
+    with Path(logger.log_dir, "metrics.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = [each for each in csv.DictReader(file) if each.get("refresh/self_made")]
+    assert float(row["refresh/covered"]) == len(added) / 8
+    new = sum(len(added.candidates(pair).rationales) for pair in added)
+    assert float(row["refresh/self_made"]) == pytest.approx(new / (new + 8), abs=1e-4)  # one a pair was there
+
+
+def test_shares_are_of_candidates_and_of_what_is_chosen(tmp_path: Path) -> None:
+    class Last(Random):
+        """The run's own, where there is one."""
+
+        def select(self, candidates: Any, *, seed: int) -> Any:
+            return Selection(len(candidates.rationales) - 1 if candidates.rationales else None)
+
+    pairs, base, own = two_pools(tmp_path)
+    shares = shares_of(GrownPool(base, [own]), Last(), pairs, seed=0)
+    there, new = ([len(pool.candidates(pair.id).rationales) for pair in pairs] for pool in (base, own))
+    assert shares.candidates == sum(new) / (sum(there) + sum(new))
+    assert shares.chosen == sum(map(bool, new)) / sum(a + b > 0 for a, b in zip(there, new, strict=True))
+    assert shares_of(GrownPool(base, []), Last(), pairs, seed=0) == (0.0, 0.0)
+    assert all(map(math.isnan, shares_of(GrownPool(base, [own]), Last(), [], seed=0)))
 
 
 def two_pools(folder: Path, *, is_scored: bool = True) -> tuple[list[Pair], RationalePool, RationalePool]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,10 +27,10 @@ from mmemb.data.datamodule import PairDataModule
 from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
 from mmemb.digests import seed_of
-from mmemb.interfaces import Evaluator, Worker
+from mmemb.interfaces import Evaluator, Selector, Worker
 from mmemb.stages.generate import generate
 from mmemb.stages.module import EmbeddingModule
-from mmemb.stages.select import CandidateSource, choose, evaluator_name, score
+from mmemb.stages.select import evaluator_name, score
 from mmemb.types import Candidates, Pair
 
 FOLDER = "refreshed"
@@ -85,16 +85,18 @@ def _joined(there: Candidates, own: Candidates) -> Candidates:
 class RefreshPool(L.Callback):
     """Every so many steps the model in training proposes candidates for the coming pairs, which join the pool.
 
-    Logs, at each refresh, ``refresh/self_made`` (share of self-made among the candidates of the coming pairs),
-    ``refresh/self_made_chosen`` (their share among those that the selector chooses), ``refresh/mean_gain`` (nats),
-    ``refresh/keep_rate`` (self-made candidates that help) and ``refresh/seconds``.
+    Coming are the pairs of the steps until the next refresh; the first `most_pairs` of them get new candidates, the
+    rest keep what they have. Logs, at each refresh and over *all* coming pairs, ``refresh/covered`` (share that gets
+    new candidates), ``refresh/self_made`` (share of the run's own among their candidates) and
+    ``refresh/self_made_chosen`` (among those that the selector chooses); of the new candidates ``refresh/mean_gain``
+    (nats) and ``refresh/keep_rate`` (how many help); and ``refresh/seconds``.
 
     Args:
-        refresh_every_n_steps: steps from one refresh to the next; each covers the pairs of that many steps.
+        refresh_every_n_steps: steps from one refresh to the next.
         worker: who proposes; ``model`` is the model in training.
         evaluator: who scores; with ``retrieval`` and no embedder of its own, the model in training as it is.
         candidates: K, candidates a pair.
-        most_pairs: most pairs a refresh and rank, the soonest first.
+        most_pairs: most pairs a refresh and rank, the soonest first: it bounds what a refresh costs; null: all coming.
         keep: refreshes that are still read; older ones were proposed by a model long gone.
         seed: of every sampled candidate.
 
@@ -109,7 +111,7 @@ class RefreshPool(L.Callback):
         worker: Worker,
         evaluator: Evaluator,
         candidates: int = 1,
-        most_pairs: int = 512,
+        most_pairs: int | None = 512,
         keep: int = 8,
         seed: int = 0,
     ) -> None:
@@ -120,7 +122,7 @@ class RefreshPool(L.Callback):
             "keep": keep,
         }
         for name, value in numbers.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"refresh: {name} is {value}, expected 1 or more (to refresh nothing, leave it out)")
         self.refresh_every_n_steps = refresh_every_n_steps
         self.worker = worker
@@ -209,27 +211,37 @@ class RefreshPool(L.Callback):
         if step % self.refresh_every_n_steps or step in self.steps:
             return
         data: PairDataModule = module.datamodule
-        pairs = data.coming_pairs(self.refresh_every_n_steps)[: self.most_pairs]
-        if not pairs:  # the phase that reads the pool is over
+        coming = data.coming_pairs(self.refresh_every_n_steps)
+        if not coming:  # the phase that reads the pool is over
             return
+        pairs = coming[: self.most_pairs]
         assert self.folder is not None
+        assert module.pool is not None
         started = time.monotonic()
         path = self.folder / _name(step) / f"rank-{trainer.global_rank}"
         if path.exists():  # of a run that was killed before it could write a checkpoint
             shutil.rmtree(path)
-        generate(pairs, [self.worker], self.candidates, pool=path, seed=seed_of(self.seed, step), progress=False)
+        generate(
+            pairs,
+            [self.worker],
+            self.candidates,
+            pool=path,
+            seed=seed_of(self.seed, step),
+            leaks=module.pool.leaks,
+            progress=False,
+        )
         added = score(pairs, self.evaluator, path, progress=False)
         trainer.strategy.barrier()
         self.steps.append(step)
         grown = self._use(module)
         data.restart()
-        self._report(trainer, module, pairs, added, grown, seconds=time.monotonic() - started)
+        self._report(trainer, module, coming, added, grown, seconds=time.monotonic() - started)
 
     def _report(
         self,
         trainer: L.Trainer,
         module: EmbeddingModule,
-        pairs: Sequence[Pair],
+        coming: Sequence[Pair],
         added: RationalePool,
         grown: GrownPool,
         *,
@@ -237,12 +249,12 @@ class RefreshPool(L.Callback):
     ) -> None:
         """Logs what this rank has added."""
         assert module.selector is not None
-        own = [gain for pair in pairs for gain in gains(added.candidates(pair.id))]
-        every = sum(len(grown.candidates(pair.id).rationales) for pair in pairs)
-        made = sum(grown.added(pair.id) for pair in pairs)
+        own = [gain for pair_id in added for gain in gains(added.candidates(pair_id))]
+        shares = shares_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
         values = {
-            "self_made": _share(made, every),
-            "self_made_chosen": _chosen_share(grown, module, pairs, seed_of(self.seed, trainer.global_step)),
+            "covered": len(added) / len(coming),
+            "self_made": shares.candidates,
+            "self_made_chosen": shares.chosen,
             "mean_gain": _share(math.fsum(own), len(own)),
             "keep_rate": _share(sum(gain > 0 for gain in own), len(own)),
             "seconds": seconds,
@@ -250,24 +262,34 @@ class RefreshPool(L.Callback):
         for logger in trainer.loggers:
             finite = {f"refresh/{name}": value for name, value in values.items() if math.isfinite(value)}
             logger.log_metrics(finite, step=trainer.global_step)
+        worth = f", mean gain {values['mean_gain']:+.3f}, {values['keep_rate']:.0%} help" if own else ""
+        made = f"{shares.candidates:.0%} of all candidates" if math.isfinite(shares.candidates) else "no candidates"
+        chosen = f", {shares.chosen:.0%} of those chosen" if math.isfinite(shares.chosen) else ", none chosen"
         rank_zero_info(
-            f"Step {trainer.global_step}: {made} self-made candidates for {len(pairs)} coming pairs "
-            f"({values['self_made']:.0%} of theirs, {values['self_made_chosen']:.0%} of those chosen), "
-            f"mean gain {values['mean_gain']:+.3f}, {values['keep_rate']:.0%} help; {seconds:.1f} s."
+            f"Step {trainer.global_step}: {len(own)} new candidates for {len(added)} of {len(coming)} coming pairs"
+            f"{worth}; self-made are {made}{chosen}; {seconds:.1f} s."
         )
 
 
-def _chosen_share(grown: GrownPool, module: EmbeddingModule, pairs: Sequence[Pair], seed: int) -> float:
-    """Share of self-made rationales among those that the selector chooses for the pairs."""
-    assert module.selector is not None
-    source: CandidateSource = grown
-    chosen = self_made = 0
+class Shares(NamedTuple):
+    """The run's own share of the candidates of some pairs, and of those chosen; nan where there are none."""
+
+    candidates: float
+    chosen: float
+
+
+def shares_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, seed: int) -> Shares:
+    """What part of what the pairs train on the run has made itself."""
+    every = made = chosen = made_chosen = 0
     for pair in pairs:
-        rationale = choose(source, module.selector, pair.id, seed).rationale
-        if rationale is not None:
-            chosen += 1
-            self_made += rationale not in grown.base.candidates(pair.id).rationales
-    return _share(self_made, chosen)
+        there, both = len(grown.base.candidates(pair.id).rationales), grown.candidates(pair.id)
+        every += len(both.rationales)
+        made += len(both.rationales) - there
+        for selection in selector.select_many(both, seed=seed_of(seed, pair.id)):
+            if selection.index is not None:
+                chosen += 1
+                made_chosen += selection.index >= there  # the pool's own come first
+    return Shares(_share(made, every), _share(made_chosen, chosen))
 
 
 def _name(step: int) -> str:
