@@ -7,18 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from mmemb.components.selectors.all import All
 from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
+from mmemb.data.pool_files import write_shard
 from mmemb.interfaces import Selector
 from mmemb.stages import waiting
 from mmemb.stages.generate import generate
+from mmemb.stages.objective import Parts
+from mmemb.stages.placebo import Placebos
 from mmemb.stages.pools import PoolSettings
 from mmemb.stages.select import build_pool, choose, score, show
 from mmemb.types import Candidates, Image, Item, Pair, Selection, Text
+from tests.inference.fakes import FakeBackbone, FakePooler
 from tests.stages.rationale_fakes import ByNumber, Killed, Numbered, make_pairs
 
 
@@ -96,6 +102,25 @@ def test_a_pair_alone_in_its_task_has_no_placebo(tmp_path: Path) -> None:
         found = pool.candidates(pair.id)
         assert all(map(math.isnan, found.scores_placebo))
         assert gains(found, net_of_placebo=True) == gains(found)
+
+
+def test_donors_think_about_the_query_and_leak_nothing(tmp_path: Path) -> None:
+    pairs = make_pairs(40)
+    both = generate(pairs, [Numbered()], 4, pool=tmp_path / "both", seed=0, progress=False, sides=("query", "target"))
+    of_query = generate(pairs, [Numbered()], 4, pool=tmp_path / "query", seed=0, progress=False)
+    shard = "candidates-000000000.parquet"
+    expected = Placebos.collect([of_query.path / shard], pairs)
+    assert Placebos.collect([both.path / shard], pairs)._donors == expected._donors
+
+    table = pq.read_table(of_query.path / shard)
+    flags = pa.array(["verbatim" if number % 2 else "" for number in range(table.num_rows)])
+    write_shard(of_query.path / shard, table.set_column(table.schema.get_field_index("leaks"), "leaks", flags))
+    leaking = {text for number, text in enumerate(table["text"].to_pylist()) if number % 2}
+    found = Placebos.collect([of_query.path / shard], pairs)._donors
+    texts = {donor.text for donors in found.values() for donor in donors}
+    clean = {text for number, text in enumerate(table["text"].to_pylist()) if number % 2 == 0}
+    assert texts <= clean
+    assert leaking - clean
 
 
 def test_rationales_of_the_target_side_are_not_scored(tmp_path: Path) -> None:
@@ -199,8 +224,48 @@ def test_score_refuses_other_data_other_settings_and_missing_candidates(tmp_path
     build(pairs, path)
     with pytest.raises(ValueError, match="made from other data"):
         score(pairs[:9], ByNumber(), path, progress=False)
-    with pytest.raises(ValueError, match="scored by 'ByNumber' with other settings"):
+    with pytest.raises(ValueError, match="scored by 'ByNumber' with other settings .*scores-ByNumber-.*are kept"):
         score(pairs, ByNumber(shift=1.0), path, progress=False)
+    for shard in path.glob("scores-ByNumber-*.parquet"):
+        shard.unlink()
+    again = score(pairs, ByNumber(shift=1.0), path, progress=False)
+    assert again.manifest.evaluators == {"ByNumber": {"shift": 1.0}}
+    assert again.complete
+
+
+def test_settings_of_a_run_that_scored_nothing_bind_nobody(tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    candidates_only(pairs, tmp_path / "pool")
+    with pytest.raises(Killed):
+        score(pairs, ByNumber(die_at=0), tmp_path / "pool", progress=False)
+    assert build(pairs, tmp_path / "pool", evaluator=ByNumber(shift=1.0)).complete
+
+
+def test_a_run_that_had_nothing_to_score_says_so_without_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = make_pairs(10)
+    build(pairs, tmp_path / "pool")
+    capsys.readouterr()
+    score(pairs, ByNumber(), tmp_path / "pool")
+    assert "0 candidates scored by ByNumber; 10 of 10 pairs were there already" in capsys.readouterr().err
+
+
+def test_open_has_workers_and_evaluator_give_their_models_back(tmp_path: Path) -> None:
+    released = []
+
+    class Holding(Numbered):
+        def release(self) -> None:
+            released.append("worker")
+
+    class Weighing(ByNumber):
+        def release(self) -> None:
+            released.append("evaluator")
+
+    settings = PoolSettings(str(tmp_path / "pool"), workers=[Holding()], evaluator=Weighing())
+    parts = Parts(FakeBackbone(), FakePooler())
+    assert settings.open(make_pairs(6), parts=parts).complete
+    assert released == ["worker", "evaluator"]
 
 
 def test_one_process_builds_and_the_others_wait_for_the_whole_pool(

@@ -2,8 +2,9 @@
 
 It reads like the candidate and says nothing of the pair, so what it gains the format gains. Placebos come from a fixed
 set of donors: of each task and worker the texts of smallest hash, found in one pass over the pool. A candidate's
-placebo is therefore the same whatever the shard, the order of scoring or a resume. Cost: one read of four columns, and
-at most 64 texts a task and worker in memory.
+placebo is therefore the same whatever the shard, the order of scoring or a resume. Donors think about the query, as
+what they stand in for does, and hold nothing of their target. Cost: one read of six columns, and at most 64 texts a
+task and worker in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mmemb.digests import seed_of
 from mmemb.types import Pair
 
 _DONORS = 64
-_COLUMNS = ["pair_id", "task", "worker", "text"]
+_COLUMNS = ("pair_id", "task", "side", "worker", "text", "leaks")
 
 
 class Donor(NamedTuple):
@@ -51,8 +52,10 @@ class Placebos:
         """
         found: dict[tuple[str, str], dict[str, tuple[int, str]]] = {}
         for path in shards:
-            for row in pq.read_table(path, columns=_COLUMNS, use_threads=False).to_pylist():
-                if row["text"] is None:
+            there = set(pq.read_schema(path).names)  # the first format has no leak flags
+            columns = [name for name in _COLUMNS if name in there]
+            for row in pq.read_table(path, columns=columns, use_threads=False).to_pylist():
+                if row["text"] is None or row["side"] != "query" or row.get("leaks"):
                     continue
                 key = seed_of("placebo", row["pair_id"], row["text"])
                 texts = found.setdefault((row["task"], row["worker"]), {})

@@ -76,8 +76,9 @@ class PoolSettings:
         if not self.workers:
             pool = self.reopen()
             pool.check(pairs, evaluator=None if self.evaluator is None else self.evaluator.settings)
+            self.release()
             return pool
-        return build_pool(
+        pool = build_pool(
             pairs,
             workers=self.workers,
             evaluator=self.evaluator,
@@ -89,6 +90,15 @@ class PoolSettings:
             is_builder=is_builder,
             barrier=barrier,
         )
+        self.release()
+        return pool
+
+    def release(self) -> None:
+        """Gives back what the workers and the evaluator hold of their own models: training needs the memory."""
+        for worker in self.workers:
+            worker.release()
+        if self.evaluator is not None:
+            self.evaluator.release()
 
     def reopen(self, *, keep_leaks: bool = False) -> RationalePool:
         """The pool that is there, with the scores of the evaluator named here.

@@ -27,6 +27,7 @@ from mmemb.data.pool_files import (
     drop_partial,
     exists,
     read_manifest,
+    rescore,
     resolve,
     scores_shard,
     write_manifest,
@@ -76,11 +77,13 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"{folder}: made from other data (hash {manifest.data}, this run asks for {asked}); "
             f"name the same data, or make the pool anew under another path"
         )
-    if name in manifest.evaluators and digest(manifest.evaluators[name]) != digest(settings):
+    # Settings without a single score are of a run that was stopped before its first shard: they bind nobody.
+    has_scores = folder.is_file() or any(scores_shard(folder, name, start).is_file() for start in manifest.starts())
+    if has_scores and name in manifest.evaluators and digest(manifest.evaluators[name]) != digest(settings):
         there = digest(manifest.evaluators[name])
         raise ValueError(
             f"{folder}: scored by {name!r} with other settings (hash {there}, this run asks for {digest(settings)}); "
-            f"make the pool anew under another path, or delete it"
+            + ("name a folder to make it anew" if folder.is_file() else rescore(folder, name))
         )
     if folder.is_file():
         if name not in manifest.evaluators:
@@ -112,10 +115,12 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             gains += of_shard
             advance(len(shard))
     if progress:
-        kept = sum(gain > 0 for gain in gains) / len(gains) if gains else math.nan
-        mean = sum(gains) / len(gains) if gains else math.nan
+        worth = ""
+        if gains:
+            share = sum(gain > 0 for gain in gains) / len(gains)
+            worth = f", mean gain {math.fsum(gains) / len(gains):+.3f}, {share:.0%} help"
         say(
-            f"{folder}: {len(gains)} candidates scored by {name}, mean gain {mean:+.3f}, {kept:.0%} help; "
+            f"{folder}: {len(gains)} candidates scored by {name}{worth}; "
             f"{done} of {len(pairs)} pairs were there already"
         )
     return RationalePool.open(pool, evaluator=name)
