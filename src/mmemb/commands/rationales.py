@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from mmemb.commands.errors import UsageError
@@ -149,6 +150,7 @@ def _stats(model: Any, pairs: Sequence[Any], *, output: str) -> None:
 
 def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str], pair_id: str | None) -> None:
     """Prints pairs with their candidates, gains and the selector's choice."""
+    from mmemb.stages.generate import say
     from mmemb.stages.select import show
 
     pool = _open(model.pool)
@@ -159,7 +161,14 @@ def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str],
     else:
         chosen = []
         for name in tasks:
-            chosen += [pair for pair in pairs if pair.task == name and pair.id in pool][:limit]
-    scored = pool.evaluator is not None
+            of_task = (pair for pair in pairs if pair.task == name and pair.id in pool)
+            chosen += islice(of_task, max(0, limit))  # looking for a pair reads the pool: no more of it than is shown
+    without_choice: list[str] = []
     for pair in chosen:
-        show(pair, pool, model.selector if scored else None)
+        try:
+            show(pair, pool, model.selector)
+        except ValueError as error:  # the selector needs scores that this pair does not have (yet)
+            show(pair, pool)
+            without_choice.append(str(error))
+    if without_choice:
+        say(f"no choice shown for {len(without_choice)} of {len(chosen)} pairs: {without_choice[0]}")
