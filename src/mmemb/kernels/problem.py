@@ -29,9 +29,8 @@ from torch import Tensor
 Merge: TypeAlias = Callable[["Columns"], "Columns"]
 """Joins the columns with those of further queries elsewhere. An engine may call it more than once a problem."""
 
-WORKSPACE_BYTES = 320 * 2**20
-"""Most bytes of an engine's N x M buffers unless the caller says otherwise: on sm_90, 512 full rows of 262144
-candidates in 16 bits with the sums of their pieces."""
+WORKSPACE_BYTES = 256 * 2**20
+"""Most bytes of an engine's N x M buffers unless the caller says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ def restore_random_state(states: dict[str, Tensor], device: torch.device, *, ran
     if len(states["cpu"]) != world_size():
         rank_zero_info("The checkpoint's random state is of another number of ranks; this run draws from its seed.")
         return
-    torch.set_rng_state(states["cpu"][rank].cpu())
+    # Cloned: a generator reads a state from the beginning of its storage, whatever the view's offset.
+    torch.set_rng_state(states["cpu"][rank].cpu().clone())
     if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"][rank].cpu(), device)
+        torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone(), device)
