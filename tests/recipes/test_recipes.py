@@ -50,6 +50,12 @@ def test_the_first_line_runs_the_recipe(recipe: Path, monkeypatch: pytest.Monkey
     assert {key: parsed[key] for key in numbers} == numbers
 
 
+def test_the_main_job_caches_gradients_over_four_chunks_at_least() -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "r1.yaml").read_text(encoding="utf-8"))
+    chunk = recipe["model"]["objective"]["init_args"]["chunk_size"]
+    assert recipe["data"]["batch_size"] >= 4 * chunk
+
+
 def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Dotted keys with values that are no mappings; whether a part has a class path of its own makes no difference."""
     found = {}
