@@ -194,7 +194,8 @@ class EmbeddingModule(L.LightningModule):
         steps = int(steps)
         first = steps if self.control is None else min(self.control.start, steps)
         spans = [Span(first, self.schedule, self.warmup_steps)]
-        if self.control is not None:
+        # A run that never comes to the phase must not end at its rate: resumed with more steps it would begin with it.
+        if self.control is not None and first < steps:
             follows = self.control
             spans.append(Span(steps - first, follows.schedule, follows.warmup_steps, follows.learning_rate_factor))
         schedule = scheduler(optimizer, spans)
