@@ -4,7 +4,7 @@
 
 Four candidates a query by the shipped `tiny` model at temperature 1, one by the `metadata` templates, scored by the
 `retrieval` evaluator under an embedder trained for it (recipes/evaluator.yaml: the joint phase on randomly chosen
-candidates). Every stage resumes where it was. About 10 minutes on two cores.
+candidates). Every stage resumes where it was. About 15 minutes on two cores.
 """
 
 from __future__ import annotations
