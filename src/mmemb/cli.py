@@ -99,7 +99,7 @@ class MmembCLI(LightningCLI):
                 "trainer.callbacks": [
                     {
                         "class_path": "mmemb.checkpoint_io.RunCheckpoint",
-                        "init_args": {"every_n_train_steps": 200, "save_top_k": 0, "save_last": True},
+                        "init_args": {"every_n_train_steps": 100, "save_top_k": 0, "save_last": True},
                     }
                 ],
             }

@@ -228,7 +228,7 @@ def _flag_attributes(split: str, rng: random.Random, count: int) -> Iterator[Pai
                 yield _pair("flagattr", split, f"{vendor}/{country.key}/{attribute}", parts, fields, answer, False)
 
 
-def _cells(scene: Scene) -> str:
+def _cells(scene: Sequence[Entity]) -> str:
     return caption([entity.name for entity in scene])
 
 
@@ -292,7 +292,7 @@ def _left_neighbours(split: str, rng: random.Random, count: int) -> Iterator[Pai
         scene, right = draw_scene(rng, things, split), rng.choice((1, 3))
         name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
         anchor, answer = scene[right].name, scene[right - 1].name
-        fields = {"cells": _cells(scene), "anchor": anchor, "answer": answer}
+        fields = {"cells": _cells(scene), "scanned": _cells(scene[: right + 1]), "anchor": anchor, "answer": answer}
         parts = (Image(PREFIX + name), Text(left_question(anchor)))
         return _pair("left1", split, f"{name}/{right}", parts, fields, answer, False)
 
@@ -306,9 +306,11 @@ def _flag_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
         country, attribute = rng.choice(flags), rng.choice(ATTRIBUTES)
         scene = draw_scene(rng, things, split, fixed=(country,), at_left=True)
         name = scene_name(rng.choice(country.train_vendors()), tuple(entity.key for entity in scene))
-        anchor, answer = scene[scene.index(country) + 1].name, country.attributes[attribute]
+        right = scene.index(country) + 1
+        anchor, answer = scene[right].name, country.attributes[attribute]
         fields = {
             "cells": _cells(scene),
+            "scanned": _cells(scene[: right + 1]),
             "anchor": anchor,
             "country": country.name,
             "attribute": attribute,

@@ -35,7 +35,7 @@ def reverse_question(attribute: str, value: str) -> str:
 
 
 def neighbours_text(names: Sequence[str], asked: Sequence[int]) -> str:
-    """A captioned scene, then the neighbour in the same row of the cells asked for, as rationales of scenes put it."""
+    """A captioned scene, then the neighbour in the same row of each cell asked for."""
     said = (f"{'left' if cell % 2 else 'right'} of {names[cell]} : {names[cell ^ 1]}" for cell in asked)
     return " ; ".join((caption(names), *said))
 

@@ -1,0 +1,97 @@
+"""A step of the control phase against one of the joint phase: peak memory and time, same model, same pairs.
+
+    python -m benchmarks.phases [--smoke] [--device cpu] [--repeats 3] [--output FOLDER]
+
+The bundled model takes the steps that recipes/r1.yaml asks for: N pairs of the control split; the joint phase in chunks
+of 16 with the true rationales, the control phase with 8 rollouts a query in chunks of 4 queries. Optimiser and its
+state are left out, being the same for both. Prints and appends to `phases.jsonl`; columns: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from mmemb.components.backbones.tiny import TinyBackbone
+from mmemb.components.poolers.embed_token import EmbedToken
+from mmemb.data.bundled import evaluation_tasks, load_pairs
+from mmemb.stages.control import Control
+from mmemb.stages.joint import Joint
+from mmemb.stages.objective import Engine, Objective, Parts
+from mmemb.types import Pair, Rationale
+
+LAST = 9
+"""Steps of the control phase that are said to lie before: what its first step does once is done in the warm-up."""
+
+
+def true_rationale(pair: Pair, seed: int) -> Sequence[tuple[Rationale, float]]:
+    """The bundled query's own rationale, with weight one."""
+    return [(Rationale(pair.query.fields["rationale"]), 1.0)]
+
+
+def step(objective: Objective, parts: Parts, pairs: Sequence[Pair]) -> Callable[[], None]:
+    """One step of the objective to the parameters' gradients, collation included."""
+
+    def run() -> None:
+        for parameter in parts.backbone.parameters():
+            parameter.grad = None
+        batch = objective.collate(parts, pairs, 0).to(parts.backbone.device)
+        objective.step(parts, batch, Engine(step=LAST, steps=LAST + 1))
+
+    return run
+
+
+def measure(
+    *, count: int, chunk: int, queries: int, group: int, budget: int, repeats: int, device: str
+) -> list[dict[str, Any]]:
+    """One row a phase; the joint phase is the first."""
+    torch.manual_seed(0)
+    parts = Parts(TinyBackbone().to(device), EmbedToken())
+    parts.pooler.build(parts.backbone.hidden_size)
+    tasks = evaluation_tasks("control")
+    # Tasks in turn, so that prompts and rationales of every length are there.
+    of_task = [[pair for pair in load_pairs("control") if pair.task == task.name] for task in tasks]
+    pairs = [each[row] for row in range(-(-count // len(tasks))) for each in of_task][:count]
+    joint = Joint(chunk_size=chunk).to(device)
+    joint.prepare_choice(true_rationale)
+    control = Control(chunk_size=queries, group_size=group, max_new_tokens=budget, show_every=0).to(device)
+    control.prepare_candidates(tasks)
+    control.follow(joint)
+    steps = {"joint": step(joint, parts, pairs), "control": step(control, parts, pairs)}
+    steps["control"]()  # its candidates are embedded, once in many steps
+    times = harness.paired(steps, repeats=repeats, device=device)
+    peaks = {name: harness.peak_megabytes(run, device=device) for name, run in steps.items()}
+    return [
+        {
+            "phase": name,
+            "pairs": count,
+            "chunk": chunk if name == "joint" else queries,
+            "rollouts": 0 if name == "joint" else count * group,
+            "seconds": statistics.median(times[name]),
+            "ratio_to_joint": harness.median_ratio(times[name], times["joint"]),
+            "peak_mb": peaks[name],
+            "peak_to_joint": peaks[name] / peaks["joint"],
+        }
+        for name in steps
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints and appends to ``phases.jsonl``."""
+    options = harness.arguments(str(__doc__), argv)
+    sizes = (
+        {"count": 4, "chunk": 2, "queries": 2, "group": 2, "budget": 3}
+        if options.smoke
+        else {"count": 64, "chunk": 16, "queries": 4, "group": 8, "budget": 48}
+    )
+    found = measure(repeats=options.repeats, device=options.device, **sizes)
+    path = harness.append(found, output=options.output, name="phases", smoke=options.smoke, device=options.device)
+    print(harness.table(found), f"appended to {path}", sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

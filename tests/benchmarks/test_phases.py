@@ -1,0 +1,22 @@
+"""The phase benchmark runs and compares the control phase's step with the joint phase's."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_smoke_run_compares_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    benchmark = importlib.import_module("benchmarks.phases")
+    benchmark.main(["--smoke", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)])
+    joint, control = (json.loads(line) for line in (tmp_path / "phases_smoke.jsonl").read_text().splitlines())
+    assert (joint["phase"], control["phase"]) == ("joint", "control")
+    assert joint["ratio_to_joint"] == joint["peak_to_joint"] == 1
+    assert control["rollouts"] == 8
+    assert control["peak_to_joint"] == pytest.approx(control["peak_mb"] / joint["peak_mb"])
