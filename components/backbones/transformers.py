@@ -120,6 +120,7 @@ class TransformersBackbone(Backbone, name="transformers"):
         self.lora = lora
         if lora is not None:
             tuning.add_lora(network, lora, exclude=family.vision, new_tokens=loaded.added)
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             network.activation_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
@@ -208,6 +209,11 @@ class TransformersBackbone(Backbone, name="transformers"):
     def prompt_settings(self) -> dict[str, Any]:
         """The picture areas (for some families sides): a larger picture is shrunk, a smaller one enlarged."""
         return {"picture_size": dict(getattr(self.image_processor, "size", None) or {})}
+
+    @property
+    def keeps_cache_in_training(self) -> bool:
+        """False under gradient checkpointing, for which the library switches caches off."""
+        return not self.gradient_checkpointing
 
     @property
     def special_ids(self) -> tuple[int, ...]:

@@ -134,6 +134,11 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         return ()
 
     @property
+    def keeps_cache_in_training(self) -> bool:
+        """Whether `prefill`, `fork` and `extend` work in training mode too; gradient checkpointing rules it out."""
+        return True
+
+    @property
     def has_adapters(self) -> bool:
         """Whether `without_adapters` changes the model."""
         return False

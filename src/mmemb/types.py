@@ -183,64 +183,6 @@ class ModelInputs:
 
 
 @dataclass
-class TrainChunk:
-    """Rows of one backward pass.
-
-    Attributes:
-        query: direct path of n queries.
-        reasoned: reasoned path, one row a rationale of the chunk's queries; None where none has one.
-        reasoned_rows: [r] int64, the row of ``query`` each reasoned row belongs to; a query may have several.
-        reasoned_weight: [r] float32, the selector's loss weight of each reasoned row.
-        target: n targets followed by this chunk's hard negatives, m >= n rows.
-    """
-
-    query: ModelInputs
-    reasoned: ModelInputs | None
-    reasoned_rows: Tensor
-    reasoned_weight: Tensor
-    target: ModelInputs
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainChunk:
-        """Moves every tensor; returns a new object."""
-        return TrainChunk(
-            query=self.query.to(device, non_blocking),
-            reasoned=None if self.reasoned is None else self.reasoned.to(device, non_blocking),
-            reasoned_rows=self.reasoned_rows.to(device, non_blocking=non_blocking),
-            reasoned_weight=self.reasoned_weight.to(device, non_blocking=non_blocking),
-            target=self.target.to(device, non_blocking),
-        )
-
-
-@dataclass
-class TrainBatch:
-    """A global batch cut into chunks, with the identities that mask false negatives.
-
-    Attributes:
-        chunks: the rows, in order.
-        query_id: [N] int64, identity of each query's positive.
-        candidate_id: [M] int64, identity of each candidate, in chunk order (positives, then hard negatives).
-        positive: [N] int64, row of each query's positive among the M candidates.
-        tasks: N task names.
-    """
-
-    chunks: list[TrainChunk]
-    query_id: Tensor
-    candidate_id: Tensor
-    positive: Tensor
-    tasks: list[str]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Moves every tensor; returns a new object."""
-        return TrainBatch(
-            chunks=[chunk.to(device, non_blocking) for chunk in self.chunks],
-            query_id=self.query_id.to(device, non_blocking=non_blocking),
-            candidate_id=self.candidate_id.to(device, non_blocking=non_blocking),
-            positive=self.positive.to(device, non_blocking=non_blocking),
-            tasks=self.tasks,
-        )
-
-
-@dataclass
 class PrefillState:
     """What one prefill knows of B queries: all that a controller may look at.
 

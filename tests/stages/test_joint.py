@@ -8,13 +8,19 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from mmemb.components.backbones.tiny import FOLDER, TinyBackbone
+from mmemb.components.backbones.transformers import TransformersBackbone
+from mmemb.components.poolers.mean import Mean
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.bundled import load_pairs
 from mmemb.kernels import infonce
+from mmemb.stages.joint_batch import TrainBatch
 from mmemb.stages.objective import Choose, Engine, next_token_loss
-from mmemb.types import TrainBatch
+from mmemb.stages.query_paths import SeparatePaths, SharedPrompts
+from mmemb.types import Rationale
 from tests.stages.small import (
     largest_difference,
+    metadata_choice,
     small_data,
     small_module,
     small_trainer,
@@ -31,18 +37,20 @@ def pairs() -> list:
 def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
     """The objective written down in one piece: one chunk, autograd through everything."""
     (chunk,) = batch.chunks
+    paths = chunk.query
+    assert isinstance(paths, SeparatePaths)
     parts, objective = module.parts, module.objective
 
     def embed(inputs):
         hidden = parts.backbone(inputs)
         return hidden, parts.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
 
-    hidden, direct = embed(chunk.query)
-    reasoned_hidden, reasoned = embed(chunk.reasoned)
+    hidden, direct = embed(paths.direct)
+    reasoned_hidden, reasoned = embed(paths.reasoned)
     _, target = embed(chunk.target)
     temperature = objective.infonce.temperature
     loss = torch.zeros(())
-    for queries, rows in ((direct, torch.arange(len(direct))), (reasoned, chunk.reasoned_rows)):
+    for queries, rows in ((direct, torch.arange(len(direct))), (reasoned, paths.rows)):
         loss = loss + infonce(
             queries,
             target,
@@ -52,10 +60,10 @@ def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
             candidate_id=batch.candidate_id,
         )
     skipped = torch.ones(len(direct), dtype=torch.bool)
-    skipped[chunk.reasoned_rows] = False
-    nll = next_token_loss(parts.backbone, hidden, chunk.query, skipped)
-    nll = nll + next_token_loss(parts.backbone, reasoned_hidden, chunk.reasoned)
-    tokens = int((chunk.reasoned.labels != -100).sum()) + int(skipped.sum())
+    skipped[paths.rows] = False
+    nll = next_token_loss(parts.backbone, hidden, paths.direct, skipped)
+    nll = nll + next_token_loss(parts.backbone, reasoned_hidden, paths.reasoned)
+    tokens = int((paths.reasoned.labels != -100).sum()) + int(skipped.sum())
     return loss + objective.next_token_weight * nll / tokens
 
 
@@ -63,18 +71,33 @@ def gradients(module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("chunk_size", [13, 5, 1])
-def test_cached_step_has_the_gradients_of_the_plain_loss(pairs: list, chunk_size: int) -> None:
+def separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the model cannot share a prompt between its paths."""
+    monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", False)
+
+
+@pytest.mark.parametrize(("chunk_size", "shared"), [(13, True), (5, True), (1, True), (5, False)])
+def test_cached_step_has_the_gradients_of_the_plain_loss(
+    pairs: list, chunk_size: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = small_module()
+    # Some pairs are without a rationale; these may have two.
+    module.objective.prepare_choice(lambda pair, seed: metadata_choice(pair, seed) * (1 + seed % 2))
     module.objective.augment = None  # chunks draw their augmentation by their own rows
     module.objective.chunk_size = len(pairs)
-    whole = module.objective.collate(module.parts, pairs, 0)
+    with monkeypatch.context() as apart:
+        separately(apart)
+        whole = module.objective.collate(module.parts, pairs, 0)
     expected_loss = plain_loss(module, whole)
     expected_loss.backward()
     expected = gradients(module)
     module.zero_grad()
     module.objective.chunk_size = chunk_size
-    logs = module.objective.step(module.parts, module.objective.collate(module.parts, pairs, 0), Engine())
+    if not shared:
+        separately(monkeypatch)
+    batch = module.objective.collate(module.parts, pairs, 0)
+    assert all(isinstance(chunk.query, SharedPrompts) == shared for chunk in batch.chunks)
+    logs = module.objective.step(module.parts, batch, Engine())
     assert float(logs["loss"]) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
     found = gradients(module)
     assert found.keys() == expected.keys()
@@ -83,11 +106,38 @@ def test_cached_step_has_the_gradients_of_the_plain_loss(pairs: list, chunk_size
     assert "objective.infonce.log_temperature" in found
 
 
+def test_a_pooler_that_looks_at_every_state_gets_both_paths_whole(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for keeps in (True, False):
+        monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", keeps)
+        module = small_module(pooler=Mean())
+        batch = module.objective.collate(module.parts, pairs, 0)
+        assert all(isinstance(chunk.query, SeparatePaths) for chunk in batch.chunks)
+        results.append(float(module.objective.step(module.parts, batch, Engine())["loss"]))
+    assert results[0] == results[1]
+
+
+def test_both_kinds_of_paths_augment_a_picture_alike(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small_module()
+    module.objective.prepare_choice(lambda pair, seed: [(Rationale("a flag"), 1.0)])
+    shared = module.objective.collate(module.parts, pairs[:4], 0).chunks[0].query.prompt
+    separately(monkeypatch)
+    whole = module.objective.collate(module.parts, pairs[:4], 0).chunks[0].query
+    for inputs in (whole.direct, whole.reasoned):
+        assert torch.equal(inputs.tensors["pixel_values"], shared.tensors["pixel_values"])
+
+
+def test_gradient_checkpointing_rules_out_a_shared_prompt() -> None:
+    assert TinyBackbone(weights="random").keeps_cache_in_training
+    backbone = TransformersBackbone(str(FOLDER), weights="random", gradient_checkpointing=True)
+    assert not backbone.keeps_cache_in_training
+
+
 def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_against_thinking(pairs: list) -> None:
     module = small_module()
     module.objective.prepare_choice(lambda pair, seed: [])
     batch = module.objective.collate(module.parts, pairs, 0)
-    assert all(chunk.reasoned is None for chunk in batch.chunks)
+    assert all(len(chunk.query.rows) == 0 for chunk in batch.chunks)
     logs = module.objective.step(module.parts, batch, Engine())
     assert "infonce_reasoned" not in logs
     # One label a row, <emb>, against a vocabulary of random weights: near log V.
@@ -124,7 +174,7 @@ def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: lis
         module.objective.next_token_weight = 0.0
         module.objective.prepare_choice(lambda pair, seed, chosen=chosen: chosen[rows.index(pair)])
         batch = module.objective.collate(module.parts, rows, 0)
-        assert sum(len(chunk.reasoned_rows) for chunk in batch.chunks) == sum(map(len, chosen))
+        assert sum(len(chunk.query.rows) for chunk in batch.chunks) == sum(map(len, chosen))
         logs = module.objective.step(module.parts, batch, Engine())
         results.append((float(logs["infonce_reasoned"]), gradients(module)))
     (one, first), (other, second) = results
@@ -136,7 +186,7 @@ def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: lis
 def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> None:
     module = small_module()
     first, again, other = (module.objective.collate(module.parts, pairs, seed) for seed in (3, 3, 4))
-    pixels = [batch.chunks[0].query.tensors["pixel_values"] for batch in (first, again, other)]
+    pixels = [batch.chunks[0].query.prompt.tensors["pixel_values"] for batch in (first, again, other)]
     assert torch.equal(pixels[0], pixels[1])
     assert not torch.equal(pixels[0], pixels[2])
 

@@ -105,7 +105,7 @@ def test_the_next_batch_sees_them_and_the_batches_before_do_not(
     step = module.objective.step
 
     def watched(parts: Any, batch: Any, engine: Any) -> Any:
-        reasoned = sum(len(chunk.reasoned_rows) for chunk in batch.chunks)
+        reasoned = sum(len(chunk.query.rows) for chunk in batch.chunks)
         trained.append((module.global_step, reasoned))
         return step(parts, batch, engine)
 

@@ -9,6 +9,7 @@ from itertools import permutations
 from mmemb.data.bundled.entities import (
     ATTRIBUTES,
     VENDORS,
+    Entity,
     check_split,
     countries,
     entities,

@@ -41,8 +41,11 @@ TASKS: dict[str, TaskSpec] = {
     "left1": TaskSpec("answer about the scene", "spatial", "{scanned} : {answer}"),
     "flagscene": TaskSpec("answer about the scene", "spatial", "{scanned} : {country} ; {attribute} : {answer}"),
 }
-"""The tasks by name. ``{scanned}`` is the caption up to the cell asked about: what is left of it is then always the last
-name but one, so that the one thing to learn is where to stop. ``scenematch``, ``findscene``, ``left1`` and ``flagscene`` draw their scenes from a seed."""
+"""The tasks by name. ``scenematch``, ``findscene``, ``left1`` and ``flagscene`` draw their scenes from a seed.
+
+``{scanned}`` is the caption up to the cell asked about: what is left of that is then always the last name but one, so
+that the one thing to learn is where to stop.
+"""
 
 SCENE_TASKS = ("scenematch", "findscene", "left1", "flagscene")
 
