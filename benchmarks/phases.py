@@ -3,8 +3,9 @@
     python -m benchmarks.phases [--smoke] [--device cpu] [--repeats 3] [--output FOLDER]
 
 The bundled model takes the steps that recipes/r1.yaml asks for: N pairs of the control split; the joint phase in chunks
-of 16 with the true rationales, the control phase with 8 rollouts a query in chunks of 4 queries. Optimiser and its
-state are left out, being the same for both. Prints and appends to `phases.jsonl`; columns: docs/benchmarks.md.
+of 16 with the true rationales, the control phase with 8 rollouts a query in chunks of 4 queries. The third row is the
+joint phase with both paths encoded as a whole instead of going on from one pass over the prompt. Optimiser and its
+state are left out, being the same for all. Prints and appends to `phases.jsonl`; columns: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,13 +35,14 @@ def true_rationale(pair: Pair, seed: int) -> Sequence[tuple[Rationale, float]]:
     return [(Rationale(pair.query.fields["rationale"]), 1.0)]
 
 
-def step(objective: Objective, parts: Parts, pairs: Sequence[Pair]) -> Callable[[], None]:
-    """One step of the objective to the parameters' gradients, collation included."""
+def step(objective: Objective, parts: Parts, pairs: Sequence[Pair], *, shared: bool = True) -> Callable[[], None]:
+    """One step of the objective to the parameters' gradients, collation included; ``shared`` prompts or not."""
 
     def run() -> None:
         for parameter in parts.backbone.parameters():
             parameter.grad = None
-        batch = objective.collate(parts, pairs, 0).to(parts.backbone.device)
+        with mock.patch.object(TinyBackbone, "keeps_cache_in_training", shared):
+            batch = objective.collate(parts, pairs, 0).to(parts.backbone.device)
         objective.step(parts, batch, Engine(step=LAST, steps=LAST + 1))
 
     return run
@@ -61,7 +64,11 @@ def measure(
     control = Control(chunk_size=queries, group_size=group, max_new_tokens=budget, show_every=0).to(device)
     control.prepare_candidates(tasks)
     control.follow(joint)
-    steps = {"joint": step(joint, parts, pairs), "control": step(control, parts, pairs)}
+    steps = {
+        "joint": step(joint, parts, pairs),
+        "control": step(control, parts, pairs),
+        "joint, paths apart": step(joint, parts, pairs, shared=False),
+    }
     steps["control"]()  # its candidates are embedded, once in many steps
     times = harness.paired(steps, repeats=repeats, device=device)
     peaks = {name: harness.peak_megabytes(run, device=device) for name, run in steps.items()}
@@ -69,8 +76,8 @@ def measure(
         {
             "phase": name,
             "pairs": count,
-            "chunk": chunk if name == "joint" else queries,
-            "rollouts": 0 if name == "joint" else count * group,
+            "chunk": queries if name == "control" else chunk,
+            "rollouts": count * group if name == "control" else 0,
             "seconds": statistics.median(times[name]),
             "ratio_to_joint": harness.median_ratio(times[name], times["joint"]),
             "peak_mb": peaks[name],

@@ -123,12 +123,13 @@ def section(results: Path) -> str:
         return f"No results are kept yet (`{name}`)."
     summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
     seeds = ", ".join(str(summary["settings"]["seed"]) for summary in summaries)
-    minutes = [summary["seconds"] / 60 for summary in summaries]
+    of_seeds = f"seeds {seeds}: mean ± sample standard deviation" if len(summaries) > 1 else f"seed {seeds}"
+    minutes = sorted({f"{summary['seconds'] / 60:.0f}" for summary in summaries}, key=int)
     at_once = max(summary["settings"].get("runs_at_once", 1) for summary in summaries)
     beside = f", {at_once} of them side by side" if at_once > 1 else ""
     return (
-        f"hit@1 on the test split; seeds {seeds}: mean ± sample standard deviation; {min(minutes):.0f} to "
-        f"{max(minutes):.0f} minutes a run{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
+        f"hit@1 on the test split; {of_seeds}; {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes a run"
+        f"{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
         f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
         + f"\n\nWhat is asked of the main job (`python -m benchmarks.bars`):\n\n{bars.markdown(bars.judged(summaries))}"
     )

@@ -19,6 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -85,19 +86,18 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
         line = [point for point in points if point.curve == curve]
         xs, ys = [point.tokens_per_query for point in line], [point.hit for point in line]
         axes.plot(xs, ys, style, color=colour, label=f"{curve} (swept)" if curve != "random" else "a coin")
-    for mode, scores in results.modes.items():
-        if "tokens_per_query" not in scores:
-            continue
+    placed = {mode: scores for mode, scores in results.modes.items() if "tokens_per_query" in scores}
+    # Named in the legend: labels beside points of like quality would lie over each other.
+    for (mode, scores), marker in zip(placed.items(), cycle("os^DvPX*<>"), strict=False):
         x, y = scores["tokens_per_query"], scores["hit@1"]
-        axes.plot([x], [y], "o", color="#1c2733", markersize=5)
-        axes.annotate(mode, (x, y), xytext=(6, -11), textcoords="offset points", fontsize=8, color="#1c2733")
+        axes.plot([x], [y], marker, color="#1c2733", markersize=6, label=mode.replace("_", " "))
     axes.set_xlabel("rationale tokens a query")
     axes.set_ylabel("hit@1, mean over tasks")
     axes.set_title("quality against tokens", loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.14, y=0.1)
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES))
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
