@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WAYS = {"mmemb", "floor", "row_read", "row_reencode", "batch_reencode"}
+WAYS = {"mmemb", "floor", "row_read", "row_reencode", "batch_reencode", "batch_sorted"}
 
 
 def test_a_smoke_run_compares_all_ways(
