@@ -35,8 +35,8 @@ QUERIES = {"train": 2000, "control": 300, "validation": 60, "test": 150}
 NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
 """Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
 NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
-_DRAW = {"test": "test, second draw"}
-"""Test scenes were drawn anew after an early design of the main job had been looked at on the first draw."""
+_DRAW = {"test": "test, third draw"}
+"""Test scenes are drawn anew whenever a setting of the main job was chosen after one before had been looked at on them."""
 
 
 def picture_item(name: str) -> Item:
