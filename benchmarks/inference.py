@@ -7,7 +7,8 @@ embeddings. ``reason`` says who thinks: ``always``, or ``half`` (the model's own
 half of the rows think). The ways:
 
     mmemb           `mmemb.inference.encoder.Encoder`: one prefill, the thinking rows go on from its cache
-    floor           the same prefill, then the forward passes of the tokens that were needed and nothing else
+    floor           the same prefills, then batch by batch the forward passes of the tokens that were needed and nothing
+                    else; ours can be faster, as the last rows of a batch share the steps of the next
     row_read        one row at a time through ``model.generate``, hidden states kept, the state at <emb> read
     row_reencode    one row at a time through ``model.generate``, then the whole text encoded again
     batch_reencode  batches through ``model.generate`` in the order of the rows, then the whole text encoded again

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import Item, ModelInputs
@@ -201,6 +203,19 @@ class TransformersBackbone(Backbone, name="transformers"):
         cache.batch_select_indices(rows)
         return Prefix(cache, prefix.attention_mask[rows], prefix.next_position[rows], prefix.hidden[rows])
 
+    def join(self, prefixes: Sequence[Prefix]) -> Prefix:
+        """The rows of several prefixes as one: shorter ones get masked columns on the left."""
+        width = max(prefix.attention_mask.shape[1] for prefix in prefixes)
+        cache = copy.copy(prefixes[0].cache)
+        cache.layers = [_joined(layers) for layers in zip(*(prefix.cache.layers for prefix in prefixes), strict=True)]
+        masks = [pad(prefix.attention_mask, (width - prefix.attention_mask.shape[1], 0)) for prefix in prefixes]
+        return Prefix(
+            cache=cache,
+            attention_mask=torch.cat(masks),
+            next_position=torch.cat([prefix.next_position for prefix in prefixes]),
+            hidden=torch.cat([prefix.hidden for prefix in prefixes]),
+        )
+
     def token_id(self, token: str) -> int:
         """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
         return self.processor.ids[token]
@@ -209,6 +224,12 @@ class TransformersBackbone(Backbone, name="transformers"):
     def prompt_settings(self) -> dict[str, Any]:
         """The picture areas (for some families sides): a larger picture is shrunk, a smaller one enlarged."""
         return {"picture_size": dict(getattr(self.image_processor, "size", None) or {})}
+
+    @property
+    def joins_prefixes(self) -> bool:
+        """Whether every layer of the cache holds keys and values and nothing else."""
+        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
     @property
     def keeps_cache_in_training(self) -> bool:
@@ -286,6 +307,18 @@ class TransformersBackbone(Backbone, name="transformers"):
     def _base(self) -> Any:
         """The model without its vocabulary head: returns states after the final norm."""
         return self.model.model
+
+
+def _joined(layers: Sequence[Any]) -> Any:
+    """One layer of several caches: keys and values [B, heads, T, width], the newest column is the last in each."""
+    joined = copy.copy(layers[0])
+    columns = max(layer.keys.shape[-2] for layer in layers)
+    for name in ("keys", "values"):
+        parts = [getattr(layer, name) for layer in layers]
+        setattr(joined, name, torch.cat([pad(part, (0, 0, columns - part.shape[-2], 0)) for part in parts]))
+    if joined.is_sliding:  # it has seen more columns than it keeps
+        joined.cumulative_length = max(layer.cumulative_length for layer in layers)
+    return joined
 
 
 def _set_pixels(image_processor: Any, *, min_pixels: int | None, max_pixels: int | None, model: str) -> None:

@@ -100,6 +100,14 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
     def fork(self, prefix: Prefix, rows: Tensor | None = None) -> Prefix:
         """An independent copy of a prefix, of the given rows [R] int64 only if asked."""
 
+    def join(self, prefixes: Sequence[Prefix]) -> Prefix:
+        """The rows of several prefixes as one, in their order; the given ones must not be used again.
+
+        Raises:
+            NotImplementedError: the backbone does not join prefixes (``joins_prefixes``).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not join prefixes")
+
     @abstractmethod
     def token_id(self, token: str) -> int:
         """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
@@ -132,6 +140,11 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
     def special_ids(self) -> Sequence[int]:
         """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
         return ()
+
+    @property
+    def joins_prefixes(self) -> bool:
+        """Whether `join` works: the last rows of a batch that think then go on with those of the next."""
+        return False
 
     @property
     def keeps_cache_in_training(self) -> bool:

@@ -116,6 +116,24 @@ class FakeBackbone(Backbone):
         cache = [(k[rows], v[rows]) for k, v in prefix.cache]
         return Prefix(cache, prefix.attention_mask[rows], prefix.next_position[rows], prefix.hidden[rows])
 
+    def join(self, prefixes: Sequence[Prefix]) -> Prefix:
+        self.calls.append("join")
+        masks = [prefix.attention_mask for prefix in prefixes]
+        width = max(mask.shape[1] for mask in masks)
+        missing = [width - mask.shape[1] for mask in masks]
+        cache = [
+            tuple(
+                torch.cat([nn.functional.pad(part, (0, 0, n, 0)) for part, n in zip(parts, missing, strict=True)])
+                for parts in zip(*layers, strict=True)
+            )
+            for layers in zip(*(prefix.cache for prefix in prefixes), strict=True)
+        ]
+        mask = torch.cat([nn.functional.pad(each, (n, 0)) for each, n in zip(masks, missing, strict=True)])
+        next_position = torch.cat([prefix.next_position for prefix in prefixes])
+        return Prefix(cache, mask, next_position, torch.cat([prefix.hidden for prefix in prefixes]))
+
+    joins_prefixes = True
+
     def token_id(self, token: str) -> int:
         return self.vocabulary.index(token)
 

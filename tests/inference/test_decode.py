@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mmemb.inference.decode import adaptive_paths, confidence_over, length_order, sample
+from mmemb.inference.decode import Paths, adaptive_paths, confidence_over, length_order, sample
 from mmemb.inference.encoder import Everyone
-from mmemb.interfaces import Controller, Pooler
+from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 
@@ -101,6 +102,59 @@ def test_a_row_does_not_depend_on_its_neighbours(temperature: float) -> None:
         assert alone.token_ids[0] == together.token_ids[row]
         torch.testing.assert_close(alone.embedding[0], together.embedding[row], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone.state.direct[0], together.state.direct[row], atol=1e-5, rtol=0)
+
+
+class InTurn(Controller):
+    """Budgets of the rows in the order in which they come; 0 does not think."""
+
+    def __init__(self, *budgets: int) -> None:
+        self.budgets = list(budgets)
+
+    def decide(self, state: PrefillState) -> Decision:
+        budget = torch.tensor([self.budgets.pop(0) for _ in state.direct])
+        return Decision(budget > 0, (budget > 0).float(), budget)
+
+
+@pytest.mark.parametrize("pooler", [FakePooler(), FakeMeanPooler()], ids=["emb", "mean"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
+    pooler: Pooler, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, pooler, queries = FakeBackbone(), built(pooler), items()
+    budgets = (1, 12, 0, 11, 2, 2, 9, 0, 1, 7, 3)
+    with torch.no_grad():
+        backbone.head.bias[backbone.token_id(END_THINK)] = -2.0
+
+    def paths(size: int | None, reached: Callable[[int], None] | None = None) -> Paths:
+        backbone.calls.clear()
+        options = {"budget": 12, "temperature": temperature, "seed": list(range(50, 61))}
+        return adaptive_paths(backbone, pooler, queries, InTurn(*budgets), batch_size=size, reached=reached, **options)
+
+    whole, seen = paths(None), []
+    batched = paths(4, seen.append)
+    joined = Counter(backbone.calls)
+    assert seen == [4, 8, 11]
+    assert joined["prefill"] == 3
+    assert joined["join"] >= 1
+    monkeypatch.setattr(FakeBackbone, "joins_prefixes", False)
+    apart = paths(4)
+    assert Counter(backbone.calls)["join"] == 0
+    assert Counter(backbone.calls)["extend"] > joined["extend"], "waiting for every batch takes more steps"
+    for other in (batched, apart):
+        assert other.token_ids == whole.token_ids
+        assert other.rationale == whole.rationale
+        for name in ("tokens", "truncated"):
+            assert torch.equal(getattr(other, name), getattr(whole, name))
+        torch.testing.assert_close(other.embedding, whole.embedding, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.state.direct, whole.state.direct, atol=1e-5, rtol=0)
+
+
+def test_a_backbone_that_does_not_join_prefixes_says_so() -> None:
+    backbone = FakeBackbone()
+    prefix = backbone.prefill(backbone.prepare(items(2), embed=False))
+    assert not Backbone.joins_prefixes.fget(backbone)
+    with pytest.raises(NotImplementedError, match="FakeBackbone does not join prefixes"):
+        Backbone.join(backbone, [prefix, prefix])
 
 
 def test_the_controller_sees_decision_logits_and_confidence() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmemb.inference.decode import Paths, adaptive_paths
-from mmemb.inference.encoder import evaluating
+from mmemb.inference.encoder import Everyone, evaluating
 from mmemb.inference.rollout import continuation, rollout, token_log_probs
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.registry import create
@@ -79,6 +79,39 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(
             (alone.state.decision_logits, together.state.decision_logits),
         ):
             torch.testing.assert_close(mine[0], batched[row], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
+    backbone: Backbone, pooler: Pooler, items: list[Item]
+) -> None:
+    assert backbone.joins_prefixes
+    with evaluating(backbone, pooler):
+        whole, batched = (
+            adaptive_paths(
+                backbone, pooler, items, Everyone(9), budget=48, temperature=1.0, seed=[5, 6, 7, 8, 9], batch_size=size
+            )
+            for size in (None, 2)
+        )
+    assert batched.token_ids == whole.token_ids
+    assert torch.equal(batched.truncated, whole.truncated)
+    torch.testing.assert_close(batched.embedding, whole.embedding, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_caches_that_keep_a_window_of_columns_join_as_well(make_backbone: Callable[..., Backbone]) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "layer_types": None}
+    backbone = make_backbone("qwen2_5_vl", config_overrides={"text_config": window})
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    items = [Item("what is", (Text("red apple " * count),)) for count in (9, 6, 3, 1, 1)]
+    assert backbone.prefill(backbone.prepare(items, embed=False)).cache.is_sliding == [True, True]
+    seeds = [5, 6, 7, 8, 9]
+    with evaluating(backbone, pooler):
+        whole, batched = (
+            adaptive_paths(backbone, pooler, items, Everyone(9), budget=9, temperature=1.0, seed=seeds, batch_size=size)
+            for size in (None, 2)
+        )
+    assert batched.token_ids == whole.token_ids
+    torch.testing.assert_close(batched.embedding, whole.embedding, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_the_cache_path_equals_encoding_the_whole_again(backbone: Backbone, pooler: Pooler, items: list[Item]) -> None:

@@ -5,6 +5,9 @@ A rationale of L tokens therefore takes L + 3 steps (``<think>``, its tokens, ``
 budget ends is closed like any other: a missing ``<emb>`` cannot happen. Rows that are done stay in the batch until
 enough of them are worth a copy of the cache without them.
 
+A few rows write much longer than the rest, and a step of few rows costs about what one of many does. So the last rows
+of a batch need not be waited for: further rows may join them, and they finish together.
+
 Everything a step decides stays on the device; the host looks at it once a step on a CPU and every few steps elsewhere,
 so that it can run ahead of an accelerator.
 
@@ -14,7 +17,7 @@ Shape legend: R rows, n rows still in the cache, L longest rationale, V vocabula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,22 +58,24 @@ class Sampler:
     A row's numbers come from its own seed, so its text does not depend on its neighbours.
 
     Args:
-        seeds: one a row.
         steps: most tokens a row chooses.
         temperature: divides the logits; 0 takes the likeliest token.
         device: where the logits live.
     """
 
-    def __init__(self, seeds: Sequence[int], *, steps: int, temperature: float, device: torch.device) -> None:
-        self.temperature = temperature
-        self.uniforms: Tensor | None = None
-        if temperature > 0:
-            drawn = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            self.uniforms = torch.stack(drawn).to(device, torch.float64)  # [R, steps]
+    def __init__(self, *, steps: int, temperature: float, device: torch.device) -> None:
+        self.steps, self.temperature = steps, temperature
+        self.uniforms = torch.zeros(0, steps, dtype=torch.float64, device=device)  # [R, steps], if temperature > 0
 
-    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
-        """Token ids [n] of logits [n, V] for rows [n] at a step."""
-        if self.uniforms is None:
+    def add(self, seeds: Sequence[int]) -> None:
+        """Further rows, a seed each."""
+        if self.temperature > 0:
+            drawn = [torch.rand(self.steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            self.uniforms = torch.cat([self.uniforms, torch.stack(drawn).to(self.uniforms)])
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+        """Token ids [n] of logits [n, V] for rows [n], each at its own step [n]."""
+        if self.temperature == 0:
             return logits.argmax(dim=-1)
         cumulative = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         # Scaling by the total keeps the draw below it whatever the rounding; right=True skips tokens without mass.
@@ -85,84 +90,160 @@ def rationale_logits(backbone: Backbone, hidden: Tensor) -> Tensor:
     return logits.index_fill(-1, banned, -torch.inf)
 
 
-def write(
-    backbone: Backbone,
-    prefix: Prefix,
-    budgets: Tensor,
-    sampler: Sampler,
-    *,
-    embed: bool,
-    log_probs: bool = False,
-    think: bool = True,
-) -> Written:
-    """Feeds ``<think>`` to R prompts and lets each write until it closes its rationale or its budget ends.
+@dataclass
+class _Rows:
+    """Rows in the cache; every tensor has one entry a row."""
+
+    prefix: Prefix
+    index: Tensor  # of all rows ever added
+    budgets: Tensor
+    feed: Tensor
+    phase: Tensor
+    count: Tensor  # tokens of the rationale so far
+    ended: Tensor  # bool, by the model and not by the budget
+    column: Tensor  # of the first action that is not in place yet
+    states: Tensor  # [n, H], at ``<emb>`` once it has been fed
+    tokens: list[Tensor] = field(default_factory=list, init=False)  # actions that are not in place yet, a step each
+    chances: list[Tensor] = field(default_factory=list, init=False)
+
+    def tensors(self) -> list[Tensor]:
+        """All but the prefix, in the order of the fields."""
+        return [
+            self.index,
+            self.budgets,
+            self.feed,
+            self.phase,
+            self.count,
+            self.ended,
+            self.column,
+            self.states,
+        ]
+
+    def select(self, backbone: Backbone, left: Tensor) -> _Rows:
+        """Some of the rows; all actions are in place."""
+        return _Rows(backbone.fork(self.prefix, left), *(each[left] for each in self.tensors()))
+
+    def join(self, backbone: Backbone, other: _Rows) -> _Rows:
+        """The rows of both; all actions are in place."""
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return _Rows(backbone.join([self.prefix, other.prefix]), *(torch.cat(pair) for pair in pairs))
+
+
+class Writing:
+    """Rows that write: `add` some, `run` until few are left, add more if the backbone joins prefixes, and so on.
 
     Args:
         backbone: the model.
-        prefix: R prompts; used up.
-        budgets: [R] int64, most tokens of each rationale.
         sampler: chooses the next token.
-        embed: feed ``</think> <emb>`` as well and return the state there; else a row is done with its last token.
-        log_probs: return the log-probability of every action as well.
+        longest: L, the largest budget of any row.
+        embed: feed ``</think> <emb>`` as well and keep the state there; else a row is done with its last token.
+        log_probs: keep the log-probability of every action as well.
         think: False leaves ``<think>`` out: a model that was never taught the token writes right after its prompt.
     """
-    device = budgets.device
-    opening, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
-    # An instruct model may end its turn with its own special token before it has learned ``</think>``.
-    ends = sorted({end_think, *backbone.special_ids} - {opening, emb})
-    ends_rationale: Tensor | None = None  # [V] bool, made when V is known
-    forced = torch.tensor([end_think, emb, end_think, end_think], device=device)  # what is fed after each phase
-    look_every = 1 if device.type == "cpu" else 4
-    smallest, longest = int(budgets.min()), int(budgets.max())
-    kept = _Kept(len(budgets), longest, device)
-    rows = torch.arange(len(budgets), device=device)  # rows still in the cache; what follows is [n], one each
-    phase, count = torch.full_like(budgets, _WRITING), torch.zeros_like(budgets)
-    ended = torch.zeros_like(budgets, dtype=torch.bool)
-    feed = torch.full_like(budgets, opening)
-    states: Tensor | None = None
-    step, anyone_writes = 0, True
-    while True:
-        if step or think:
-            hidden, prefix = backbone.extend(prefix, feed[:, None])
-            hidden = hidden[:, -1]
-        else:
-            hidden = prefix.hidden
-        if embed:
-            here = (phase == _EMBEDDING)[:, None]
-            states = hidden if states is None else torch.where(here, hidden, states)
-        feed = forced[phase]
-        if anyone_writes:
-            logits = rationale_logits(backbone, hidden)
-            if ends_rationale is None:
-                ends_rationale = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
-                ends_rationale[ends] = True
-            token = sampler(logits, rows, step)
-            kept.keep(token, _chance(logits, token, sampler.temperature) if log_probs else None)
-            writing, stops = phase == _WRITING, ends_rationale[token]
-            ended |= writing & stops
-            if step >= smallest:
-                stops = stops | (budgets <= step)
-            going = writing & ~stops
-            count += going
-            feed = torch.where(going, token, feed)
-            phase = torch.where(going, phase, (phase + (1 if embed else _DONE)).clamp_(max=_DONE))
-        else:
-            phase = (phase + 1).clamp_(max=_DONE)
-        step += 1
-        anyone_writes = anyone_writes and step <= longest
-        if step % look_every:
-            continue
-        in_phase = torch.bincount(phase, minlength=_DONE + 1).tolist()
-        anyone_writes = anyone_writes and in_phase[_WRITING] > 0
-        if in_phase[_DONE] >= COMPACT_SHARE * len(rows):
-            kept.place(rows, count, ended, states)
-            if in_phase[_DONE] == len(rows):
-                return kept.written(embed=embed, log_probs=log_probs)
-            left = (phase != _DONE).nonzero().flatten()
-            prefix = backbone.fork(prefix, left)
-            rows, feed, phase, budgets = rows[left], feed[left], phase[left], budgets[left]
-            count, ended = count[left], ended[left]
-            states = None if states is None else states[left]
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        sampler: Sampler,
+        *,
+        longest: int,
+        embed: bool,
+        log_probs: bool = False,
+        think: bool = True,
+    ) -> None:
+        self.backbone, self.sampler, self.embed, self.log_probs, self.think = backbone, sampler, embed, log_probs, think
+        device = backbone.device
+        self.opening, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+        # An instruct model may end its turn with its own special token before it has learned ``</think>``.
+        self.ends = sorted({end_think, *backbone.special_ids} - {self.opening, emb})
+        self._ends_rationale: Tensor | None = None  # [V] bool, made when V is known
+        self._forced = torch.tensor([end_think, emb, end_think, end_think], device=device)  # is fed after each phase
+        self._look_every = 1 if device.type == "cpu" else 4
+        self._rows: _Rows | None = None
+        self._anyone_writes = False
+        self._kept = _Kept(longest, backbone.hidden_size, device)
+
+    def __len__(self) -> int:
+        """Rows that are not done yet, as of the last look."""
+        return 0 if self._rows is None else len(self._rows.index)
+
+    def add(self, prefix: Prefix, budgets: Tensor, seeds: Sequence[int]) -> None:
+        """Further rows; rows that are not done yet go on with them.
+
+        Args:
+            prefix: their prompts; used up.
+            budgets: int64, most tokens of each rationale.
+            seeds: of the sampling, one a row.
+        """
+        self.sampler.add(seeds)
+        rows = _Rows(
+            prefix=prefix,
+            index=self._kept.add(len(budgets)),
+            budgets=budgets,
+            feed=torch.full_like(budgets, self.opening),
+            phase=torch.full_like(budgets, _WRITING),
+            count=torch.zeros_like(budgets),
+            ended=torch.zeros_like(budgets, dtype=torch.bool),
+            column=torch.zeros_like(budgets),
+            states=prefix.hidden,
+        )
+        self._anyone_writes = True
+        if not self.think:
+            self._choose(rows, prefix.hidden)
+        if self._rows is not None:
+            for each in (self._rows, rows):
+                self._kept.place(each)
+            rows = self._rows.join(self.backbone, rows)
+        self._rows = rows
+
+    def run(self, *, leave: int = 0) -> None:
+        """Goes on until at most so many rows are not done."""
+        step = 0
+        while self._rows is not None and len(self) > leave:
+            hidden, self._rows.prefix = self.backbone.extend(self._rows.prefix, self._rows.feed[:, None])
+            self._choose(self._rows, hidden[:, -1])
+            step += 1
+            if step % self._look_every == 0:
+                self._look(leave)
+
+    def written(self) -> Written:
+        """What all rows wrote, in the order in which they were added; `run` to the end before."""
+        return self._kept.written(embed=self.embed, log_probs=self.log_probs)
+
+    def _choose(self, rows: _Rows, hidden: Tensor) -> None:
+        """Takes the states [n, H] after what was fed, and chooses what is fed next."""
+        if self.embed:
+            rows.states = torch.where((rows.phase == _EMBEDDING)[:, None], hidden, rows.states)
+        rows.feed = self._forced[rows.phase]
+        if not self._anyone_writes:
+            rows.phase = (rows.phase + 1).clamp_(max=_DONE)
+            return
+        logits = rationale_logits(self.backbone, hidden)
+        if self._ends_rationale is None:
+            self._ends_rationale = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            self._ends_rationale[self.ends] = True
+        token = self.sampler(logits, rows.index, rows.count)
+        rows.tokens.append(token)
+        if self.log_probs:
+            rows.chances.append(_chance(logits, token, self.sampler.temperature))
+        writing, stops = rows.phase == _WRITING, self._ends_rationale[token]
+        rows.ended = rows.ended | (writing & stops)
+        going = writing & ~stops & (rows.count < rows.budgets)
+        rows.count = rows.count + going
+        rows.feed = torch.where(going, token, rows.feed)
+        rows.phase = torch.where(going, rows.phase, (rows.phase + (1 if self.embed else _DONE)).clamp_(max=_DONE))
+
+    def _look(self, leave: int) -> None:
+        """Sees who is done, and takes them out of the cache where that pays or the others are few enough."""
+        rows = self._rows
+        assert rows is not None
+        in_phase = torch.bincount(rows.phase, minlength=_DONE + 1).tolist()
+        self._anyone_writes = in_phase[_WRITING] > 0
+        done = in_phase[_DONE]
+        if done >= COMPACT_SHARE * len(rows.index) or len(rows.index) - done <= leave:
+            self._kept.place(rows)
+            left = (rows.phase != _DONE).nonzero().flatten()
+            self._rows = rows.select(self.backbone, left) if len(left) else None
 
 
 def _chance(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
@@ -171,55 +252,59 @@ def _chance(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
 
 
 class _Kept:
-    """What R rows wrote: a step only appends to a list, and columns are put in place when rows leave the cache.
+    """What R rows wrote: a step only appends to a list, and columns are put in place when rows leave the cache or join.
 
     Args:
-        rows: R.
         longest: most tokens of a rationale.
+        width: H.
         device: where the tensors live.
     """
 
-    def __init__(self, rows: int, longest: int, device: torch.device) -> None:
-        self.actions = torch.zeros(rows, longest + 1, dtype=torch.int64, device=device)
-        self.log_prob = torch.zeros(rows, longest + 1, device=device)
-        self.count = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.hidden: Tensor | None = None
-        self.columns = 0  # in place
-        self._tokens: list[Tensor] = []
-        self._chances: list[Tensor] = []
+    def __init__(self, longest: int, width: int, device: torch.device) -> None:
+        # Rows that have closed their rationale go on choosing until they leave: the last column takes what is too long.
+        self.actions = torch.zeros(0, longest + 2, dtype=torch.int64, device=device)
+        self.log_prob = torch.zeros(0, longest + 2, device=device)
+        self.count = torch.zeros(0, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(0, dtype=torch.bool, device=device)
+        self.hidden: Tensor | None = None  # [R, H], made when its dtype is known
+        self.width = width
 
-    def keep(self, token: Tensor, chance: Tensor | None) -> None:
-        """Keeps a column of the rows in the cache: tokens [n] and their log-probabilities [n]."""
-        self._tokens.append(token)
-        if chance is not None:
-            self._chances.append(chance)
+    def add(self, rows: int) -> Tensor:
+        """Makes room for further rows; their indices."""
+        first = len(self.count)
+        for name in ("actions", "log_prob", "count", "ended"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(rows, *old.shape[1:])]))
+        return torch.arange(first, first + rows, device=self.count.device)
 
-    def place(self, rows: Tensor, count: Tensor, ended: Tensor, states: Tensor | None) -> None:
-        """Puts everything of the rows [n] in the cache in place, before some of them leave it."""
-        if self._tokens:
-            columns = slice(self.columns, self.columns + len(self._tokens))
-            self.actions[rows, columns] = torch.stack(self._tokens, dim=1)
-            if self._chances:
-                self.log_prob[rows, columns] = torch.stack(self._chances, dim=1)
-            self.columns = columns.stop
-            self._tokens, self._chances = [], []
-        self.count[rows], self.ended[rows] = count, ended
-        if states is not None:
-            if self.hidden is None:
-                self.hidden = states.new_zeros(len(self.count), states.shape[1])
-            self.hidden[rows] = states
+    def place(self, rows: _Rows) -> None:
+        """Puts everything of rows in place, before some of them leave the cache or others join."""
+        if rows.tokens:
+            steps = torch.arange(len(rows.tokens), device=rows.column.device)
+            columns = (rows.column[:, None] + steps).clamp_(max=self.actions.shape[1] - 1)
+            self.actions[rows.index[:, None], columns] = torch.stack(rows.tokens, dim=1)
+            if rows.chances:
+                self.log_prob[rows.index[:, None], columns] = torch.stack(rows.chances, dim=1)
+            rows.column = rows.column + len(rows.tokens)
+            rows.tokens, rows.chances = [], []
+        self.count[rows.index], self.ended[rows.index] = rows.count, rows.ended
+        if self.hidden is None:
+            self.hidden = rows.states.new_zeros(0, self.width)
+        missing = len(self.count) - len(self.hidden)
+        if missing:
+            self.hidden = torch.cat([self.hidden, self.hidden.new_zeros(missing, self.width)])
+        self.hidden[rows.index] = rows.states
 
     def written(self, *, embed: bool, log_probs: bool) -> Written:
         """The rationales; what stands behind a row's last action is cleared."""
-        column = torch.arange(self.actions.shape[1], device=self.actions.device)
-        real = column < (self.count + self.ended)[:, None]
-        actions = self.actions * real
+        columns = self.actions.shape[1] - 1
+        real = torch.arange(columns, device=self.actions.device) < (self.count + self.ended)[:, None]
+        actions = self.actions[:, :columns] * real
         lengths = self.count.tolist()
         return Written(
             token_ids=[tuple(row[:length]) for row, length in zip(actions.tolist(), lengths, strict=True)],
             truncated=~self.ended.cpu(),
             hidden=self.hidden if embed else None,
             actions=actions,
-            log_prob=self.log_prob.where(real, 0.0) if log_probs else None,
+            log_prob=self.log_prob[:, :columns].where(real, 0.0) if log_probs else None,
         )

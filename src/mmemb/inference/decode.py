@@ -6,8 +6,9 @@ a fork of the cache) gives the direct embedding. Rows that think go on from the 
 ``<emb>`` cannot happen.
 
 Cost for B prompts of T tokens of which R think for L tokens: one forward over B x T, one over B x 1, one copy of the
-cache, and L + 3 forwards over at most R x 1 (the batch is compacted as rows finish). Poolers that look at every state
-(``needs_all_states``) are the exception: a cache keeps no hidden states, so their rows are encoded again as plain text.
+cache, and L + 3 forwards over at most R x 1 (the batch is compacted as rows finish). Several batches share these steps:
+the last rows of one go on with those of the next. Poolers that look at every state (``needs_all_states``) are the
+exception: a cache keeps no hidden states, so their rows are encoded again as plain text.
 
 Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidden width, D embedding width.
 """
@@ -15,14 +16,14 @@ Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidd
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mmemb.digests import seed_of
-from mmemb.inference.continuation import Sampler, write
+from mmemb.inference.continuation import Sampler, Writing
 from mmemb.interfaces import Backbone, Controller, Pooler, Prefix
 from mmemb.types import EMB, THINK, Decision, Encoded, Item, PrefillState, pictures
 
@@ -140,7 +141,9 @@ def sample(
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
         raise ValueError(f"sample: {len(seeds)} seeds for {len(items)} items; give one seed, or one an item")
-    sampled: list[Sampled | None] = [None] * len(items)
+    # One step more than the budget: the last draw says whether the model itself would have stopped.
+    sampler = Sampler(steps=max_new_tokens + 1, temperature=temperature, device=backbone.device)
+    writing = Writing(backbone, sampler, longest=max_new_tokens, embed=False, think=think)
     order = length_order(items)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -150,14 +153,15 @@ def sample(
             place = {key: index for index, key in enumerate(unique)}
             source = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
             prefix = backbone.fork(prefix, source)
-        chosen = [seeds[row] for row in rows]
-        # One step more than the budget: the last draw says whether the model itself would have stopped.
-        sampler = Sampler(chosen, steps=max_new_tokens + 1, temperature=temperature, device=backbone.device)
         budgets = torch.full((len(rows),), max_new_tokens, device=backbone.device)
-        written = write(backbone, prefix, budgets, sampler, embed=False, think=think)
-        for row, ids, cut in zip(rows, written.token_ids, written.truncated.tolist(), strict=True):
-            sampled[row] = Sampled(backbone.decode(ids), len(ids), "length" if cut else "stop", ids)
-    return [each for each in sampled if each is not None]
+        writing.add(prefix, budgets, [seeds[row] for row in rows])
+        writing.run(leave=_stragglers(backbone, batch_size))
+    writing.run()
+    written = writing.written()
+    sampled: dict[int, Sampled] = {}
+    for row, ids, cut in zip(order, written.token_ids, written.truncated.tolist(), strict=True):
+        sampled[row] = Sampled(backbone.decode(ids), len(ids), "length" if cut else "stop", ids)
+    return [sampled[row] for row in range(len(items))]
 
 
 @torch.no_grad()
@@ -172,70 +176,128 @@ def adaptive_paths(
     confidence_temperature: float = 0.05,
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    reached: Callable[[int], None] | None = None,
 ) -> Paths:
-    """Encodes one batch of B items, thinking where the controller says so, and keeps both paths.
+    """Encodes B items, at least one, thinking where the controller says so, and keeps both paths.
 
     Args:
         backbone: the model, best in eval mode (`mmemb.inference.encoder.Encoder` sees to it).
         pooler: reads the embedding.
-        items: the batch.
-        controller: decides from the prefill.
+        items: the items.
+        controller: decides from the prefill, a batch at a time.
         budget: most rationale tokens of a row, brackets not counted; a controller's smaller budget holds, and so does
             the backbone's own limit. The decision returned has the smallest of the three.
         bank: [M, D] reference embeddings for the confidence; None leaves it out.
         confidence_temperature: of the softmax over the bank.
         temperature: of the rationale's sampling; 0 is greedy.
         seed: of the sampling, one or one a row.
+        batch_size: prompts encoded together; the cache holds up to half as many rows of earlier batches beside them.
+            None: all at once.
+        reached: is told after each batch how many prompts have been encoded.
     """
+    device, size, all_states = backbone.device, batch_size or len(items), pooler.needs_all_states
+    budget = min(budget, backbone.max_rationale_tokens)
+    writing = Writing(
+        backbone,
+        Sampler(steps=budget + 1, temperature=temperature, device=device),
+        longest=budget,
+        embed=not all_states,
+    )
+    states: list[PrefillState] = []
+    decisions: list[Decision] = []
+    thinking: list[int] = []
+    direct_seconds = think_seconds = 0.0
+    for start in range(0, len(items), size):
+        started = time.perf_counter()
+        batch = items[start : start + size]
+        prefix, state = _prompts(backbone, pooler, batch, bank, confidence_temperature)
+        decision = controller.decide(state)
+        decision = replace(decision, budget=decision.budget.clamp(max=budget))
+        decisions.append(Decision(decision.think.cpu(), decision.probability.float().cpu(), decision.budget.cpu()))
+        states.append(_on_cpu(state))
+        decided = time.perf_counter()
+        here = decision.think.to(device).nonzero().flatten()
+        if len(here):
+            rows = [start + row for row in here.tolist()]
+            thinking += rows
+            if len(rows) < len(batch):
+                prefix = backbone.fork(prefix, here)
+            seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
+            writing.add(prefix, decision.budget.to(device)[here], seeds)
+        del prefix
+        writing.run(leave=_stragglers(backbone, size))
+        direct_seconds += decided - started
+        think_seconds += time.perf_counter() - decided
+        if reached is not None:
+            reached(start + len(batch))
     started = time.perf_counter()
-    device = backbone.device
-    all_states = pooler.needs_all_states
+    writing.run()
+    paths = _without_rationales(states, decisions)
+    if thinking:
+        written = writing.written()
+        for row, ids in zip(thinking, written.token_ids, strict=True):
+            paths.rationale[row], paths.token_ids[row], paths.tokens[row] = backbone.decode(ids), ids, len(ids) + 2
+        paths.truncated[thinking] = written.truncated
+        if written.hidden is not None:
+            paths.embedding[thinking] = pool_last(pooler, written.hidden).to(paths.embedding)
+        else:
+            for first in range(0, len(thinking), size):
+                rows = thinking[first : first + size]
+                thoughts = [paths.rationale[row] for row in rows]
+                again = pool_prepared(backbone, pooler, [items[row] for row in rows], thoughts)
+                paths.embedding[rows] = again.to(paths.embedding)
+    paths.direct_seconds = direct_seconds
+    paths.think_seconds = think_seconds + time.perf_counter() - started
+    return paths
+
+
+def _prompts(
+    backbone: Backbone, pooler: Pooler, items: Sequence[Item], bank: Tensor | None, confidence_temperature: float
+) -> tuple[Prefix, PrefillState]:
+    """The encoded prompts, and what is known before anybody thinks."""
     prefix = prefill(backbone, items)
-    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
+    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=backbone.device)
     decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
-    if all_states:
+    if pooler.needs_all_states:
         direct = pool_prepared(backbone, pooler, items)
     else:
         hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
         direct = pool_last(pooler, hidden[:, -1])
     confidence = None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature)
-    state = PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
-    decision = controller.decide(state)
-    decision = replace(decision, budget=decision.budget.clamp(max=min(budget, backbone.max_rationale_tokens)))
-    thinking = decision.think.to(device).nonzero().flatten()
-    embedding = direct.clone()
-    rationale = [""] * len(items)
-    token_ids: list[tuple[int, ...]] = [()] * len(items)
-    tokens = torch.zeros(len(items), dtype=torch.int64)
-    truncated = torch.zeros(len(items), dtype=torch.bool)
-    state = PrefillState(decision_logits.cpu(), direct.cpu(), None if confidence is None else confidence.cpu())
-    decided = time.perf_counter()
-    if len(thinking):
-        rows = thinking.tolist()
-        budgets = decision.budget.to(device)[thinking]
-        seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
-        sampler = Sampler(seeds, steps=int(budgets.max()) + 1, temperature=temperature, device=device)
-        if len(rows) < len(items):
-            prefix = backbone.fork(prefix, thinking)
-        written = write(backbone, prefix, budgets, sampler, embed=not all_states)
-        for row, row_ids in zip(rows, written.token_ids, strict=True):
-            rationale[row], token_ids[row], tokens[row] = backbone.decode(row_ids), row_ids, len(row_ids) + 2
-        truncated[rows] = written.truncated
-        if written.hidden is not None:
-            embedding[thinking] = pool_last(pooler, written.hidden)
-        else:
-            thoughts = [rationale[row] for row in rows]
-            embedding[thinking] = pool_prepared(backbone, pooler, [items[row] for row in rows], thoughts)
+    return prefix, PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
+
+
+def _stragglers(backbone: Backbone, batch_size: int) -> int:
+    """Rows of a batch that need not be waited for: the next batch's join them."""
+    return batch_size // 2 if backbone.joins_prefixes else 0
+
+
+def _on_cpu(state: PrefillState) -> PrefillState:
+    """The same on the CPU."""
+    confidence = None if state.confidence is None else state.confidence.cpu()
+    return PrefillState(state.decision_logits.cpu(), state.direct.cpu(), confidence)
+
+
+def _without_rationales(states: Sequence[PrefillState], decisions: Sequence[Decision]) -> Paths:
+    """Batches joined, as if nobody had thought."""
+    direct = torch.cat([state.direct for state in states])
+    confidences = [state.confidence for state in states if state.confidence is not None]
+    rows = len(direct)
     return Paths(
-        state=state,
-        decision=Decision(decision.think.cpu(), decision.probability.float().cpu(), decision.budget.cpu()),
-        embedding=embedding.cpu(),
-        rationale=rationale,
-        token_ids=token_ids,
-        tokens=tokens,
-        truncated=truncated,
-        direct_seconds=decided - started,
-        think_seconds=time.perf_counter() - decided,
+        state=PrefillState(
+            decision_logits=torch.cat([state.decision_logits for state in states]),
+            direct=direct,
+            confidence=torch.cat(confidences) if confidences else None,
+        ),
+        decision=Decision(
+            *(torch.cat([getattr(each, name) for each in decisions]) for name in ("think", "probability", "budget"))
+        ),
+        embedding=direct.clone(),
+        rationale=[""] * rows,
+        token_ids=[()] * rows,
+        tokens=torch.zeros(rows, dtype=torch.int64),
+        truncated=torch.zeros(rows, dtype=torch.bool),
     )
 
 

@@ -22,6 +22,8 @@ from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.types import Decision, Encoded, Item, PrefillState
 
 Result = TypeVar("Result")
+_WINDOW = 16
+"""Batches that share their last steps; where one of them does not fit the memory, all of them begin again."""
 _CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """What torch says on a CPU, in a plain `RuntimeError`."""
 
@@ -94,7 +96,7 @@ class Encoder:
                 f"encode_queries: {len(rationales)} rationales for {len(items)} items; give one (or None) an item"
             )
 
-        def run(rows: list[int]) -> Tensor:
+        def run(rows: list[int], size: int, reached: Callable[[int], None]) -> Tensor:
             thoughts = None if rationales is None else [rationales[row] for row in rows]
             return pool_prepared(self.backbone, self.pooler, [items[row] for row in rows], thoughts).float().cpu()
 
@@ -139,7 +141,7 @@ class Encoder:
     def _adaptive(self, items: Sequence[Item], controller: Controller, bank: Tensor | None, budget: int) -> Paths:
         bank = None if bank is None else bank.to(self.backbone.device)
 
-        def run(rows: list[int]) -> Paths:
+        def run(rows: list[int], size: int, reached: Callable[[int], None]) -> Paths:
             return adaptive_paths(
                 self.backbone,
                 self.pooler,
@@ -148,42 +150,60 @@ class Encoder:
                 budget=budget,
                 bank=bank,
                 confidence_temperature=self.confidence_temperature,
+                batch_size=size,
+                reached=reached,
             )
 
-        return merge_paths(*self._batches(items, run, "think and encode"), width=self.pooler.size)
+        found = self._batches(items, run, "think and encode", window=_WINDOW)
+        return merge_paths(*found, width=self.pooler.size)
 
     def _batches(
-        self, items: Sequence[Item], run: Callable[[list[int]], Result], title: str
+        self,
+        items: Sequence[Item],
+        run: Callable[[list[int], int, Callable[[int], None]], Result],
+        title: str,
+        *,
+        window: int = 1,
     ) -> tuple[list[int], list[Result]]:
-        """Runs length-sorted batches; the row order used, and one result a batch."""
+        """Runs length-sorted batches; the row order used, and one result a window of batches.
+
+        Args:
+            items: the items.
+            run: is given the rows of a window, the size of a batch and what to tell how many rows it has reached.
+            title: of the bar.
+            window: most batches of a window.
+        """
         order = length_order(items)
         results: list[Result] = []
         start, size = 0, self.batch_size
-        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(items)) as advance:
+        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(items)) as reach:
             while start < len(order):
-                rows = order[start : start + size]
-                result = _within_memory(run, rows)
-                if result is None:
-                    size = len(rows) // 2
-                    warnings.warn(f"{len(rows)} rows do not fit the memory; going on with {size} at once", stacklevel=3)
+                rows = order[start : start + size * window]
+                size = min(size, len(rows))
+
+                def reached(count: int, start: int = start) -> None:
+                    reach(start + count)
+
+                try:
+                    result = run(rows, size, reached)
+                except RuntimeError as error:
+                    if size == 1 or not _no_memory(error):
+                        raise
+                else:
+                    results.append(result)
+                    start += len(rows)
+                    reach(start)
                     continue
-                results.append(result)
-                start += len(rows)
-                advance(len(rows))
+                # Out of the handler: the traceback kept the failed batch's tensors alive.
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                warnings.warn(f"{size} rows do not fit the memory; going on with {size // 2} at once", stacklevel=3)
+                size //= 2
         return order, results
 
 
-def _within_memory(run: Callable[[list[int]], Result], rows: list[int]) -> Result | None:
-    """The result of a batch; None if it did not fit the memory and can be halved."""
-    try:
-        return run(rows)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if len(rows) == 1 or not (isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error)):
-            raise
-    # Out of the handler: the traceback kept the failed batch's tensors alive.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+def _no_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error)
 
 
 def merge_paths(order: Sequence[int], parts: Sequence[Paths], *, width: int) -> Paths:
@@ -234,7 +254,7 @@ def _inverse(order: Sequence[int]) -> Tensor:
 
 @contextmanager
 def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over items; silent where another live display (a trainer's bar) already owns the terminal."""
+    """A bar, told how many items are done; silent where another live display (a trainer's) owns the terminal."""
     if not show:
         yield lambda _: None
         return
@@ -246,6 +266,6 @@ def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
         return
     try:
         task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+        yield lambda count: progress.update(task, completed=count)
     finally:
         progress.stop()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmemb.digests import seed_of
-from mmemb.inference.continuation import Sampler, Written, rationale_logits, write
+from mmemb.inference.continuation import Sampler, Writing, Written, rationale_logits
 from mmemb.inference.decode import length_order, pool_last, pool_prepared, prefill
 from mmemb.inference.encoder import evaluating
 from mmemb.interfaces import Backbone, Pooler
@@ -269,10 +269,13 @@ def _group(
     token_mask = torch.zeros(total, 0, dtype=torch.bool)
     if len(rows):
         row_seeds = [seed_of(seeds[row // group], row % group) for row in rows.tolist()]
-        sampler = Sampler(row_seeds, steps=budget + 1, temperature=temperature, device=device)
+        sampler = Sampler(steps=budget + 1, temperature=temperature, device=device)
         forks = backbone.fork(prefix, (rows // group).to(device))
         budgets = torch.full((len(rows),), budget, device=device)
-        written = write(backbone, forks, budgets, sampler, embed=not pooler.needs_all_states, log_probs=True)
+        writing = Writing(backbone, sampler, longest=budget, embed=not pooler.needs_all_states, log_probs=True)
+        writing.add(forks, budgets, row_seeds)
+        writing.run()
+        written = writing.written()
         rationale, tokens = _texts(backbone, written, rows, total)
         truncated[rows] = written.truncated
         token_ids, token_mask, log_prob = _actions(written, rows, total)

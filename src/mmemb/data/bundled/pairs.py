@@ -36,7 +36,7 @@ NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
 """Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
 NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
 _DRAW = {"test": "test, third draw"}
-"""Test scenes are drawn anew whenever a setting of the main job was chosen after one before had been looked at on them."""
+"""Test scenes are drawn anew when a setting of the main job was chosen after one before it had been scored on them."""
 
 
 def picture_item(name: str) -> Item:
