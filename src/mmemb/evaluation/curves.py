@@ -97,7 +97,7 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.14, y=0.1)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
