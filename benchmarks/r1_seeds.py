@@ -40,8 +40,15 @@ SHIPPED = (
 def made_from(extra: Sequence[str]) -> str:
     """A digest of the recipe, the shipped files and further words of the command, of a file its content."""
     content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
-    content += [Path(word).read_bytes() if Path(word).is_file() else word.encode() for word in extra]
+    content += [_content(word) for word in extra]
     return digest([hashlib.sha256(each).hexdigest() for each in content])
+
+
+def _content(word: str) -> bytes:
+    try:
+        return Path(word).read_bytes() if Path(word).is_file() else word.encode()
+    except OSError:  # longer than the name of a file may be
+        return word.encode()
 
 
 def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from benchmarks.harness import environment, parser, table
 from mmemb.data.gains import surviving
 from mmemb.data.pool import RationalePool
 from mmemb.data.records import Source, read_pairs
+from mmemb.digests import digest
 from mmemb.interfaces import Selector
 from mmemb.registry import create
 from mmemb.stages.select import choose
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = options_of(argv)
     queries = 96 if options.smoke else None
     settings = overlay(options.tasks, steps=options.steps, pairs=options.pairs, queries=queries)
-    made_from = r1_seeds.made_from([json.dumps(settings, sort_keys=True), str(options.evaluator_steps)])
+    made_from = r1_seeds.made_from([digest([settings]), str(options.evaluator_steps)])
     folder = options.folder / f"{options.steps}_steps-{made_from}"
     place = make_pool(folder, settings, evaluator_steps=options.evaluator_steps)
     pairs = [pair for source in settings["data"]["train"] for pair in read_pairs(Source(**source))]

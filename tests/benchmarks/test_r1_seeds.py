@@ -69,3 +69,9 @@ def test_a_run_of_other_settings_is_another_run(
             for _ in range(2):
                 r1_seeds.run(1, folder=tmp_path, at_once=1, extra=["--config", str(changes)])
     assert len(commands) == 4
+
+
+def test_a_word_of_the_command_that_is_too_long_for_a_file_name_counts_as_it_is() -> None:
+    long = "[{path: bundled:validation}]" * 20
+    assert r1_seeds.made_from([long]) == r1_seeds.made_from([long])
+    assert r1_seeds.made_from([long]) != r1_seeds.made_from([long + " "])
