@@ -221,7 +221,8 @@ def train(
     if selector != "none":
         changes = {"selector": selector, "pool": {"path": str(pool)}}
     made = write(folder / f"{selector}.yaml", {**settings, "model": {**settings["model"], **changes}})
-    found = r1_seeds.run(seed, folder=folder / selector, at_once=at_once, extra=["--config", str(made)])
+    # Not the bare name: beside the configuration such a folder would be taken for the selector.
+    found = r1_seeds.run(seed, folder=folder / f"runs_{selector}", at_once=at_once, extra=["--config", str(made)])
     return {"selector": selector, **found}
 
 

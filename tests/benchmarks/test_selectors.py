@@ -105,3 +105,13 @@ def test_hits_are_means_over_seeds_by_path_and_task() -> None:
     assert rows[0]["fact"] == rows[0]["reasoning"] == "0.250"
     assert rows[2]["fact"] == rows[2]["reasoning"] == "0.300±0.141"
     assert rows[2]["name"] == "0.500±0.000"
+
+
+def test_a_folder_of_runs_is_not_taken_for_the_selector_whose_name_it_bears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(selectors.r1_seeds, "run", lambda seed, *, folder, at_once, extra: seen.append(folder) or {})
+    selectors.train("random", 1, folder=tmp_path, settings={"model": {}}, pool=tmp_path / "pool", at_once=1)
+    assert seen[0].parent == tmp_path
+    assert seen[0].name not in selectors.SELECTORS
