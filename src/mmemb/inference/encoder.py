@@ -60,7 +60,7 @@ class Encoder:
     Args:
         backbone: the model; used where it lives.
         pooler: reads the embedding.
-        batch_size: rows of one forward pass.
+        batch_size: prompts of one forward pass; steps of thinking may have half as many rows more.
         budget: most rationale tokens of a row, ``<think>`` and ``</think>`` not counted.
         confidence_temperature: temperature of the softmax over a reference bank that gives a row's confidence.
         progress: show a bar over items.
