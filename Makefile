@@ -17,8 +17,8 @@ help: ## list the commands
 run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on the bundled data
 	$(BIN)/mmemb fit --config recipes/r1.yaml
 
-test: $(VENV)/.installed-dev ## set up .venv, then run every test with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+test: $(VENV)/.installed-dev ## set up .venv, then run every test with coverage, a file a core
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree
 	$(BIN)/ruff check .

@@ -16,6 +16,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
+_AT_ONCE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _AT_ONCE > 1:  # tests side by side share the cores, or their threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _AT_ONCE)))
+
 _LOOPBACK = {"localhost", "::1", "0.0.0.0", "::"}
 
 

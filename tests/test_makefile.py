@@ -67,7 +67,8 @@ def test_test_installs_the_development_tools_and_measures_coverage(clone: Path) 
     assert make(clone, "test").returncode == 0
     install, tests = log(clone)
     assert install.endswith("-c constraints.txt -e .[dev]")
-    assert tests.startswith("python -m pytest --cov")
+    assert tests.startswith("python -m pytest")
+    assert "--cov" in tests
 
 
 def test_failed_install_is_repeated(clone: Path) -> None:
