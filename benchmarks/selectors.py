@@ -138,6 +138,9 @@ class Selected:
         recall: share of pairs for which a good one is chosen, of the pairs that have one.
         keeps_good: share of good candidates whose gain exceeds the margin.
         rejects_corrupted: share of corrupted candidates whose gain does not.
+        rejects_wrong_entity: of those that speak of another item, as the next two of one kind of damage.
+        rejects_empty_talk: of those that say nothing.
+        rejects_shuffled: of those with every word left, in another order: an embedder may still gain by them.
     """
 
     selector: str
@@ -146,6 +149,9 @@ class Selected:
     recall: float | None
     keeps_good: float | None
     rejects_corrupted: float | None
+    rejects_wrong_entity: float | None
+    rejects_empty_talk: float | None
+    rejects_shuffled: float | None
 
 
 def selector_of(name: str) -> Selector:
@@ -184,7 +190,7 @@ def selection(
 
 def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pairs: Sequence[Pair]) -> Selected:
     chosen = good_chosen = have_good = 0
-    good, corrupted = [0, 0], [0, 0]  # kept, all
+    kept_of: dict[str, list[bool]] = {}  # by damage, "" for the good ones
     margin = getattr(selector, "margin", None)
     for pair in pairs:
         candidates = pool.candidates(pair.id)
@@ -197,17 +203,28 @@ def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pai
         if margin is not None:
             kept = surviving(candidates, margin=margin)
             for index, rationale in enumerate(candidates.rationales):
-                count = corrupted if rationale.corruption else good
-                count[0] += index in kept
-                count[1] += 1
+                kept_of.setdefault(rationale.corruption, []).append(index in kept)
+    corrupted = [kept for damage, some in kept_of.items() if damage for kept in some]
     return Selected(
         selector=name,
         task=task,
         precision=good_chosen / chosen if chosen else None,
         recall=good_chosen / have_good if have_good else None,
-        keeps_good=good[0] / good[1] if good[1] else None,
-        rejects_corrupted=1 - corrupted[0] / corrupted[1] if corrupted[1] else None,
+        keeps_good=_share(kept_of.get("", [])),
+        rejects_corrupted=_rejected(corrupted),
+        rejects_wrong_entity=_rejected(kept_of.get("wrong_entity", [])),
+        rejects_empty_talk=_rejected(kept_of.get("empty_talk", [])),
+        rejects_shuffled=_rejected(kept_of.get("shuffled", [])),
     )
+
+
+def _share(kept: Sequence[bool]) -> float | None:
+    return sum(kept) / len(kept) if kept else None
+
+
+def _rejected(kept: Sequence[bool]) -> float | None:
+    share = _share(kept)
+    return None if share is None else 1 - share
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,13 @@ def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) 
     for name in ("counterfactual", "best_of"):
         of_all = found[name, "all"]
         assert of_all.precision == of_all.recall == of_all.keeps_good == of_all.rejects_corrupted == 0.8
+    for kind in ("wrong_entity", "empty_talk", "shuffled"):
+        misjudged = [
+            odd(pair)
+            for pair in make_pairs(40)
+            if any(each.corruption == kind for each in pool.candidates(pair.id).rationales)
+        ]
+        assert getattr(found["best_of", "all"], f"rejects_{kind}") == pytest.approx(1 - statistics.mean(misjudged))
     oracle, random = found["oracle", "all"], found["random", "all"]
     assert oracle.precision == 0.8
     assert oracle.keeps_good is None  # it has no margin
