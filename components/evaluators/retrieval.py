@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmemb.digests import module_digest, seed_of
+from mmemb.digests import module_digest, portable_id, seed_of
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.inference.shared import encode_arms
@@ -74,7 +74,8 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
             every.setdefault(pair.task, {}).setdefault(pair.positive_id, pair.positive)
         self._bank, self._embedded = {}, {}
         for task, targets in every.items():
-            order = sorted(targets, key=lambda target: (seed_of(self.seed, task, target), target))
+            drawn = {target: seed_of(self.seed, task, portable_id(target, item)) for target, item in targets.items()}
+            order = sorted(targets, key=lambda target: (drawn[target], target))
             # One more than needed: a pair whose own target is among them still has as many negatives as the others.
             self._bank[task] = {target: targets[target] for target in order[: self.negatives + 1]}
             if len(targets) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmemb.digests import item_digest, module_digest, seed_of
+from mmemb.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.decode import sample
 from mmemb.inference.encoder import evaluating
 from mmemb.interfaces import Backbone
@@ -40,9 +40,10 @@ def sample_rationales(
         batch_size: sequences decoded at once.
         think: whether the model is made to write between ``<think>`` and ``</think>``.
     """
-    digests = [item_digest(prompt) for prompt in prompts]
-    distinct = dict(zip(digests, prompts, strict=True))
-    seeds = [seed_of(seed, key, number) for key in distinct for number in range(k)]
+    keys = [item_key(prompt) for prompt in prompts]
+    distinct = dict(zip(keys, prompts, strict=True))
+    digests = [item_digest(prompt) for prompt in distinct.values()]  # portable: the disk moves no sample
+    seeds = [seed_of(seed, content, number) for content in digests for number in range(k)]
     with evaluating(backbone):
         samples = sample(
             backbone,
@@ -53,8 +54,7 @@ def sample_rationales(
             batch_size=batch_size,
             think=think,
         )
-    keys = list(distinct)
-    written: dict[str, dict[str, Rationale]] = {key: {} for key in distinct}
+    written: list[dict[str, Rationale]] = [{} for _ in distinct]
     for row, (drawn, row_seed) in enumerate(zip(samples, seeds, strict=True)):
         if drawn.text:
             rationale = Rationale(
@@ -64,10 +64,11 @@ def sample_rationales(
                 seed=row_seed,
                 tokens=drawn.tokens,
                 finish_reason=drawn.finish_reason,
-                prompt_hash=keys[row // k],
+                prompt_hash=digests[row // k],
             )
-            written[keys[row // k]].setdefault(drawn.text, rationale)
-    return [list(written[key].values()) for key in digests]
+            written[row // k].setdefault(drawn.text, rationale)
+    found = dict(zip(distinct, written, strict=True))
+    return [list(found[key].values()) for key in keys]
 
 
 def model_settings(backbone: Backbone) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from mmemb.digests import item_digest, seed_of
+from mmemb.digests import item_digest, item_key, seed_of
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale
 
@@ -116,12 +116,12 @@ class CorruptingWorker(Worker, name="corrupting"):
 
     def _donors(self, item: Item, seed: int) -> list[Item]:
         """Items whose rationales may stand in for this one's, drawn by its content."""
-        own = item_digest(item)
+        own = item_key(item)
         alike = self._of_instruction.get(item.instruction, [])
         pool: Sequence[int] = alike if len(alike) > 1 else range(len(self._items))
-        draw = random.Random(seed_of(seed, "donors", own))
+        draw = random.Random(seed_of(seed, "donors", item_digest(item)))
         drawn = (self._items[number] for number in draw.sample(pool, min(_DONORS_TRIED, len(pool))))
-        return [donor for donor in drawn if item_digest(donor) != own]
+        return [donor for donor in drawn if item_key(donor) != own]
 
     def _damaged(
         self, item: Item, rationales: Sequence[Rationale], strange: Sequence[Rationale], seed: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmemb.digests import describe, item_digest, seed_of
+from mmemb.digests import describe, item_digest, item_key, seed_of
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
 
@@ -113,16 +113,17 @@ class OpenAIWorker(Worker, name="openai"):
             ConnectionError: the endpoint is down, or gives no proper answer, after all attempts.
         """
         prompts = [asked(item, self.instruction) for item in items]
-        digests = [item_digest(prompt) for prompt in prompts]
-        distinct = dict(zip(digests, prompts, strict=True))
-        seeds = {key: [_request_seed(seed, key, number) for number in range(k)] for key in distinct}
+        keys = [item_key(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        digests = {key: item_digest(prompt) for key, prompt in distinct.items()}  # portable: seeds hold on any disk
+        seeds = {key: [_request_seed(seed, content, number) for number in range(k)] for key, content in digests.items()}
         if not distinct or not k:
             return [[] for _ in items]
         self._compare_with_budget(len(distinct) * k)
         found = self._endpoint.run(lambda client: self._ask_all(client, distinct, seeds))
-        rationales = dict(zip(distinct, map(self._rationales, distinct, found, seeds.values()), strict=True))
+        rationales = dict(zip(distinct, map(self._rationales, digests.values(), found, seeds.values()), strict=True))
         self._report_refused(distinct, found)
-        return [rationales[key] for key in digests]
+        return [rationales[key] for key in keys]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class OpenAIWorker(Worker, name="openai"):
         return f"{self.name} ({self.model}): {self.budget}"
 
     async def _ask_all(
-        self, client: AsyncOpenAI, prompts: dict[str, Item], seeds: dict[str, list[int]]
+        self, client: AsyncOpenAI, prompts: dict[Hashable, Item], seeds: dict[Hashable, list[int]]
     ) -> list[list[Answer | Refused]]:
         """k answers a prompt. As many prompts as requests are held encoded at a time."""
         gate = asyncio.Semaphore(self.concurrency)
@@ -160,7 +161,7 @@ class OpenAIWorker(Worker, name="openai"):
                 except Refused as refusal:
                     return refusal
 
-        async def of_prompt(key: str) -> list[Answer | Refused]:
+        async def of_prompt(key: Hashable) -> list[Answer | Refused]:
             content = await asyncio.to_thread(message_content, prompts[key], max_pixels=self.max_pixels)
             jobs = [partial(one, content, each) for each in seeds[key]]
             return await all_of(jobs, at_once=len(jobs))
@@ -197,7 +198,7 @@ class OpenAIWorker(Worker, name="openai"):
             )
         self._may_warn = False
 
-    def _report_refused(self, prompts: dict[str, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
+    def _report_refused(self, prompts: dict[Hashable, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
         """One warning for what was refused; an error where several items were, and nothing was ever answered.
 
         A pool whose last shard holds nothing but one item that the endpoint will not take must come to its end.

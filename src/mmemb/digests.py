@@ -2,13 +2,14 @@
 
 A digest is 16 hex digits (64 bits) of SHA-256. A picture file counts by its folder's and its own name, not by its
 pixels or its absolute path: hashing a million files would cost more than it tells, and data that moved to another disk
-is the same data.
+is the same data. Two pictures of one run may share a digest so: what must tell them apart asks for `item_key`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Hashable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,32 @@ def seed_of(*parts: str | int) -> int:
 
 def item_digest(item: Item) -> str:
     """The digest of what a worker may see of an item: instruction, parts and fields."""
-    return digest([item.instruction, [_part(part) for part in item.parts], dict(item.fields)])
+    return digest([item.instruction, [_part(part, _picture) for part in item.parts], dict(item.fields)])
+
+
+def item_key(item: Item) -> Hashable:
+    """Equal for items that show the same, pictures by their full path or pixels: holds on this machine alone."""
+    parts = tuple(tuple(_part(part, _exactly)) for part in item.parts)
+    return item.instruction, parts, tuple(sorted(item.fields.items()))
 
 
 def pair_digest(pair: Pair) -> str:
     """The digest of a pair: id, task, query, and the target by identity and content."""
-    return digest([pair.id, pair.task, item_digest(pair.query), pair.positive_id, item_digest(pair.positive)])
+    target = portable_id(pair.positive_id, pair.positive)
+    return digest([pair.id, pair.task, item_digest(pair.query), target, item_digest(pair.positive)])
+
+
+def portable_id(identity: str, target: Item) -> str:
+    """A target's identity as it is on every disk: one that was made from the paths of its pictures names them shortly.
+
+    Args:
+        identity: ``positive_id`` of a pair; one that a data set gives itself stays.
+        target: the item that it stands for.
+    """
+    paths = [source for source in pictures(target) if isinstance(source, str) and not source.startswith("bundled:")]
+    if paths and identity == f"image:{paths[0]}":
+        return f"image:{_picture(paths[0])}"
+    return f"content:{item_digest(target)}" if paths and identity.startswith("blake2:") else identity
 
 
 def describe(item: Item) -> str:
@@ -65,14 +86,18 @@ def module_digest(module: nn.Module) -> str:
     return digest(probes)
 
 
-def _part(part: Part) -> list[str]:
+def _part(part: Part, named: Callable[[str | PILImage], str]) -> list[str]:
     if isinstance(part, Text):
         return ["text", part.text]
     kind = type(part).__name__.lower()
-    return [kind, *(_picture(source) for source in ([part.source] if isinstance(part, Image | Page) else part.frames))]
+    return [kind, *map(named, [part.source] if isinstance(part, Image | Page) else part.frames)]
 
 
 def _picture(source: str | PILImage) -> str:
     if isinstance(source, str):
         return source if source.startswith("bundled:") else "/".join(PurePath(source).parts[-2:])
     return hashlib.sha256(f"{source.mode}{source.size}".encode() + source.tobytes()).hexdigest()[:16]
+
+
+def _exactly(source: str | PILImage) -> str:
+    return source if isinstance(source, str) else f"{_picture(source)} {source.getpalette()}"

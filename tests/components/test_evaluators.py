@@ -17,6 +17,7 @@ from mmemb.components.evaluators import retrieval
 from mmemb.components.evaluators.judge import JudgeEvaluator
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.data.bundled import load_pairs
+from mmemb.data.records import content_identity
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Evaluator
@@ -49,6 +50,20 @@ def bound(**options: Any) -> RetrievalEvaluator:
     evaluator = RetrievalEvaluator(**options)
     evaluator.bind(*model())
     return evaluator
+
+
+def test_the_drawn_negatives_do_not_depend_on_the_disk() -> None:
+    def bank(disk: str) -> list[str]:
+        targets = [Item("", (Image(f"{disk}/photos/{number}.png"),)) for number in range(40)]
+        pairs = [
+            Pair(f"p{number}", "t", targets[number], targets[number], content_identity(targets[number]))
+            for number in range(40)
+        ]
+        evaluator = bound(negatives=5)
+        evaluator.prepare_bank(pairs)
+        return [Path(target).name for target in evaluator._bank["t"]]
+
+    assert bank("/disk/a") == bank("/mnt/b")
 
 
 ARGUMENTS = {"judge": {"yes": "left", "no": "right", "answer": "what is", "reasoning": "red {rationale} blue"}}

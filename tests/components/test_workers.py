@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from mmemb.components.backbones.tiny import FOLDER
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
-from mmemb.digests import module_digest
+from mmemb.digests import item_digest, module_digest
 from mmemb.interfaces import Worker
 from mmemb.registry import available, create
 from mmemb.types import EMB, END_THINK, THINK, Image, Item, Text
@@ -148,6 +150,26 @@ def test_model_samples_once_for_queries_that_share_a_picture() -> None:
     alone = FakeBackbone(seed=3)
     ModelWorker(alone).propose(items[:1], 3, seed=0)
     assert backbone.cells == alone.cells
+
+
+def test_model_samples_apart_for_pictures_whose_paths_end_alike(tmp_path: Path) -> None:
+    asked: list[Item] = []
+
+    class Listening(FakeBackbone):
+        def prepare(self, items, **options):  # type: ignore[no-untyped-def]
+            asked.extend(items)
+            return super().prepare(items, **options)
+
+    items = []
+    for colour in ("red", "blue"):
+        path = tmp_path / colour / "images" / "0.png"
+        path.parent.mkdir(parents=True)
+        PILImage.new("RGB", (8, 8), colour).save(path)
+        items.append(Item("", (Image(str(path)),)))
+    assert item_digest(items[0]) == item_digest(items[1])  # on purpose: either may be the other on another disk
+    found = ModelWorker(Listening()).propose(items, 1, seed=0)
+    assert len(found) == 2
+    assert {item.parts[0] for item in asked} == {item.parts[0] for item in items}
 
 
 def test_model_leaves_the_training_mode_and_gradients_as_they_were() -> None:

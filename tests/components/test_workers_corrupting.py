@@ -9,7 +9,7 @@ import pytest
 from mmemb.components.workers.corrupting import EMPTY_TALK, CorruptingWorker
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
-from mmemb.types import Item, Rationale, Text
+from mmemb.types import Image, Item, Rationale, Text
 from tests.inference.fakes import FakeBackbone
 
 ITEMS = [
@@ -76,6 +76,18 @@ def test_a_single_item_has_no_other_entity() -> None:
     worker = CorruptingWorker(MetadataWorker(), share=1.0, kinds=["wrong_entity"])
     worker.prepare(ITEMS[:1])
     assert [each.corruption for each in worker.propose(ITEMS[:1], 1, seed=0)[0]] == [""]
+
+
+def test_another_picture_whose_path_ends_alike_is_another_entity() -> None:
+    items = [Item("", (Image(f"/{disk}/images/0.png"),), {"seen": "x"}) for disk in ("a", "b")]
+
+    class ByPath(MetadataWorker):
+        def propose(self, items, k, *, seed):  # type: ignore[no-untyped-def]
+            return [[Rationale(f"seen on {item.parts[0].source}", "by_path")] for item in items]
+
+    worker = CorruptingWorker(ByPath(), share=1.0, kinds=["wrong_entity"])
+    worker.prepare(items)
+    assert [each.corruption for found in worker.propose(items, 1, seed=0) for each in found] == ["wrong_entity"] * 2
 
 
 def test_it_hands_the_model_on_and_names_the_other_worker_in_its_settings() -> None:

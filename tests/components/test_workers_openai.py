@@ -69,6 +69,20 @@ def test_equal_items_are_asked_once(server: ChatServer, make: Callable[..., Open
     assert "hidden value" not in str(server.requests)  # fields stay at home
 
 
+def test_pictures_whose_paths_end_alike_are_asked_about_each(
+    server: ChatServer, make: Callable[..., OpenAIWorker], tmp_path: Path
+) -> None:
+    for colour in ("red", "blue"):
+        path = tmp_path / colour / "images" / "0.png"
+        path.parent.mkdir(parents=True)
+        PILImage.new("RGB", (8, 8), colour).save(path)
+    items = [Item("look", (Image(str(path)),)) for path in sorted(tmp_path.glob("*/images/0.png"))]
+    one, other = make().propose(items, 2, seed=0)
+    assert len(server.requests) == 4
+    assert [each.text for each in one] != [each.text for each in other]
+    assert [each.seed for each in one] == [each.seed for each in other]  # data that moves keeps its seeds
+
+
 def test_pictures_and_frames_travel_as_data_urls(
     server: ChatServer, make: Callable[..., OpenAIWorker], tmp_path: Path
 ) -> None:

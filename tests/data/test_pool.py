@@ -21,9 +21,11 @@ from mmemb.data import pool as pool_module
 from mmemb.data import pool_files, pool_index
 from mmemb.data.pool import RationalePool, scored
 from mmemb.data.pool_files import Manifest, data_digest, read_manifest, resolve, write_shard
+from mmemb.data.records import content_identity
+from mmemb.digests import portable_id
 from mmemb.stages.generate import generate
 from mmemb.stages.select import build_pool
-from mmemb.types import Candidates, Pair, Rationale
+from mmemb.types import Candidates, Image, Item, Pair, Rationale, Text
 from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
 
 Make = Callable[..., RationalePool]
@@ -277,6 +279,29 @@ def test_check_accepts_a_subset_in_any_order(make: Make) -> None:
     pool = make(pairs)
     pool.check(pairs)
     pool.check(pairs[::-3])
+
+
+def test_check_accepts_data_whose_picture_targets_moved(make: Make) -> None:
+    def pairs_on(disk: str) -> list[Pair]:
+        query = Item("find", (Text("it"),))
+        single = Item("", (Image(f"{disk}/photos/0.png"),))
+        several = Item("", (Image(f"{disk}/photos/1.png"), Text("a caption")))
+        return [
+            Pair(f"p{number}", "t", query, each, content_identity(each))
+            for number, each in enumerate((single, several))
+        ]
+
+    pool = make(pairs_on("/disk/a"))
+    pool.check(pairs_on("/mnt/b"))
+    assert data_digest(pairs_on("/disk/a")) == data_digest(pairs_on("/mnt/b"))
+    moved = replace(pairs_on("/mnt/b")[0], positive_id="another")  # an identity that the data gives counts as it is
+    with pytest.raises(ValueError, match="the pair 'p0' was another one"):
+        pool.check([moved])
+
+
+def test_a_bundled_picture_target_counts_by_its_name() -> None:
+    target = Item("", (Image("bundled:noto/1f921"),))
+    assert portable_id(content_identity(target), target) == "image:bundled:noto/1f921"
 
 
 def test_check_names_hashes_and_pair_of_other_data(make: Make) -> None:
