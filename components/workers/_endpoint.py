@@ -272,9 +272,9 @@ class Endpoint:
 
     def _clean(self, said: object) -> str:
         """What was said, in one line, without the key: servers like to repeat it."""
-        text = " ".join(str(said).split())[:500]
+        text = " ".join(str(said).split())
         key = os.environ.get(self.key_variable or "", "")
-        return text.replace(key, "***") if key else text
+        return (text.replace(key, "***") if key else text)[:500]  # cut last: half a key is one to be seen
 
     def _down(self, what: str, error: Exception) -> NoReturn:
         raise ConnectionError(

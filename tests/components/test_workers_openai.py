@@ -287,6 +287,13 @@ def test_the_key_is_sent_and_written_nowhere(
     assert "8 answers" in captured.err
 
 
+@pytest.mark.parametrize("before", range(500 - len(KEY), 501, 4))
+def test_a_key_at_the_cut_of_a_long_message_is_not_shown(make: Callable[..., OpenAIWorker], before: int) -> None:
+    told = make()._endpoint._clean("x" * before + KEY + "y" * 100)
+    assert len(told) <= 500
+    assert KEY[:4] not in told
+
+
 def test_no_key_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, server: ChatServer) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ValueError, match="variable NO_SUCH_KEY is not set; .*api_key_variable: null"):
