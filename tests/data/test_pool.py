@@ -248,7 +248,7 @@ def test_an_unscored_pool_exports_too(tmp_path: Path) -> None:
 def test_a_pool_that_is_not_finished_is_not_exported(make: Make, tmp_path: Path) -> None:
     path, target = make(make_pairs(600)).path, tmp_path / "pool.parquet"  # three shards
     (path / "scores-ByNumber-000000256.parquet").unlink()
-    with pytest.raises(ValueError, match="1 of 3 shards have no scores by 'ByNumber'; finish `mmemb rationales score`"):
+    with pytest.raises(ValueError, match="344 of 600 pairs have scores by 'ByNumber'; finish `mmemb rationales score`"):
         RationalePool.open(path).export(target)
     (path / "candidates-000000256.parquet").unlink()
     with pytest.raises(ValueError, match="344 of 600 pairs have their candidates; finish `mmemb rationales generate`"):

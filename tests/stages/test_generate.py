@@ -18,6 +18,7 @@ from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.stages import generate as stage
 from mmemb.stages.generate import generate
+from mmemb.stages.pools import PoolSettings
 from mmemb.types import Candidates, Pair
 from tests.stages.rationale_fakes import Killed, Numbered, make_pairs
 
@@ -181,6 +182,17 @@ def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
         run([], tmp_path / "pool", Numbered())
     with pytest.raises(ValueError, match="3 pairs and 0 workers given"):
         run(make_pairs(3), tmp_path / "pool")
+
+
+@pytest.mark.parametrize("number", [0, -3])
+@pytest.mark.parametrize("name", ["k", "shard_size"])
+def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path, name: str, number: int) -> None:
+    with pytest.raises(ValueError, match=f"generate: {name} is {number}, expected 1 or more"):
+        run(make_pairs(3), tmp_path / "pool", Numbered(), **{name: number})
+    assert not (tmp_path / "pool").exists()
+    setting = {"k": "candidates"}.get(name, name)
+    with pytest.raises(ValueError, match=f"rationale pool: {setting} is {number}, expected 1 or more"):
+        PoolSettings(str(tmp_path / "pool"), **{setting: number})
 
 
 def test_the_seed_moves_every_sample(tmp_path: Path) -> None:

@@ -141,6 +141,29 @@ class RationalePool:
         found = len(self) == self.manifest.pairs
         return found and all(part.scores is not None for part in self._parts if self.evaluator is not None)
 
+    def check_complete(self, purpose: str) -> None:
+        """Refuses a pool that a stopped run has left unfinished; looks at the index and at file names only.
+
+        Args:
+            purpose: what it is to be finished for, for the message.
+
+        Raises:
+            ValueError: pairs have no candidates, or the evaluator has not scored them all.
+        """
+        pairs = self.manifest.pairs
+        if len(self) != pairs:
+            raise ValueError(
+                f"{self.path}: {len(self)} of {pairs} pairs have their candidates; finish `mmemb rationales generate` "
+                f"with the configuration that began it {purpose}"
+            )
+        if not self.complete:
+            numbers = [number for number, part in enumerate(self._parts) if part.scores is not None]
+            scored_pairs = sum(min(self.manifest.shard_size, pairs - self.manifest.starts()[each]) for each in numbers)
+            raise ValueError(
+                f"{self.path}: {scored_pairs} of {pairs} pairs have scores by {self.evaluator!r}; finish "
+                f"`mmemb rationales score` with the configuration that began it {purpose}"
+            )
+
     def candidates(self, pair_id: str, *, side: Side = "query") -> Candidates:
         """The candidates for one side of a pair with their scores; nan where not scored.
 
@@ -210,17 +233,7 @@ class RationalePool:
         Raises:
             ValueError: candidates are missing, or the evaluator has not scored them all: a file is never gone on with.
         """
-        if len(self) != self.manifest.pairs:
-            raise ValueError(
-                f"{self.path}: {len(self)} of {self.manifest.pairs} pairs have their candidates; "
-                f"finish `mmemb rationales generate` before the pool is exported"
-            )
-        if not self.complete:
-            missing = sum(part.scores is None for part in self._parts)
-            raise ValueError(
-                f"{self.path}: {missing} of {len(self._parts)} shards have no scores by {self.evaluator!r}; "
-                f"finish `mmemb rationales score` before the pool is exported"
-            )
+        self.check_complete("before the pool is exported")
         target = resolve(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}

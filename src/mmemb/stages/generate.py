@@ -78,7 +78,8 @@ def generate(
         shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
 
     Raises:
-        ValueError: there are no pairs, workers or sides, or a pool of other data or settings is there.
+        ValueError: there are no pairs, workers or sides, a number is below one, or a pool of other data or settings
+            is there.
     """
     if not pairs or not workers:
         raise ValueError(
@@ -86,6 +87,7 @@ def generate(
         )
     if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
         raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
+    at_least_one("generate", k=k, shard_size=shard_size)
     folder, check = resolve(pool), leaks or LeakCheck()
     asked = Manifest(
         data=data_digest(pairs),
@@ -127,6 +129,17 @@ def generate(
         for line in filter(None, (worker.report for worker in workers if missing)):
             say(line)
     return RationalePool.open(pool)
+
+
+def at_least_one(place: str, **numbers: int) -> None:
+    """Refuses numbers below one: a pool that was begun with them can neither be finished nor read.
+
+    Raises:
+        ValueError: names the place and the number.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{place}: {name} is {value}, expected 1 or more")
 
 
 def _propose(

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.interfaces import Evaluator, Selector, Worker
+from mmemb.stages.generate import at_least_one
 from mmemb.stages.objective import Choose, Parts
 from mmemb.stages.select import CandidateSource, build_pool, choose_many, evaluator_name
 from mmemb.types import Pair, Rationale
@@ -24,6 +25,9 @@ class PoolSettings:
         seed: seed of every sampled candidate.
         leaks: flags candidates that hold the target, which are then left out; null: the default check.
         shard_size: pairs written at once: what a stopped run does, and pays for, again.
+
+    Raises:
+        ValueError: candidates or shard_size is below one.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class PoolSettings:
         leaks: LeakCheck | None = None,
         shard_size: int = 256,
     ) -> None:
+        at_least_one("rationale pool", candidates=candidates, shard_size=shard_size)
         self.path = path
         self.workers = workers or []
         self.evaluator = evaluator
@@ -70,11 +75,12 @@ class PoolSettings:
 
         Raises:
             FileNotFoundError: there is no pool and no worker to make one.
-            ValueError: the pool was made from other data or settings.
+            ValueError: the pool was made from other data or settings, or is not finished and nobody is named to do it.
         """
         self.bind(parts)
         if not self.workers:
             pool = self.reopen()
+            pool.check_complete("before training reads it")
             pool.check(pairs, evaluator=None if self.evaluator is None else self.evaluator.settings)
             self.release()
             return pool
