@@ -7,20 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from mmemb.components.selectors.all import All
-from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
-from mmemb.data.pool_files import write_shard
+from mmemb.data.pool_files import read_manifest, write_manifest
 from mmemb.interfaces import Selector
-from mmemb.stages import waiting
+from mmemb.stages import select, waiting
 from mmemb.stages.generate import generate
 from mmemb.stages.objective import Parts
-from mmemb.stages.placebo import Placebos
 from mmemb.stages.pools import PoolSettings
 from mmemb.stages.select import build_pool, choose, score, show
 from mmemb.types import Candidates, Image, Item, Pair, Selection, Text
@@ -73,56 +69,6 @@ def test_every_arm_is_scored_once(tmp_path: Path) -> None:
         assert found.scores == pytest.approx([evaluator.value(each.text) for each in found.rationales])
 
 
-def test_a_placebo_is_another_pairs_rationale_of_the_same_task_and_worker(tmp_path: Path) -> None:
-    pairs = make_pairs(40)
-    # Two pairs in four share their target: the rationale of one may well be right for the other.
-    pairs = [replace(pair, positive_id=f"t{number // 4}") for number, pair in enumerate(pairs)]
-    pool = build(pairs, tmp_path / "pool", workers=[Numbered(), Numbered(label="b")])
-    of_task: dict[str, dict[float, set[str]]] = {}
-    for pair in pairs:
-        for each in pool.candidates(pair.id).rationales:
-            value = round(ByNumber().value(each.text), 6)
-            of_task.setdefault(pair.task, {}).setdefault(value, set()).add(pair.positive_id)
-    seen = set()
-    for pair in pairs:
-        found = pool.candidates(pair.id)
-        assert len(found.scores_placebo) == len(found.rationales)
-        for value in found.scores_placebo:
-            others = of_task[pair.task][round(value, 6)] - {pair.positive_id}
-            assert others, "a placebo comes from a pair of the task with another target"
-            assert round(value, 6) not in {round(each, 6) for each in found.scores}
-            seen.add(value)
-    assert len(seen) > 10
-
-
-def test_a_pair_alone_in_its_task_has_no_placebo(tmp_path: Path) -> None:
-    pairs = [replace(pair, task=pair.id) for pair in make_pairs(6)]
-    pool = build(pairs, tmp_path / "pool")
-    for pair in pairs:
-        found = pool.candidates(pair.id)
-        assert all(map(math.isnan, found.scores_placebo))
-        assert gains(found, net_of_placebo=True) == gains(found)
-
-
-def test_donors_think_about_the_query_and_leak_nothing(tmp_path: Path) -> None:
-    pairs = make_pairs(40)
-    both = generate(pairs, [Numbered()], 4, pool=tmp_path / "both", seed=0, progress=False, sides=("query", "target"))
-    of_query = generate(pairs, [Numbered()], 4, pool=tmp_path / "query", seed=0, progress=False)
-    shard = "candidates-000000000.parquet"
-    expected = Placebos.collect([of_query.path / shard], pairs)
-    assert Placebos.collect([both.path / shard], pairs)._donors == expected._donors
-
-    table = pq.read_table(of_query.path / shard)
-    flags = pa.array(["verbatim" if number % 2 else "" for number in range(table.num_rows)])
-    write_shard(of_query.path / shard, table.set_column(table.schema.get_field_index("leaks"), "leaks", flags))
-    leaking = {text for number, text in enumerate(table["text"].to_pylist()) if number % 2}
-    found = Placebos.collect([of_query.path / shard], pairs)._donors
-    texts = {donor.text for donors in found.values() for donor in donors}
-    clean = {text for number, text in enumerate(table["text"].to_pylist()) if number % 2 == 0}
-    assert texts <= clean
-    assert leaking - clean
-
-
 def test_rationales_of_the_target_side_are_not_scored(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     generate(pairs, [Numbered()], 4, pool=tmp_path / "pool", seed=0, progress=False, sides=("query", "target"))
@@ -155,6 +101,47 @@ def test_a_half_scored_pool_is_not_complete_and_build_finishes_it(tmp_path: Path
         score(pairs, ByNumber(die_at=2), tmp_path / "pool", progress=False)
     assert not RationalePool.open(tmp_path / "pool").complete
     assert build(pairs, tmp_path / "pool").complete
+
+
+def test_training_refuses_a_pool_that_is_not_finished(tmp_path: Path) -> None:
+    pairs, path, parts = make_pairs(10), tmp_path / "pool", Parts(FakeBackbone(), FakePooler())
+    with pytest.raises(Killed):
+        generate(pairs, [Numbered(die_at=2)], 4, pool=path, seed=0, progress=False, shard_size=4)
+    settings = PoolSettings(str(path))
+    with pytest.raises(ValueError, match="8 of 10 pairs have their candidates; finish `mmemb rationales generate`"):
+        settings.open(pairs, parts=parts)
+    candidates_only(pairs, path)
+    assert len(settings.open(pairs, parts=parts)) == 10  # what needs no scores trains on it
+    with pytest.raises(Killed):
+        score(pairs, ByNumber(die_at=2), path, progress=False)
+    with pytest.raises(ValueError, match="8 of 10 pairs have scores by 'ByNumber'; finish `mmemb rationales score`"):
+        settings.open(pairs, parts=parts)
+    score(pairs, ByNumber(), path, progress=False)
+    assert settings.open(pairs, parts=parts).complete
+
+
+def test_scoring_keeps_what_another_run_has_entered_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, path = make_pairs(10), tmp_path / "pool"
+    manifest = candidates_only(pairs, path).manifest
+    real = select.data_digest
+
+    def slow(some: list[Pair]) -> str:
+        write_manifest(path, replace(manifest, evaluators={"other": {"of": "another run"}}))
+        return real(some)
+
+    monkeypatch.setattr(select, "data_digest", slow)
+    score(pairs, ByNumber(), path, progress=False)
+    assert read_manifest(path).evaluators == {"other": {"of": "another run"}, "ByNumber": {"shift": 0.0}}
+
+
+def test_scores_that_the_manifest_does_not_name_are_refused(tmp_path: Path) -> None:
+    pairs, path = make_pairs(10), tmp_path / "pool"
+    manifest = candidates_only(pairs, path).manifest
+    score(pairs, ByNumber(), path, progress=False)
+    write_manifest(path, manifest)
+    with pytest.raises(ValueError, match="settings that its manifest does not tell; delete .*scores-ByNumber-"):
+        score(pairs, ByNumber(shift=1.0), path, progress=False)
+    assert read_manifest(path) == manifest
 
 
 def test_a_matching_pool_is_reused_also_for_some_of_its_pairs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ pool and seed, made anew in every epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from rich.console import Console
 from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.data.pool_files import (
+    Manifest,
     candidates_shard,
     data_digest,
     drop_partial,
@@ -77,19 +78,12 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"{folder}: made from other data (hash {manifest.data}, this run asks for {asked}); "
             f"name the same data, or make the pool anew under another path"
         )
-    # Settings without a single score are of a run that was stopped before its first shard: they bind nobody.
-    has_scores = folder.is_file() or any(scores_shard(folder, name, start).is_file() for start in manifest.starts())
-    if has_scores and name in manifest.evaluators and digest(manifest.evaluators[name]) != digest(settings):
-        there = digest(manifest.evaluators[name])
-        raise ValueError(
-            f"{folder}: scored by {name!r} with other settings (hash {there}, this run asks for {digest(settings)}); "
-            + ("name a folder to make it anew" if folder.is_file() else rescore(folder, name))
-        )
     if folder.is_file():
         if name not in manifest.evaluators:
             raise ValueError(
                 f"{folder}: a single-file pool is read-only, and {name!r} has not scored it; name a folder"
             )
+        _check_settings(manifest, folder, name, settings)
         return RationalePool.open(pool, evaluator=name)
     absent = [start for start in manifest.starts() if not candidates_shard(folder, start).is_file()]
     if absent:
@@ -98,6 +92,8 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"finish `mmemb rationales generate` first"
         )
     drop_partial(folder, f"scores-{name}")
+    manifest = read_manifest(pool)  # anew: another evaluator's run may have entered itself in the meantime
+    _check_settings(manifest, folder, name, settings)
     # Before the first score, so that whoever finds scores also finds what they mean.
     write_manifest(folder, replace(manifest, evaluators={**manifest.evaluators, name: settings}))
     missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
@@ -263,6 +259,26 @@ def _finished(path: str | Path, evaluator: str | None) -> bool:
     return all(shard.is_file() for shard in shards)
 
 
+def _check_settings(manifest: Manifest, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses scores that are there and were made with other settings, or with nobody knows which.
+
+    Settings without a single score are of a run that was stopped before its first shard: they bind nobody.
+    """
+    if folder.is_dir() and not any(scores_shard(folder, name, start).is_file() for start in manifest.starts()):
+        return
+    if name not in manifest.evaluators:
+        raise ValueError(
+            f"{folder}: holds scores by {name!r} with settings that its manifest does not tell; "
+            + rescore(folder, name)
+        )
+    there, asked = digest(manifest.evaluators[name]), digest(settings)
+    if there != asked:
+        raise ValueError(
+            f"{folder}: scored by {name!r} with other settings (hash {there}, this run asks for {asked}); "
+            + ("name a folder to make it anew" if folder.is_file() else rescore(folder, name))
+        )
+
+
 def _score_shard(
     path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
 ) -> tuple[pa.Table, list[float]]:
@@ -270,7 +286,8 @@ def _score_shard(
 
     All arms of the shard are one call of the evaluator, a pair's side by side, so that they may share its prompt.
     """
-    rows = pq.read_table(path, columns=["pair_id", "side", "worker", "text"], use_threads=False).to_pylist()
+    columns = ["pair_id", "side", "worker", "settings_hash", "text"]
+    rows = pq.read_table(path, columns=columns, use_threads=False).to_pylist()
     by_id = {pair.id: pair for pair in pairs}
     of_pair: dict[str, list[dict[str, Any]]] = {pair.id: [] for pair in pairs}
     for row in rows:
@@ -293,11 +310,11 @@ def _score_shard(
 
     for row in rows:
         row["scored"] = row["text"] if row["side"] == "query" else None
-    columns = {
+    arms = {
         "pair_id": pa.array([row["pair_id"] for row in rows], pa.string()),
         f"{name}.candidate": arm("scored"),
         f"{name}.none": pa.array([score_of[row["pair_id"], None] for row in rows], pa.float32()),
         f"{name}.placebo": arm("placebo"),
     }
     distinct = {(pair_id, row["text"]) for pair_id, candidates in of_pair.items() for row in candidates}
-    return pa.table(columns), [score_of[key] - score_of[key[0], None] for key in sorted(distinct)]
+    return pa.table(arms), [score_of[key] - score_of[key[0], None] for key in sorted(distinct)]
