@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import pytest
 from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
 from mmemb.data.pool_page import write_page
-from mmemb.data.pool_stats import ALL, GroupStats, pool_stats
+from mmemb.data.pool_stats import ALL, GroupStats, pool_stats, worker_suffixes
+from mmemb.digests import digest
 from mmemb.stages.generate import generate
 from mmemb.stages.select import score
 from mmemb.types import Pair
 from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
 
 
-def scored_pool(folder: Path, pairs: list[Pair], **options: object) -> RationalePool:
-    generate(pairs, [Numbered(), Numbered(label="b")], 3, pool=folder, seed=0, progress=False, **options)  # type: ignore[arg-type]
+class Other(Numbered):
+    """Of another kind, whose texts bear the same worker's name."""
+
+
+def scored_pool(folder: Path, pairs: list[Pair], *, other: type[Numbered] = Other, **options: object) -> RationalePool:
+    generate(pairs, [Numbered(), other(label="b")], 3, pool=folder, seed=0, progress=False, **options)  # type: ignore[arg-type]
     score(pairs, ByNumber(), folder, progress=False)
     return RationalePool.open(folder, keep_leaks=True)
 
@@ -94,3 +100,20 @@ def test_the_page_is_the_same_for_the_same_pool_and_escapes_what_it_shows(tmp_pa
     assert "a&amp;b" in first
     assert "50.0%" in first
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["one.html"]
+
+
+def test_workers_of_one_kind_are_counted_apart(tmp_path: Path) -> None:
+    pairs = make_pairs(20)
+    pool = scored_pool(tmp_path / "pool", pairs, other=Numbered)
+    both = {group.worker: group for group in pool_stats(pool, pairs) if group.task == ALL}
+    assert list(both) == ["numbered (1)", "numbered (2)"]
+    texts = [each.text[0] for pair in pairs for each in pool.candidates(pair.id).rationales]
+    assert [group.candidates for group in both.values()] == [texts.count("a"), texts.count("b")]
+
+
+def test_a_worker_is_told_apart_by_its_model_or_by_a_number() -> None:
+    openai = [{"worker": "openai", "model": model, "temperature": t} for model, t in (("a", 1), ("b", 1), ("b", 2))]
+    spoiled = [{"worker": "corrupting", "of": each} for each in openai[:2]]
+    workers = [*openai, *spoiled, {"worker": "metadata", "templates": {}}]
+    found = [worker_suffixes({"workers": workers}).get(digest(json.dumps(each, sort_keys=True))) for each in workers]
+    assert found == [" (a)", " (b, 2)", " (b, 3)", " (a)", " (b)", None]

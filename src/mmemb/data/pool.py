@@ -46,7 +46,7 @@ from mmemb.types import Candidates, Pair
 _CACHE_BYTES = 64 * 2**20
 _OPEN_FILES = 128
 _ARMS = ("candidate", "none", "placebo")
-_LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", *RATIONALE_COLUMNS]
+_LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", "settings_hash", *RATIONALE_COLUMNS]
 
 
 def scored(candidates: Candidates) -> tuple[float, ...]:
@@ -171,11 +171,7 @@ class RationalePool:
             ValueError: the pool does not know the pair.
         """
         rows = self._rows(pair_id).to_pylist()
-        kept = [
-            row
-            for row in rows
-            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row.get("leaks"))
-        ]
+        kept = self._kept(rows, side)
         candidate, none, placebo = (f"{self.evaluator}.{arm}" for arm in _ARMS)
         return Candidates(
             pair_id=pair_id,
@@ -184,6 +180,18 @@ class RationalePool:
             score_none=next((row[none] for row in rows if row.get(none) is not None), math.nan),
             scores_placebo=tuple(_number(row[placebo]) for row in kept if placebo in row),
         )
+
+    def settings_hashes(self, pair_id: str, *, side: Side = "query") -> tuple[str, ...]:
+        """The digest of the worker's settings for each of `candidates`, empty where it is not stored."""
+        return tuple(row.get("settings_hash") or "" for row in self._kept(self._rows(pair_id).to_pylist(), side))
+
+    def _kept(self, rows: Sequence[dict[str, Any]], side: Side) -> list[dict[str, Any]]:
+        """Those of a pair's rows that are candidates of a side."""
+        return [
+            row
+            for row in rows
+            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row.get("leaks"))
+        ]
 
     def check(
         self,

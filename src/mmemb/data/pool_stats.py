@@ -5,13 +5,16 @@ Cost: every pair's candidates are read once, in order; four bytes a score are ke
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmemb.data.gains import gains, placebo_gains
 from mmemb.data.pool import RationalePool
+from mmemb.digests import digest
 from mmemb.types import Pair
 
 ALL = "all"
@@ -24,7 +27,7 @@ class GroupStats:
 
     Attributes:
         task: the task.
-        worker: the worker.
+        worker: the worker, with its model or a number where the pool has several of its kind.
         candidates: how many, leaking ones included.
         leaks: how many of them leak; all that follows is about the others.
         tokens: sum of their lengths, where known.
@@ -94,9 +97,10 @@ def pool_stats(
         advance: called with the number of pairs done since the last call.
     """
     groups: dict[tuple[str, str], GroupStats] = {}
+    suffixes = worker_suffixes(pool.manifest.generation)
     for pair in pairs:
         if pair.id in pool:
-            _add(groups, pool, pair, margin, net_of_placebo)
+            _add(groups, pool, pair, margin, net_of_placebo, suffixes)
         advance(1)
     found = [groups[key] for key in sorted(groups)]
     sums: dict[str, GroupStats] = {}
@@ -105,16 +109,44 @@ def pool_stats(
     return found + [sums[worker] for worker in sorted(sums)]
 
 
+def worker_suffixes(generation: Mapping[str, Any]) -> dict[str, str]:
+    """Digest of a worker's settings -> what tells it from others of its kind: its model, else a number, or both.
+
+    Args:
+        generation: as in the manifest. A worker that is the only one of its kind has no entry.
+    """
+    kinds: dict[str, dict[str, str]] = {}  # digest of the settings, as the rows have it -> model, by kind
+    for entry in generation.get("workers", ()):
+        model = entry.get("model") or entry.get("of", {}).get("model") or ""
+        kinds.setdefault(entry["worker"], {})[digest(json.dumps(entry, sort_keys=True))] = model
+    suffixes = {}
+    for kind in kinds.values():
+        models = list(kind.values())
+        for number, (settings_hash, model) in enumerate(kind.items(), start=1):
+            told = [model] if model else []
+            told += [str(number)] if not model or models.count(model) > 1 else []
+            if len(kind) > 1:
+                suffixes[settings_hash] = f" ({', '.join(told)})"
+    return suffixes
+
+
 def _add(
-    groups: dict[tuple[str, str], GroupStats], pool: RationalePool, pair: Pair, margin: float, net_of_placebo: bool
+    groups: dict[tuple[str, str], GroupStats],
+    pool: RationalePool,
+    pair: Pair,
+    margin: float,
+    net_of_placebo: bool,
+    suffixes: Mapping[str, str],
 ) -> None:
     candidates = pool.candidates(pair.id)
     is_scored = bool(candidates.rationales) and not math.isnan(candidates.score_none)
     raw = gains(candidates) if is_scored else []
     by_rule = gains(candidates, net_of_placebo=True) if is_scored and net_of_placebo else raw
     placebos = placebo_gains(candidates) if is_scored else []
+    settings = pool.settings_hashes(pair.id) if suffixes else ("",) * len(candidates.rationales)
     for number, rationale in enumerate(candidates.rationales):
-        group = groups.setdefault((pair.task, rationale.worker), GroupStats(pair.task, rationale.worker))
+        worker = rationale.worker + suffixes.get(settings[number], "")
+        group = groups.setdefault((pair.task, worker), GroupStats(pair.task, worker))
         group.candidates += 1
         if rationale.leaks:
             group.leaks += 1
