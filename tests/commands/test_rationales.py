@@ -127,6 +127,33 @@ def test_stats_counts_by_task_and_worker_and_writes_a_page(cli: Cli, monkeypatch
     assert "capital" not in out
 
 
+def test_stats_never_cuts_a_name_where_there_is_no_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    task = "a_task_of_a_name_that_is_as_long_as_half_a_line_[of]_a_terminal_of_80_columns"
+    text = Path("pairs.jsonl").read_text(encoding="utf-8").replace('"colour"', f'"{task}"')
+    Path("pairs.jsonl").write_text(text, encoding="utf-8")
+    assert rationales(cli, "generate").code == 0
+    out = rationales(cli, "stats").out
+    assert re.search(re.escape(task) + " +metadata +3 ", out), out
+    assert re.search("task +worker +candidates +keep rate +mean gain +placebo share +leaks +tokens", out), out
+
+
+def test_stats_and_show_refuse_what_is_not_asked_for(cli: Cli) -> None:
+    assert rationales(cli, "generate").code == 0
+    assert rationales(cli, "score").code == 0
+    judge = ("--model.pool.evaluator", "judge")
+    for action in ("stats", "show"):
+        code, out, err = rationales(cli, action, *judge)
+        assert (code, out) == (2, "")
+        assert "no scores by the evaluator 'judge', only by: retrieval" in err.splitlines()[-1]
+    text = Path("pairs.jsonl").read_text(encoding="utf-8")
+    Path("pairs.jsonl").write_text(text.replace("number ", "digit "), encoding="utf-8")
+    for action in ("stats", "show"):
+        code, out, err = rationales(cli, action)
+        assert (code, out) == (2, "")
+        assert "made from other data" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -21,6 +21,8 @@ _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's p
 score goes on where it was. Every other option is a setting of `mmemb fit` (`mmemb fit --help`).
 """
 
+_WIDEST = 10_000  # characters of a line that no name comes near
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -62,8 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if options.action == "show":
         _show(model, pairs, limit=options.limit, tasks=[options.task] if options.task else tasks, pair_id=options.pair)
     elif options.action == "stats":
-        some = [pair for pair in pairs if options.task in (None, pair.task)]
-        _stats(model, some, output=options.output)
+        _stats(model, pairs, task=options.task, output=options.output)
     else:
         _make(options.action, model, pairs, device=_device(accelerator))
     return 0
@@ -104,27 +105,32 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
     score(pairs, settings.evaluator, settings.path)
 
 
-def _open(settings: Any) -> Any:
-    """The pool with its leaks, and with the scores of the evaluator named if that has scored it."""
+def _open(settings: Any, pairs: Sequence[Any]) -> Any:
+    """The pool of these pairs with its leaks, and with the scores of the evaluator named, if anybody has scored it."""
     from mmemb.data.pool import RationalePool
     from mmemb.data.pool_files import read_manifest
     from mmemb.stages.select import evaluator_name
 
     name = None if settings.evaluator is None else evaluator_name(settings.evaluator)
     known = read_manifest(settings.path).evaluators
-    return RationalePool.open(settings.path, evaluator=name if name in known else None, keep_leaks=True)
+    # Scores of another evaluator are no answer to the one named: opening refuses then.
+    pool = RationalePool.open(settings.path, evaluator=name if known else None, keep_leaks=True)
+    pool.check(pairs)
+    return pool
 
 
-def _stats(model: Any, pairs: Sequence[Any], *, output: str) -> None:
+def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -> None:
     """Prints a table by task and worker and writes the page."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from mmemb.data.pool_page import COLUMNS, LEGEND, cells, write_page
     from mmemb.data.pool_stats import ALL, pool_stats
     from mmemb.stages.generate import bar, say
 
-    pool = _open(model.pool)
+    pool = _open(model.pool, pairs)
+    pairs = [pair for pair in pairs if task in (None, pair.task)]
     # What the selector keeps; one without a margin keeps what helps at all.
     margin = float(getattr(model.selector, "margin", 0.0))
     net = bool(getattr(model.selector, "net_of_placebo", False))
@@ -132,10 +138,12 @@ def _stats(model: Any, pairs: Sequence[Any], *, output: str) -> None:
         groups = pool_stats(pool, pairs, margin=margin, net_of_placebo=net, advance=advance)
     table = Table(box=None, header_style="dim", padding=(0, 2))
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 2 else "right")
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for group in groups:
-        table.add_row(*cells(group), style="bold" if group.task == ALL else "")
+        table.add_row(*map(Text, cells(group)), style="bold" if group.task == ALL else "")
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own: a line a row
+        console.width = _WIDEST
     console.print(table)
     console.print(LEGEND, style="dim", soft_wrap=True)
     facts = {
@@ -153,7 +161,7 @@ def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str],
     from mmemb.stages.generate import say
     from mmemb.stages.select import show
 
-    pool = _open(model.pool)
+    pool = _open(model.pool, pairs)
     if pair_id is not None:
         chosen = [pair for pair in pairs if pair.id == pair_id]
         if not chosen:
