@@ -134,6 +134,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="a.ckpt cannot be read as a checkpoint") as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

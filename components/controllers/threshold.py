@@ -76,6 +76,11 @@ class Threshold(Controller, name="threshold"):
             self.threshold = -fit_cut(-signal, state, price=self.price, token_share=self.token_share, who="threshold")
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether there is no threshold yet."""
+        return self.threshold is None
+
+    @property
     def calibration(self) -> dict[str, float]:
         """The threshold, once there is one."""
         return {} if self.threshold is None else {"threshold": self.threshold}

@@ -113,10 +113,12 @@ def read_checkpoint(
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().split("\n", 1)[0]
+        # Torch's own words for the first kind advise to load it unsafely.
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = "" if refused else f" ({str(error).strip().split(chr(10), 1)[0]})"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain containers: {first} Was it cut short, or "
-            "written by another program?"
+            f"{path} cannot be read as a checkpoint of tensors and plain containers{reason}; it was cut short, holds "
+            "other objects too, or was written by another program: give another file"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")

@@ -12,20 +12,19 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mmemb import shortnames
 from mmemb.checkpoint_io import SafeCheckpointIO
 from mmemb.commands.configs import check_yaml, config_paths
-from mmemb.commands.errors import tell_interrupted
+from mmemb.commands.errors import UsageError, tell_interrupted
 from mmemb.commands.parser import HelpFormatter, OneLineErrors
 from mmemb.interrupt import InterruptCheckpoint, Interrupted
 from mmemb.progress import StepsBar
 
 RUNS = "runs"
 """Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
-
-_KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 _EPILOG = """examples:
   mmemb {command} --config recipes/r1.yaml{checkpoint}
@@ -114,11 +113,16 @@ class MmembCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings as given: Lightning would replace the model section by the checkpoint's, unasked.
 
-        A checkpoint that does not fit the settings is refused when it is loaded.
+        A checkpoint that does not fit the settings is refused when it is loaded. Lightning's own words (``last``,
+        ``best``) look into the new run's folder, where there is nothing yet.
         """
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
-        if path is not None and path not in _KNOWN_CHECKPOINTS and "://" not in path and not Path(path).exists():
+        if path is None and subcommand != "fit":
+            rank_zero_warn(
+                f"no --ckpt_path: `mmemb {subcommand}` takes the model as the settings build it, before any training"
+            )
+        if path is not None and "://" not in path and not Path(path).exists():
             raise FileNotFoundError(2, "--ckpt_path names no file; give a .ckpt file of an earlier run", path)
 
     # -- building and running ----------------------------------------------------------------------------------------
@@ -139,7 +143,10 @@ class MmembCLI(LightningCLI):
             from mmemb.predictions import EmbeddingWriter
 
             callbacks.append(EmbeddingWriter())
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        except ValueError as error:  # an unknown strategy, for one
+            raise UsageError(f"trainer: {error}") from error
 
     def before_predict(self) -> None:
         """Keeps no embeddings in memory unless told to: they are written batch by batch."""

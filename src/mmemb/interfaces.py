@@ -291,6 +291,11 @@ class Controller(Component, ABC, kind="controller"):
         """Fits what the controller needs on validation queries (all of the state is known there)."""
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether `decide` fails until `calibrate` was called."""
+        return False
+
+    @property
     def calibration(self) -> dict[str, float]:
         """What was fitted, by constructor argument: built with these, the controller decides alike."""
         return {}

@@ -149,6 +149,8 @@ def test_two_processes_one_of_them_killed(
         (["--input", "pictures", "--checkpoint", "none"], "none"),
         (["--input", "pictures", "--reason", "sometimes"], "reason: expected one of 'auto', 'always', 'never'"),
         (["--input", "pictures", "--inputs", "x"], "there is no option '--inputs'; did you mean '--input'?"),
+        (["--input", "pictures", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--input", "pictures", "--output", "deep.parquet"], "--output deep.parquet: is a folder"),
         (["--input", "empty"], "holds nothing to embed"),
         (["--input", "broken"], "broken.png"),
         (["--input", "rows.jsonl"], "rows.jsonl, line 1"),
@@ -160,7 +162,7 @@ def test_mistakes_of_embed(cli: Cli, model: Path, pictures: Path, words: list[st
     Path("broken").mkdir()
     Path("broken/broken.png").write_bytes(b"no picture")
     Path("rows.jsonl").write_text('{"txt": "apple"}\n', encoding="utf-8")
-    Path("deep").mkdir()
+    Path("deep.parquet").mkdir()
     Path("out.jsonl").write_text('{"image": "../outside.png"}\n', encoding="utf-8")
     code, _, err = embed(cli, model, *words)
     assert code == 2, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import struct
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning  # noqa: F401  (its log keeps the stderr of its import: not that of one test)
 import pytest
+from PIL import Image
 
 from tests.integration.small import rows, write_rows, write_settings
 
@@ -50,6 +52,13 @@ def bomb(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def line(width: int, height: int) -> bytes:
+    """A PNG as narrow as that."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def without(key: str) -> Callable[[Path], None]:
@@ -126,6 +135,17 @@ CASES = {
         ["none/at/all"], ["--model.backbone=transformers", "--model.backbone.init_args.model=none/at/all"]
     ),
     "missing checkpoint": Case(["none.ckpt: --ckpt_path names no file"], ["--ckpt_path=none.ckpt"]),
+    "checkpoint by a word": Case(["last: --ckpt_path names no file"], ["--ckpt_path=last"]),
+    "unknown strategy": Case(["trainer: ", "strategy", "fast"], ["--trainer.strategy=fast"]),
+    "selector without a pool": Case(["model.selector is ", "model.pool is null"], ["--model.pool=null"]),
+    "controller that nothing fits": Case(
+        ["model.controllers: threshold", "no data.validation"],
+        ["--model.controllers=[never, threshold]", "--data.validation=[]", "--data.test=[{path: pairs.jsonl}]"],
+    ),
+    "one task in two test files": Case(
+        ["data.test: the task 'colour' stands in pairs.jsonl and in pairs.jsonl", "another name"],
+        ["--data.test=[{path: pairs.jsonl}, {path: pairs.jsonl}]"],
+    ),
     "missing picture": Case(
         ["pairs.jsonl, line 3", "query.image", "does not exist"], spoil=query(image="pictures/none.png")
     ),
@@ -137,6 +157,9 @@ CASES = {
     "picture bomb": Case(["picture ", "40000 x 2000 pixels", "shrink or drop it"], spoil=picture(bomb(40_000, 2_000))),
     "larger picture bomb": Case(
         ["picture ", "far more than the 50,000,000 pixels", "shrink or drop it"], spoil=picture(bomb(90_000, 90_000))
+    ),
+    "picture of one line": Case(
+        ["picture ", "1 x 400 pixels", "200 times the other", "leave its row out"], spoil=picture(line(1, 400))
     ),
     "empty data set": Case(["pairs.jsonl: ", "no rows", "add rows"], spoil=content("")),
     "no data set": Case(["there is no train source", "data.train"], ["--data.train=[]"]),
@@ -175,6 +198,19 @@ def test_a_checkpoint_of_another_backbone(told: Callable[..., str], cli: Cli, tm
     assert line.count("tiny@") == 2  # both identities
     assert "backbone" in line
     assert "--ckpt_path" in line or "checkpoint" in line
+
+
+def test_a_checkpoint_of_another_pooler(told: Callable[..., str], cli: Cli) -> None:
+    assert cli("fit", *write_settings(Path.cwd()), "--evaluate=false", "--trainer.max_steps=1").code == 0
+    path = "runs/r1+small/version_0/checkpoints/last.ckpt"
+    line = told("--ckpt_path", path, "--model.pooler=attention")
+    for part in ("the checkpoint does not fit the settings", "pooler.query", "config.yaml in its run folder"):
+        assert part in line
+
+
+def test_an_evaluation_without_a_checkpoint_says_so(cli: Cli) -> None:
+    with pytest.warns(UserWarning, match="no --ckpt_path: `mmemb test` takes the model as the settings build it"):
+        assert cli("test", *write_settings(Path.cwd())).code == 0
 
 
 def test_a_disk_that_fills_up_leaves_no_half_checkpoint(

@@ -56,6 +56,13 @@ def test_the_main_job_caches_gradients_over_four_chunks_at_least() -> None:
     assert recipe["data"]["batch_size"] >= 4 * chunk
 
 
+def test_the_baselines_train_as_long_as_the_main_job_before_its_control_phase() -> None:
+    read = lambda name: yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))  # noqa: E731
+    start = read("r1.yaml")["model"]["control"]["start"]
+    overlays = {name: read(f"baselines/{name}.yaml") for name in ("never", "always_reason", "threshold", "direct_only")}
+    assert {name: made["trainer"]["max_steps"] for name, made in overlays.items()} == dict.fromkeys(overlays, start)
+
+
 def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Dotted keys with values that are no mappings; whether a part has a class path of its own makes no difference."""
     found = {}
@@ -117,7 +124,11 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
         "model": {
             "backbone": {"class_path": "transformers", "init_args": backbone},
             "objective": {"class_path": "mmemb.stages.joint.Joint", "init_args": {"chunk_size": 2}},
-            "pool": {"workers": [worker]},
+            # the shrunken model's vocabulary has no whole " Yes"
+            "pool": {
+                "workers": [worker],
+                "evaluator": {"class_path": "judge", "init_args": {"yes": "Y", "no": "N"}},
+            },
             "budget": 4,
         },
         "data": {"batch_size": 4, "sub_batch_size": 2, "num_workers": 0},
@@ -144,7 +155,7 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
     assert len(trained) < len(last["state_dict"])  # the base is frozen
     manifest = json.loads(Path("pools/mmeb_train/manifest.json").read_text(encoding="utf-8"))
     assert manifest["pairs"] == 8
-    assert list(manifest["evaluators"]) == ["retrieval"]
+    assert list(manifest["evaluators"]) == ["judge"]
     candidates = pq.read_table(next(Path("pools/mmeb_train").glob("candidates-*.parquet"))).to_pylist()
     assert {row["worker"] for row in candidates} == {"model"}
     losses = scalars(run, "train/loss")

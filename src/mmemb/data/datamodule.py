@@ -126,9 +126,23 @@ class PairDataModule(L.LightningDataModule):
         """All retrieval tasks of a split (``validation``, ``test``, ``control`` or ``train``), not only this rank's.
 
         Empty where there is no source.
+
+        Raises:
+            ValueError: two sources have a task of one name: its queries would be ranked against half of the candidates.
         """
         if split not in self._tasks:
-            self._tasks[split] = [task for source in self.sources[split] for task in read_tasks(source)]
+            owners: dict[str, str] = {}
+            found = []
+            for source in self.sources[split]:
+                for task in read_tasks(source):
+                    if task.name in owners:
+                        raise ValueError(
+                            f"data.{split}: the task {task.name!r} stands in {owners[task.name]} and in {source.path}, "
+                            f"and results are kept by task; give one of them another name (task: ...), or join the files"
+                        )
+                    owners[task.name] = source.path
+                    found.append(task)
+            self._tasks[split] = found
         return self._tasks[split]
 
     def use_collate(self, collate: Collate) -> None:

@@ -17,6 +17,9 @@ BUNDLED = "bundled:"
 
 _ORIENTATION = 0x0112
 
+MOST_ELONGATED = 200
+"""Largest ratio of a picture's sides: what image processors of vision-language models take."""
+
 
 def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Image.Image:
     """Decodes a picture to RGB, upright (EXIF), transparency flattened on white; of an animation the first frame.
@@ -27,7 +30,8 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, is damaged, or has more than `max_pixels` pixels.
+        ValueError: the file is no picture, is damaged, has more than `max_pixels` pixels, or one side is more than
+            `MOST_ELONGATED` times the other.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source)
@@ -38,7 +42,8 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
     try:
         with Image.open(source) as image:
             width, height = image.size
-            if width * height <= max_pixels:
+            elongated = max(width, height) > MOST_ELONGATED * min(width, height)
+            if width * height <= max_pixels and not elongated:
                 image.load()
                 return _to_rgb(image)
     except FileNotFoundError:
@@ -53,6 +58,11 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
         raise ValueError(
             f"picture {source}: cannot be read ({_one_line(error)}); replace it or leave its row out"
         ) from error
+    if elongated:
+        raise ValueError(
+            f"picture {source}: {width} x {height} pixels, one side more than {MOST_ELONGATED} times the other; "
+            "crop it or leave its row out"
+        )
     raise ValueError(
         f"picture {source}: {width} x {height} pixels, more than the {max_pixels:,} allowed; shrink or drop it"
     )

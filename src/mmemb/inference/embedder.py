@@ -75,12 +75,13 @@ class Embedder:
 
         Raises:
             FileNotFoundError: there is no such file or hub id, or no model in the folder.
-            ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``.
+            ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``; or this machine
+                has no such device.
         """
+        place = _device(device)
         found = saved.read(path)
         if options.get("controller") is None:
             options["controller"] = create("controller", "rl", **found.decision)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         embedder = cls(found.backbone.to(place), found.pooler.to(place), **options)
         embedder._identity = found.identity
         return embedder
@@ -220,3 +221,15 @@ def _picture(place: str, source: Any) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{place}: there is no picture {source}; correct the path (a plain string is text)")
     return str(path.resolve())
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); name another, or none") from error
+    return place

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from mmemb.evaluation import report
 from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
+from mmemb.stages.needs import check_calibrated, check_choice
 from mmemb.stages.objective import Engine, Objective, Parts
 from mmemb.stages.optimization import clip_gradient_norm, parameter_groups, vector_names
 from mmemb.stages.phases import Phase, Schedule, Span, scheduler
@@ -148,6 +149,10 @@ class EmbeddingModule(L.LightningModule):
         if stage != "fit":
             return
         self._vectors = vector_names(self)
+        if self.objective.needs_rationales:
+            check_choice(self.selector, self.pool)
+        if self.datamodule.sources["test"] and not self.datamodule.sources["validation"]:
+            check_calibrated(self.controllers)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache "
@@ -294,6 +299,20 @@ class EmbeddingModule(L.LightningModule):
         if self.control_objective is not None and checkpoint.get("control"):
             self.control_objective.load_phase_state(checkpoint["control"])
         self._random_state = checkpoint["random_state"]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's.
+
+        Raises:
+            ValueError: the weights are of other parts.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint does not fit the settings ({' '.join(str(error).split())[:300]}); give the config "
+                "that it was trained with (config.yaml in its run folder)"
+            ) from error
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
