@@ -133,6 +133,18 @@ def test_a_resumed_run_proposes_and_trains_as_one_in_one_go(tmp_path: Path) -> N
         run(tmp_path / "third", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
 
 
+def test_a_run_that_was_moved_takes_up_its_candidates(tmp_path: Path) -> None:
+    _, trainer = run(tmp_path / "first", refresher(2), steps=3)
+    trainer.save_checkpoint(tmp_path / "first" / "checkpoints" / "last.ckpt")
+    proposed = texts(tmp_path / "first")
+    assert list(proposed) == ["step-000000002"]
+    (tmp_path / "first").rename(tmp_path / "moved")
+    last = tmp_path / "moved" / "checkpoints" / "last.ckpt"
+    for folder in (tmp_path / "second", tmp_path / "moved"):  # another run's folder, and the moved run's own
+        run(folder, refresher(2), steps=4, resume=last)
+        assert texts(folder) == proposed
+
+
 def test_the_share_of_self_made_candidates_is_logged(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 

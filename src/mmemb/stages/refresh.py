@@ -160,13 +160,13 @@ class RefreshPool(L.Callback):
         self.evaluator.bind(module.backbone, module.pooler)
         self.folder = (Path(trainer.log_dir or trainer.default_root_dir) / FOLDER).resolve()
         if trainer.is_global_zero:
-            self._take_up(self.folder)
+            self._take_up(self.folder, trainer.ckpt_path)
         trainer.strategy.barrier()
         self._use(module)
 
-    def _take_up(self, folder: Path) -> None:
+    def _take_up(self, folder: Path, checkpoint: str | Path | None) -> None:
         """Brings the refreshes that the checkpoint knows of into this run's folder, and removes any other."""
-        source = self._earlier or folder
+        source = self._source(folder, checkpoint)
         for step in self.steps:
             if not (source / _name(step)).is_dir():
                 raise FileNotFoundError(
@@ -180,6 +180,15 @@ class RefreshPool(L.Callback):
         if source != folder:
             for step in self.steps:
                 shutil.copytree(source / _name(step), folder / _name(step))
+
+    def _source(self, folder: Path, checkpoint: str | Path | None) -> Path:
+        """Where the earlier run's candidates lie: where it wrote them or, since runs are moved, by its checkpoint."""
+        places = [self._earlier or folder]
+        if checkpoint is not None:
+            places += [parent / FOLDER for parent in Path(checkpoint).resolve().parents[:2]]  # run/checkpoints/x.ckpt
+        places.append(folder)
+        whole = (place for place in places if all((place / _name(step)).is_dir() for step in self.steps))
+        return next(whole, places[0])
 
     def _use(self, module: EmbeddingModule) -> GrownPool:
         """From the next batch on, the selector chooses among the pool's candidates and the run's own."""
