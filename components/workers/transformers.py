@@ -18,10 +18,11 @@ _BLOCKS, _BLOCK_BYTES = 16, 65536
 
 
 class TransformersWorker(Worker, name="transformers"):
-    """Samples rationales from any image-text-to-text model of the transformers library, by hub id or folder.
+    """Samples rationales from a local Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or Idefics3 model, by hub id or folder.
 
-    The model is loaded with the first proposal, through the `transformers` backbone: so are its families, its chat
-    template, its pictures. Samples are decoded in batches of similar length; the k samples of an item share a prefill.
+    The model is loaded with the first proposal, through the `transformers` backbone: so are its chat template and its
+    pictures, and its families are those that may be named (`mmemb.components.backbones.families`). Samples are decoded
+    in batches of similar length; the k samples of an item share a prefill.
 
     Args:
         model: hub id or local folder.

@@ -326,9 +326,10 @@ def test_a_running_event_loop_is_no_hindrance(make: Callable[..., OpenAIWorker])
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"timeout": 0}, "timeout is 0"),
         ({"top_p": 0}, "top_p 0"),
+        ({"base_url": "host:8000/v1"}, "base_url is 'host:8000/v1', expected .* as in http://host:8000/v1"),
         ({"cost_budget": 5.0}, "cost_budget needs input_price and output_price"),
     ],
 )
-def test_settings_that_make_no_sense(options: dict[str, float], message: str) -> None:
+def test_settings_that_make_no_sense(options: dict[str, float | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OpenAIWorker("m", **options)  # type: ignore[arg-type]
