@@ -138,7 +138,7 @@ class PairDataModule(L.LightningDataModule):
                     if task.name in owners:
                         raise ValueError(
                             f"data.{split}: the task {task.name!r} stands in {owners[task.name]} and in {source.path}, "
-                            f"and results are kept by task; give one of them another name (task: ...), or join the files"
+                            "and results are kept by task; give one another name (task: ...), or join the files"
                         )
                     owners[task.name] = source.path
                     found.append(task)
