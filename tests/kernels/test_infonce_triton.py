@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from mmemb.kernels import _tiles, infonce, infonce_with_grads
-from mmemb.kernels.problem import Columns, Merge, Problem
+from mmemb.kernels.problem import Columns, Merge, Peers, Problem
 from tests.kernels.cases import OPTIONS, arguments, combinations, error, oracle, unit_rows
 from tests.kernels.interpreted import interpreter, on_cuda
 
@@ -246,13 +246,30 @@ def test_memory_on_a_gpu_stays_within_the_workspace() -> None:
 
 
 def test_the_table_has_a_line_for_every_chip_and_16_and_32_bits() -> None:
-    chips = {"sm_80", "sm_90", "sm_100", "unaligned", "amd", "interpreter"}
+    chips = {"sm_80", "sm_90", "sm_100", "amd", "interpreter"}
     assert set(_tiles.TILES) == {(chip, size) for chip in chips for size in (2, 4)} | {("interpreter", 8)}
-    assert _tiles.choose(torch.device("cpu"), torch.float32, 7) == _tiles.TILES["interpreter", 4]
+    assert _tiles.choose(torch.device("cpu"), torch.float32) == _tiles.TILES["interpreter", 4]
 
 
-def test_rows_that_the_copy_engine_cannot_read_take_another_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_not_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "chip", lambda device: "sm_90")
-    for width, line in ((8, "sm_90"), (9, "unaligned")):
-        assert _tiles.choose(torch.device("cuda"), torch.bfloat16, width) == _tiles.TILES[line, 2]
-    assert _tiles.choose(torch.device("cuda"), torch.float64, 8) is None
+    assert _tiles.choose(torch.device("cuda"), torch.bfloat16) == _tiles.TILES["sm_90", 2]
+    assert _tiles.choose(torch.device("cuda"), torch.float64) is None
+
+
+def operands(width: int) -> list[tuple[int, int]]:
+    """Width, and address modulo 16, of all that the kernels load embeddings from."""
+    from mmemb.kernels._triton_launch import Launcher
+
+    rows = torch.randn(5, width, dtype=torch.bfloat16)
+    index = torch.arange(5)
+    launcher = Launcher(
+        Problem(rows, rows, torch.tensor(1.0), index, None, None, 100.0, None, Peers(rows, index, None), True), None
+    )
+    parts = [launcher.main, *launcher.parts.values()]
+    return [(each.shape[1], each.data_ptr() % 16) for part in parts for each in (part.left, part.right)]
+
+
+@pytest.mark.parametrize(("width", "loaded"), [(13, 16), (24, 32), (48, 48)])
+def test_what_kernels_load_is_as_wide_as_they_were_compiled_for(interpreted: Call, width: int, loaded: int) -> None:
+    assert interpreted(operands, width) == [(loaded, 0)] * 6

@@ -15,7 +15,8 @@ of it, with float32 accumulation. Counted in products of N x M x D:
 Bits are the same in every run: every value has one writer, sums have a fixed order, tiles are fixed a chip
 (`mmemb.kernels._tiles`). Memory beyond inputs and outputs: the workspace (the slab, its float32 copy where the library
 has no mixed products, the sums of its rows), of which one tile's rows is the least; a slab's rows of dQ and, for 16-bit
-input, both gradients once more in float32.
+input, both gradients once more in float32. Embeddings whose width is no multiple of 16 are copied with columns of zeros
+up to the next, which change no dot product; their gradients are as wide until they are returned.
 
 As in the tiled engine the positive is kept out of the sums (loss = log(1 + exp(o - p)), G at it = -sigmoid(o - p)).
 The temperature's gradient is sum(G * S), summed before G is rounded, with S less p: rows of G sum to 0, so that is the
@@ -39,7 +40,7 @@ from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
 def supports(problem: Problem, *, symmetric: bool) -> bool:
     """Whether this engine solves the problem: all but Matryoshka sums, and float64 only in the interpreter."""
     query = problem.query
-    return problem.dims is None and _tiles.choose(query.device, query.dtype, query.shape[1]) is not None
+    return problem.dims is None and _tiles.choose(query.device, query.dtype) is not None
 
 
 def one_direction(

@@ -25,8 +25,7 @@ class Tiles:
         warps: that share a tile.
         stages: steps whose loads are in flight at once.
         parts: pieces of columns that follow one another once a tile is multiplied, 1, 2, 4 or 8.
-        descriptors: load through tensor descriptors (the chip's copy engine). Rows must be a multiple of 16 bytes long;
-            for others the line ``unaligned`` is taken.
+        descriptors: load through tensor descriptors (the chip's copy engine).
         precision: how float32 products are made; ``tf32x3`` keeps 22 bits of each factor on the tensor cores.
     """
 
@@ -40,6 +39,10 @@ class Tiles:
     precision: Precision = "ieee"
 
 
+STEP = 16
+"""Columns of what the kernels read come in multiples of this. Otherwise tensor descriptors refuse most widths, and the
+compiler, to which a number is a multiple of 16 or of nothing, makes pointers load element by element and spills."""
+
 TILES: dict[tuple[str, int], Tiles] = {
     ("sm_80", 2): Tiles(128, 128, 64, 8, 3, 4),
     ("sm_80", 4): Tiles(128, 64, 32, 8, 3, 4, precision="tf32x3"),
@@ -47,9 +50,6 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 4, descriptors=True, precision="tf32x3"),
     ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
     ("sm_100", 4): Tiles(128, 64, 32, 8, 3, 8, descriptors=True, precision="tf32x3"),
-    # sm_90 and sm_100 where descriptors cannot be used.
-    ("unaligned", 2): Tiles(128, 128, 64, 8, 3, 8),
-    ("unaligned", 4): Tiles(128, 64, 32, 8, 3, 8, precision="tf32x3"),
     # Not compiled by the tests: no report of registers was looked at.
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
     ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),
@@ -77,18 +77,12 @@ def chip(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def choose(device: torch.device, dtype: torch.dtype, width: int) -> Tiles | None:
-    """The line for a device and embeddings of this dtype and width, None where there is none (float64 on a GPU)."""
-    return TILES.get(_line(device, dtype, width))
+def choose(device: torch.device, dtype: torch.dtype) -> Tiles | None:
+    """The line for a device and embeddings of this dtype, None where there is none (float64 on a GPU)."""
+    return TILES.get((chip(device), dtype.itemsize))
 
 
-def choose_for_gradient(device: torch.device, dtype: torch.dtype, width: int) -> Tiles | None:
+def choose_for_gradient(device: torch.device, dtype: torch.dtype) -> Tiles | None:
     """As `choose`, of the gradient's kernel."""
-    line = _line(device, dtype, width)
-    return GRADIENT_TILES.get(line, TILES.get(line))
-
-
-def _line(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, int]:
     line = chip(device), dtype.itemsize
-    unaligned = line in TILES and TILES[line].descriptors and width * dtype.itemsize % 16
-    return ("unaligned", dtype.itemsize) if unaligned else line
+    return GRADIENT_TILES.get(line, TILES.get(line))

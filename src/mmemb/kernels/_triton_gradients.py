@@ -23,12 +23,12 @@ class Sums:
     def __init__(self, launcher: Launcher, coefficient: Tensor) -> None:
         self.launcher = launcher
         problem, query = launcher.problem, launcher.query
-        tiles = _tiles.choose_for_gradient(query.device, query.dtype, query.shape[1])
+        tiles = _tiles.choose_for_gradient(query.device, query.dtype)
         assert tiles is not None
         self.tiles = tiles
         self.query = launcher.empty(*launcher.query.shape).zero_()
         self.candidate = launcher.empty(*launcher.candidate.shape).zero_()
-        self.peers = None if problem.peers is None else launcher.empty(*problem.peers.query.shape).zero_()
+        self.peers = None if problem.peers is None else launcher.empty(len(problem.peers.query), query.shape[1]).zero_()
         self.slope = launcher.empty(1).zero_()[0]
         self.boost = torch.ones_like(self.slope)
         if launcher.dtype == torch.float16 and len(coefficient):
@@ -104,10 +104,12 @@ class Sums:
     def result(self) -> Gradients:
         problem, dtype = self.launcher.problem, self.launcher.dtype
         scale = problem.scale / self.boost
-        peers = None if self.peers is None else self.peers.mul_(scale)
+        width = problem.query.shape[1]
+        query, candidate = (rows[:, :width].mul_(scale).to(dtype) for rows in (self.query, self.candidate))
+        peers = None if self.peers is None else self.peers[:, :width].mul_(scale)
         # d loss / d c = sum(G * dot) = slope / (c + b), and c = 1 / temperature.
         temperature = -self.slope * problem.scale.square() / problem.negative_scale
-        return Gradients(self.query.mul_(scale).to(dtype), self.candidate.mul_(scale).to(dtype), temperature, peers)
+        return Gradients(query, candidate, temperature, peers)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

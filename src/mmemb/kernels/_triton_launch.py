@@ -1,6 +1,6 @@
 """Launches of the Triton kernels for one InfoNCE problem: what is against what, in which blocks, with which tiles.
 
-N queries   M candidates   L rows of negatives   D width
+N queries   M candidates   L rows of negatives   D width, padded
 c = 1 / temperature        b = hardness          p the positives' logits
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -62,7 +63,7 @@ class Launcher:
     """One problem in the kernels' form, and the launches that make its sums."""
 
     def __init__(self, problem: Problem, workspace_bytes: int | None) -> None:
-        tiles = _tiles.choose(problem.query.device, problem.query.dtype, problem.query.shape[1])
+        tiles = _tiles.choose(problem.query.device, problem.query.dtype)
         assert tiles is not None
         self.problem = problem
         self.tiles: Tiles = tiles
@@ -242,7 +243,12 @@ def multiplies_mixed(device: torch.device) -> bool:
 
 
 def plain(rows: Tensor) -> Tensor:
-    """The rows one after another from an address that the copy engine takes, copied if need be."""
+    """The rows one after another from an address that the copy engine takes, copied if need be.
+
+    Their width is the next multiple of `mmemb.kernels._tiles.STEP`; columns beyond their own are 0.
+    """
+    if missing := -rows.shape[1] % _tiles.STEP:
+        return pad(rows, (0, missing))
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 
