@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmemb.kernels import infonce, infonce_with_grads
-from tests.kernels.cases import OPTIONS, arguments, unit_rows
+from tests.kernels.cases import OPTIONS, arguments, oracle, unit_rows
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -104,6 +104,30 @@ def test_an_incoming_gradient_may_be_larger_than_float16_holds(reduction: Any) -
     for leaf, gradient in zip(inputs, expected[1:3], strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad.double() / 2**16, gradient.double(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_too_small_for_float16_are_scaled_before_they_are_rounded(reduction: Any) -> None:
+    rows = torch.eye(8, dtype=torch.float16)  # gradients of 5e-9; float16 begins at 6e-8
+    inputs = [rows.clone().requires_grad_(), rows.clone().requires_grad_()]
+    expected = oracle(rows, rows, 0.05)
+    (infonce(*inputs, temperature=0.05, reduction=reduction).mean() * 2.0**16).backward()
+    for leaf, gradient in zip(inputs, expected[1:3], strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double() / 2**16, gradient, rtol=1e-3, atol=0)
+    wide = infonce_with_grads(rows, rows, temperature=0.05, grad_dtype=torch.float32)
+    torch.testing.assert_close(wide.query_grad.double(), expected.query_grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", [frozenset[str](), frozenset(OPTIONS)], ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype, options: frozenset[str]) -> None:
+    query, candidate = unit_rows(23, 17, dtype), unit_rows(31, 17, dtype)
+    kwargs = arguments(options, (23, 31, 17)) | {"temperature": 0.05}
+    given = infonce_with_grads(query, candidate, **kwargs)
+    exact = infonce_with_grads(query.float(), candidate.float(), **kwargs)
+    assert torch.equal(given.query_grad, exact.query_grad.to(dtype))
+    assert torch.equal(given.candidate_grad, exact.candidate_grad.to(dtype))
 
 
 def test_the_temperatures_gradient_has_its_shape_and_dtype() -> None:

@@ -104,7 +104,7 @@ def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], wor
     assert not torch.allclose(torch.cat(query), world * exact.query_grad, rtol=1e-4)
 
 
-def test_16_bit_gradients_are_rounded_by_rank_and_summed_in_float32(ranks: list[dict[str, Any]], world: int) -> None:
+def test_16_bit_gradients_are_summed_over_ranks_in_float32_and_rounded_once(ranks: list[dict[str, Any]], world: int) -> None:
     values = joined_positive(batch(world), world)
     half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in values.items()}
     weight = half.pop("weight").float()
@@ -113,11 +113,11 @@ def test_16_bit_gradients_are_rounded_by_rank_and_summed_in_float32(ranks: list[
     for rank in range(world):
         own = own_queries(world, rank)
         local = {name: x if name.startswith("candidate") else x[own] for name, x in half.items()}
-        how: dict[str, Any] = {"temperature": 0.1, "reduction": "none"}
+        how: dict[str, Any] = {"temperature": 0.1, "reduction": "none", "grad_dtype": torch.float32}
         parts.append(infonce_with_grads(**local, weight=(weight / total)[own], **how).candidate_grad)
     _, query, candidate, _ = by_field(ranks, "half")
     assert {each.dtype for each in (*query, *candidate)} == {torch.bfloat16}
-    assert torch.equal(torch.cat(candidate), torch.stack(parts).float().sum(0).bfloat16())
+    assert torch.equal(torch.cat(candidate), torch.stack(parts).sum(0).bfloat16())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize
 
+from mmemb.kernels import infonce_with_grads
 from mmemb.losses import CachedLoss, CachedStep, ChunkOutput, InfoNCE, cached_step
 
 RAGGED = [slice(0, 4), slice(4, 5), slice(5, 11), slice(11, 13)]
@@ -268,6 +269,27 @@ def test_a_name_without_gradient_and_chunks_without_own_loss() -> None:
     assert step.chunk_loss is None
     assert net.weight.grad is not None
     torch.testing.assert_close(net.weight.grad, x.sum(0).expand(2, 3))
+
+
+def test_float16_embeddings_take_a_scaled_loss() -> None:
+    """Gradients that float16 holds only times 65536, which is itself too large for it."""
+    rows = torch.eye(8, dtype=torch.float16)
+    query = nn.Parameter(rows.clone())
+    contrast = InfoNCE(temperature=0.05)
+
+    def loss(embeddings: dict[str, Tensor]) -> CachedLoss:
+        found = contrast.with_grads(embeddings["query"], rows)
+        return CachedLoss(found.loss, {"query": found.query_grad})
+
+    cached_step(
+        [slice(0, 3), slice(3, 8)],
+        lambda part, final: ChunkOutput({"query": query[part] * 1.0}),
+        loss,
+        backward=lambda term: (term * 2.0**16).backward(),
+    )
+    expected = infonce_with_grads(rows.double(), rows.double(), temperature=0.05).query_grad
+    assert query.grad is not None
+    torch.testing.assert_close(query.grad.double() / 2**16, expected, rtol=1e-3, atol=0)
 
 
 def test_mistakes_are_named() -> None:

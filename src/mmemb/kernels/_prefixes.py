@@ -48,5 +48,4 @@ def by_dimension(problem: Problem, solve: Solve) -> tuple[Tensor, Gradients | No
                 sums[name][:, :dim] += (gradient - along * unit[name]) / length[name]
     if found is None:
         return losses, None
-    query, candidate = (sums[name].to(problem.query.dtype) for name in ("query", "candidate"))
-    return losses, Gradients(query, candidate, temperature, sums.get("peers"))
+    return losses, Gradients(sums["query"], sums["candidate"], temperature, sums.get("peers"))

@@ -28,7 +28,7 @@ class Sums:
     def __init__(self, stripes: Stripes) -> None:
         problem, columns = stripes.problem, stripes.blocks[0].columns
         self.problem, self.stripes = problem, stripes
-        self.query = torch.empty_like(problem.query)
+        self.query = torch.empty_like(problem.query, dtype=columns.dtype)
         self.candidate = torch.zeros_like(columns)
         self.peers = None if problem.peers is None else columns.new_zeros(problem.peers.query.shape)
         self.temperature = columns.new_zeros(())
@@ -69,8 +69,7 @@ class Sums:
                         block.columns[:, :dim], (sums * norm.square() * problem.scale)[:, None], value=-1
                     )
         # The sum held -sum(G * S); S = dot * scale, so d/d temperature is that times the scale.
-        candidate = self.candidate.to(problem.candidate.dtype)
-        return Gradients(self.query, candidate, self.temperature * problem.scale, self.peers)
+        return Gradients(self.query, self.candidate, self.temperature * problem.scale, self.peers)
 
     def _target(self, block: Block) -> Tensor:
         """What the gradients of the block's columns are added to."""

@@ -102,10 +102,10 @@ class Sums:
         return max(tiles.rows, self.launcher.slab_rows(min(width, m))), width
 
     def result(self) -> Gradients:
-        problem, dtype = self.launcher.problem, self.launcher.dtype
+        problem = self.launcher.problem
         scale = problem.scale / self.boost
         width = problem.query.shape[1]
-        query, candidate = (rows[:, :width].mul_(scale).to(dtype) for rows in (self.query, self.candidate))
+        query, candidate = (rows[:, :width].mul_(scale) for rows in (self.query, self.candidate))
         peers = None if self.peers is None else self.peers[:, :width].mul_(scale)
         # d loss / d c = sum(G * dot) = slope / (c + b), and c = 1 / temperature.
         temperature = -self.slope * problem.scale.square() / problem.negative_scale

@@ -28,8 +28,8 @@ class InfoNCEResult(NamedTuple):
 
     Attributes:
         loss: 0-d (``mean``) or [N] (``none``), float32 (float64 for float64 input).
-        query_grad: [N, D] in the query's dtype.
-        candidate_grad: [M, D] in the candidate's dtype.
+        query_grad: [N, D] in the embeddings' dtype unless another was asked for.
+        candidate_grad: [M, D] likewise.
         temperature_grad: 0-d, float32 (float64 for float64 input).
     """
 
@@ -123,17 +123,21 @@ def infonce_with_grads(
     reduction: Reduction = "mean",
     workspace_bytes: int | None = None,
     engine: Engine | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> InfoNCEResult:
     """The loss and its gradients in one call, without an autograd graph; arguments and errors as in `infonce`.
 
-    With ``none`` the gradients are those of the losses' sum.
+    With ``none`` the gradients are those of the losses' sum. They are summed in float32 (float64) and rounded once, to
+    ``grad_dtype`` or the embeddings' dtype. What a gradient scaler multiplies afterwards should be asked for in
+    float32: in float16 gradients below 6e-8 vanish, and a mean over many queries has such.
     """
     found = _call(
         (query, candidate, _as_tensor(temperature), positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
         (True, workspace_bytes, engine),
     )
-    return InfoNCEResult(*found)
+    query_grad, candidate_grad = (rows.to(grad_dtype or query.dtype) for rows in found[1:3])
+    return InfoNCEResult(found[0], query_grad, candidate_grad, found[3])
 
 
 def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> tuple[Tensor, ...]:

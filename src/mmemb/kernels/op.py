@@ -41,7 +41,11 @@ def infonce_op(
     workspace_bytes: int | None,
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reduced loss and, if ``gradients``, its gradients (of the losses' sum for ``none``); else empty tensors."""
+    """The reduced loss and, if ``gradients``, its gradients in the work dtype (of the losses' sum for ``none``).
+
+    Otherwise empty tensors stand for them. They are rounded by who knows that nothing will multiply them any more: a
+    gradient scaler's 65536 comes after this, and in float16 what is below 6e-8 would be gone.
+    """
     problem, weight = _prepare(
         (query, candidate, temperature, positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
@@ -65,8 +69,8 @@ def _(query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     work = work_dtype(query.dtype)
     loss = query.new_empty(() if reduction == "mean" else (query.shape[0],), dtype=work)
     if not gradients:
-        return loss, query.new_empty(0), candidate.new_empty(0), query.new_empty(0, dtype=work)
-    return loss, *_fake_gradients(query, candidate)
+        return loss, *(query.new_empty(0, dtype=work) for _ in range(3))
+    return loss, *_fake_gradients(query, candidate, work)
 
 
 @torch.library.custom_op("mmemb::infonce_backward", mutates_args=())
@@ -104,7 +108,8 @@ def infonce_backward_op(
         workspace_bytes=workspace_bytes,
         engine=engine,
     )
-    return _joined(problem, found)
+    query_grad, candidate_grad, temperature_grad = _joined(problem, found)
+    return query_grad.to(query.dtype), candidate_grad.to(query.dtype), temperature_grad
 
 
 @torch.library.custom_op("mmemb::infonce_chain", mutates_args=())
@@ -117,23 +122,22 @@ def infonce_chain_op(
     candidate_grad: Tensor,
     temperature_grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``grad`` (0-d) times the gradients; the inputs are there for the refusal below."""
-    # In the work dtype: a gradient scaler's 65536 is infinite in float16, its products with gradients need not be.
-    wide = temperature_grad.dtype
-    of_rows = [(rows.to(wide) * grad.to(wide)).to(rows.dtype) for rows in (query_grad, candidate_grad)]
-    return of_rows[0], of_rows[1], temperature_grad * grad.to(wide)
+    """``grad`` (0-d) times the gradients, rounded to the inputs' dtype; the inputs are there for the refusal below."""
+    grad = grad.to(temperature_grad.dtype)
+    of_rows = [(rows * grad).to(query.dtype) for rows in (query_grad, candidate_grad)]
+    return of_rows[0], of_rows[1], temperature_grad * grad
 
 
 @infonce_backward_op.register_fake
 @infonce_chain_op.register_fake
 def _(grad: Tensor, query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(query, candidate)
+    return _fake_gradients(query, candidate, query.dtype)
 
 
-def _fake_gradients(query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(query: Tensor, candidate: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """As `_joined`, without values: contiguous, whatever the layout of the inputs."""
     temperature = query.new_empty((), dtype=work_dtype(query.dtype))
-    return query.new_empty(query.shape), candidate.new_empty(candidate.shape), temperature
+    return query.new_empty(query.shape, dtype=dtype), query.new_empty(candidate.shape, dtype=dtype), temperature
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -185,10 +189,8 @@ def _prepare(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Problem, Tenso
 
 
 def _joined(problem: Problem, gradients: Gradients | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, contiguous, the peers' among their queries'; empty tensors for none."""
+    """The gradients in the work dtype, contiguous, the peers' among their queries'; empty tensors for none."""
     if gradients is None:
-        return problem.query.new_empty(0), problem.candidate.new_empty(0), problem.scale.new_empty(0)
-    query = gradients.query
-    if gradients.peers is not None:
-        query = (gradients.peers + query).to(query.dtype)
+        return problem.scale.new_empty(0), problem.scale.new_empty(0), problem.scale.new_empty(0)
+    query = gradients.query if gradients.peers is None else gradients.query + gradients.peers
     return query.contiguous(), gradients.candidate.contiguous(), gradients.temperature

@@ -95,13 +95,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Of sum(coefficient * loss).
+    """Of sum(coefficient * loss), in the work dtype: what is still to be added or multiplied is not rounded yet.
 
     Attributes:
-        query: [N, D] in the query's dtype, as the rows of the problem alone.
-        candidate: [M, D] in the candidate's dtype.
-        temperature: 0-d in the work dtype.
-        peers: [L, D] in the work dtype if the problem has peers: to be added to the gradients of the same queries.
+        query: [N, D], as the rows of the problem alone.
+        candidate: [M, D].
+        temperature: 0-d.
+        peers: [L, D] if the problem has peers: to be added to the gradients of the same queries.
     """
 
     query: Tensor

@@ -98,6 +98,7 @@ def distributed_infonce_with_grads(
     gather_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     engine: Engine | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> InfoNCEResult:
     """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
 
@@ -126,12 +127,12 @@ def distributed_infonce_with_grads(
             None: as they are. Their gradients are not rounded to it. Without effect on one rank.
         workspace_bytes: see ``margin``.
         engine: see ``margin``.
+        grad_dtype: see `mmemb.kernels.infonce_with_grads`.
 
     Returns:
         The global loss, equal on all ranks; gradients of this rank's rows [n, D] and [m, D]; the temperature's
-        gradient: if averaged, the global one on every rank, otherwise this rank's share of it. Of 16-bit embeddings
-        each rank rounds its part of the candidates' gradients once; the parts travel and are summed in float32, and
-        the sum is rounded. Peers' parts are not rounded before they are summed.
+        gradient: if averaged, the global one on every rank, otherwise this rank's share of it. The ranks' parts of a
+        gradient travel and are summed in float32 (float64), and the sum alone is rounded.
 
     Raises:
         ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in
@@ -154,6 +155,7 @@ def distributed_infonce_with_grads(
             symmetric=symmetric,
             workspace_bytes=workspace_bytes,
             engine=engine,
+            grad_dtype=grad_dtype,
         )
     n = len(query)
     if positive is None:
@@ -204,15 +206,14 @@ def distributed_infonce_with_grads(
     assert gradients is not None
     query_grad = gradients.query
     if gradients.peers is not None:
-        query_grad = (query_grad + scatter_row_sum(gradients.peers, counts=query_counts)).to(query.dtype)
-    # In 16 bits the sum would be rounded again at every rank.
-    candidate_grad = scatter_row_sum(gradients.candidate.to(problem.work_dtype), counts=counts)
+        query_grad = query_grad + scatter_row_sum(gradients.peers, counts=query_counts)
+    candidate_grad = scatter_row_sum(gradients.candidate, counts=counts)
     factor = world_size() if averaged else 1
     temperature_grad = all_sum(gradients.temperature) if averaged else gradients.temperature
     return InfoNCEResult(
         loss=all_sum((losses * weights).sum()),
-        query_grad=query_grad * factor,
-        candidate_grad=(candidate_grad * factor).to(candidate.dtype),
+        query_grad=(query_grad * factor).to(grad_dtype or query.dtype),
+        candidate_grad=(candidate_grad * factor).to(grad_dtype or query.dtype),
         temperature_grad=temperature_grad,
     )
 

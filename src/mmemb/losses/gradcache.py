@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from mmemb.kernels.problem import work_dtype
+
 C = TypeVar("C")
 Logs: TypeAlias = Mapping[str, float | Tensor]
 
@@ -56,7 +58,8 @@ class CachedLoss:
 
     Attributes:
         loss: value, 0-d.
-        gradients: by name, the shape of the embeddings given; a name that is absent gets no gradient.
+        gradients: by name, the shape of the embeddings given, better in float32 where those are in 16 bits (they are
+            rounded when the embeddings' graph takes them); a name that is absent gets no gradient.
         term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated in
             the last backward pass.
         logs: values to report.
@@ -158,7 +161,11 @@ def cached_step(
             if index != last:
                 states[index].restore()
                 output = _encode(forward, chunks[index], final=True)
-        terms = [(output.embeddings[name] * gradient).sum() for name, gradient in gradients[index].items()]
+        # In float32, so that a gradient scaler's 65536, infinite in float16, multiplies before anything is rounded.
+        terms = [
+            (output.embeddings[name] * gradient.to(work_dtype(gradient.dtype))).sum()
+            for name, gradient in gradients[index].items()
+        ]
         if output.loss is not None:
             chunk_loss = output.loss.detach() if chunk_loss is None else chunk_loss + output.loss.detach()
             terms.append(output.loss)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmemb.kernels import InfoNCEResult, infonce
 from mmemb.kernels.checks import check_form
+from mmemb.kernels.problem import work_dtype
 from mmemb.kernels.engines import Engine
 from mmemb.losses.distributed import distributed_infonce_with_grads
 
@@ -134,8 +135,9 @@ class InfoNCE(nn.Module):
     ) -> InfoNCEResult:
         """The mean loss over every rank's rows and its gradients, for `mmemb.losses.gradcache.cached_step`.
 
-        The gradients are made for averaging over ranks, as DDP does. The temperature's must reach the parameter too:
-        pass `temperature_term` of the result as the cached loss's ``term``.
+        The gradients are made for averaging over ranks, as DDP does, and are float32 (float64) whatever the embeddings:
+        a gradient scaler multiplies them yet. The temperature's must reach the parameter too: pass `temperature_term`
+        of the result as the cached loss's ``term``.
         """
         return distributed_infonce_with_grads(
             query,
@@ -146,6 +148,7 @@ class InfoNCE(nn.Module):
             candidate_id=candidate_id,
             weight=weight,
             gather_dtype=self.gather_dtype,
+            grad_dtype=work_dtype(query.dtype),
             **self.options,
         )
 
