@@ -104,7 +104,9 @@ def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], wor
     assert not torch.allclose(torch.cat(query), world * exact.query_grad, rtol=1e-4)
 
 
-def test_16_bit_gradients_are_summed_over_ranks_in_float32_and_rounded_once(ranks: list[dict[str, Any]], world: int) -> None:
+def test_16_bit_gradients_are_summed_over_ranks_in_float32_and_rounded_once(
+    ranks: list[dict[str, Any]], world: int
+) -> None:
     values = joined_positive(batch(world), world)
     half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in values.items()}
     weight = half.pop("weight").float()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmemb.kernels import InfoNCEResult, infonce
 from mmemb.kernels.checks import check_form
-from mmemb.kernels.problem import work_dtype
 from mmemb.kernels.engines import Engine
+from mmemb.kernels.problem import work_dtype
 from mmemb.losses.distributed import distributed_infonce_with_grads
 
 
