@@ -75,3 +75,10 @@ def oracle(query: Tensor, candidate: Tensor, temperature: float, **kwargs: Any) 
 def error(given: Tensor, expected: Tensor, *, least: float = 1e-2) -> float:
     """Relative error in norm, absolute where the expected value is next to nothing."""
     return float((given.double() - expected).norm() / expected.norm().clamp_min(least))
+
+
+def doubled(width: int) -> tuple[Tensor, Tensor]:
+    """Queries and candidates [64, width], the second half of each a copy of the first."""
+    query = unit_rows(32, width, torch.float32)
+    candidate = normalize(query + 0.2 * unit_rows(32, width, torch.float32), dim=1)
+    return torch.cat([query, query]), torch.cat([candidate, candidate])

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import harness
 from mmemb.kernels import _tiles, infonce, infonce_with_grads
 from mmemb.kernels.problem import Columns, Merge, Peers, Problem
-from tests.kernels.cases import OPTIONS, arguments, combinations, error, oracle, unit_rows
+from tests.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
 from tests.kernels.interpreted import interpreter, on_cuda
 
 Call = Callable[..., Any]
@@ -110,6 +110,16 @@ def test_rows_with_nothing_but_left_out_negatives_have_no_loss(call: Call, symme
     rows = unit_rows(3, 4, torch.float32)
     for value in solve(call, rows, rows, temperature=0.001, symmetric=symmetric, **ids):
         torch.testing.assert_close(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_of_the_positive_are_kept_at_margin_0(call: Call, dtype: torch.dtype, symmetric: bool) -> None:
+    query, candidate = (rows.to(dtype) for rows in doubled(300))
+    for temperature in (0.05, 0.07):
+        how: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, "reduction": "none"}
+        losses = solve(call, query, candidate, margin=0.0, **how)[0]
+        assert float(losses.min()) > 0.69  # log 2: a negative that is the positive
 
 
 def numerical(symmetric: bool, reduction: str) -> bool:

@@ -14,7 +14,7 @@ from mmemb.kernels import infonce, infonce_with_grads, reference
 from mmemb.kernels._prefixes import by_dimension
 from mmemb.kernels.checks import prepare
 from mmemb.kernels.problem import Gradients, Peers, Problem
-from tests.kernels.cases import OPTIONS, arguments, combinations, error, oracle, unit_rows
+from tests.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
 
 Case = tuple[tuple[int, int, int], frozenset[str], float]
 
@@ -101,6 +101,16 @@ def test_a_margin_leaves_out_what_scores_above_the_positive() -> None:
     candidate = torch.tensor([[0.5, 0.0], [0.59, 0.0], [0.61, 0.0], [0.2, 0.0]])
     kept = infonce(query, candidate[[0, 1, 3]], temperature=0.1)
     torch.testing.assert_close(infonce(query, candidate, temperature=0.1, margin=0.1), kept)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dims": [8, 300]}, {"candidate_negatives": True}], ids=str)
+def test_copies_of_the_positive_are_kept_at_margin_0(options: dict[str, Any], symmetric: bool) -> None:
+    query, candidate = doubled(300)
+    for temperature in (0.05, 0.07, 0.01):
+        how: dict[str, Any] = options | {"temperature": temperature, "symmetric": symmetric, "reduction": "none"}
+        losses = infonce(query, candidate, margin=0.0, **how)
+        assert float(losses.min()) > 0.69 * len(options.get("dims", "1"))  # log 2: a negative that is the positive
 
 
 def test_in_the_other_direction_the_margin_is_that_of_the_candidates_own_query() -> None:

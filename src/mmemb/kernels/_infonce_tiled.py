@@ -203,7 +203,7 @@ class _BothDirections:
         if not merged:
             none = torch.full_like(self.share, -torch.inf)
             own = [self.merge(Columns(none, each, self.share)).own for each in own]
-        return (torch.stack(own) / problem.scale + problem.margin) * problem.negative_scale
+        return problem.limits(torch.stack(own))
 
 
 def exponentials_(

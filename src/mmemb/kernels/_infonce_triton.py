@@ -85,7 +85,7 @@ def symmetric(
         limits_own = column_own
         if problem.margin is not None and merge is not None:
             limits_own = merge(Columns(torch.full_like(column_own, -torch.inf), column_own, shares)).own
-        launcher.main = replace(launcher.main, column_limit=launcher.limit(limits_own))
+        launcher.main = replace(launcher.main, column_limit=problem.limits(limits_own))
         row_others, column_others = launcher.sums(launcher.main, columns=True)
         if extra is not None:
             row_others = torch.logaddexp(row_others, extra)

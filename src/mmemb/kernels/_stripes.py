@@ -143,10 +143,7 @@ class Stripes:
 
     def limits(self) -> Tensor | None:
         """[T, N] logits above which a query's negatives are left out; None without a margin."""
-        problem = self.problem
-        if problem.margin is None:
-            return None
-        return (self.own / problem.scale + problem.margin) * problem.negative_scale
+        return self.problem.limits(self.own)
 
     def _own(self) -> Tensor:
         problem, block = self.problem, self.blocks[0]

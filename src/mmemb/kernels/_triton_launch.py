@@ -77,7 +77,7 @@ class Launcher:
         with self.device:
             self.own = self._own()  # [N] p
         self.stretch = problem.negative_scale / problem.scale  # from positives' logits to negatives'
-        limit = self.limit(self.own)
+        limit = problem.limits(self.own)
         self.main = self.part(self.query, self.candidate, problem.positive, problem.candidate_id, limit)
         self.parts: dict[str, Part] = {}
         if problem.peers is not None:
@@ -89,11 +89,6 @@ class Launcher:
 
     def part(self, left: Tensor, right: Tensor, own: Tensor, right_id: Tensor | None, limit: Tensor | None) -> Part:
         return Part(left, right, own.contiguous(), self.problem.query_id, right_id, limit)
-
-    def limit(self, own: Tensor) -> Tensor | None:
-        """Logits above which negatives are left out, for positives' logits ``own``; None without a margin."""
-        problem = self.problem
-        return None if problem.margin is None else (own / problem.scale + problem.margin) * problem.negative_scale
 
     @property
     def full_rows(self) -> bool:

@@ -74,8 +74,8 @@ def infonce(
         candidate_id: [M] int64.
         weight: [N], at least 0 with a positive sum; a constant: it gets no gradient.
         margin: negatives whose dot product is above the positive's plus this are left out as false negatives
-            (Qwen3-Embedding, arXiv 2506.05176, uses 0.1); in the other direction of the symmetric loss the positive's
-            is the candidate's own.
+            (Qwen3-Embedding, arXiv 2506.05176, uses 0.1); copies of the positive are kept, at 0 too. In the other
+            direction of the symmetric loss the positive's is the candidate's own.
         query_negatives: the other queries are negatives of each query (GTE, arXiv 2308.03281; Qwen3-Embedding). As
             negatives of the pair they stand in both directions' denominators.
         candidate_negatives: the other candidates are negatives of each query's positive (the same papers).
