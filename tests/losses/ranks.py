@@ -179,6 +179,9 @@ def losses(world: int, rank: int) -> dict[str, Any]:
         refusal(lambda given=given: distributed_infonce_with_grads(**given, temperature=0.1))  # type: ignore[misc]
         for given in wrong
     ]
+    result["errors"].append(
+        refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, workspace_bytes=0))
+    )
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
     result["sum"] = all_sum(torch.tensor(float(rank + 1)))

@@ -154,6 +154,12 @@ def test_a_positive_is_a_row_of_the_ranks_own_candidates(ranks: list[dict[str, A
         )
 
 
+def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    assert {rank["errors"][2] for rank in ranks} == {
+        "workspace_bytes is 0; allowed are integers of at least 1, and None"
+    }
+
+
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], world: int) -> None:
     values = batch(world)
     starts = [sum(CANDIDATES[world][:rank]) for rank in range(world)]

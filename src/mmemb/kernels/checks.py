@@ -36,6 +36,7 @@ def check_form(
     margin: float | None = None,
     hardness: float = 0.0,
     dims: Sequence[int] | None = None,
+    workspace_bytes: int | None = None,
     may_be_empty: bool = False,
 ) -> None:
     """Checks all that shapes, dtypes, devices and plain numbers show.
@@ -46,7 +47,11 @@ def check_form(
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; allowed are 'mean' and 'none'")
-    for name, tensor in (("query", query), ("candidate", candidate)):
+    rows = {"query": query, "candidate": candidate}
+    integers = {"positive": positive, "query_id": query_id, "candidate_id": candidate_id}
+    for name, tensor in {**rows, **integers, "weight": weight}.items():
+        _check_plain(name, tensor)
+    for name, tensor in rows.items():
         empty = len(tensor) == 0 and not (may_be_empty and name == "query") if tensor.ndim else True
         if tensor.ndim != 2 or tensor.shape[1] == 0 or empty:
             raise ValueError(
@@ -68,8 +73,8 @@ def check_form(
     if (query_id is None) != (candidate_id is None):
         given, missing = ("query_id", "candidate_id") if candidate_id is None else ("candidate_id", "query_id")
         raise ValueError(f"{given} is given without {missing}; give both or neither")
-    integers = {"positive": (positive, n), "query_id": (query_id, n), "candidate_id": (candidate_id, m)}
-    for name, (ids, size) in integers.items():
+    for name, ids in integers.items():
+        size = m if name == "candidate_id" else n
         if ids is not None and (ids.shape != (size,) or ids.dtype != torch.int64):
             raise ValueError(
                 f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; allowed is torch.int64 of shape ({size},)"
@@ -78,8 +83,7 @@ def check_form(
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; allowed is floating point of shape ({n},)"
         )
-    others = {"candidate": candidate, "weight": weight} | {name: ids for name, (ids, _) in integers.items()}
-    for name, other in others.items():
+    for name, other in {"candidate": candidate, "weight": weight, **integers}.items():
         if other is not None and other.device != query.device:
             raise ValueError(f"{name} is on {other.device} and query on {query.device}; all must be on one device")
     if margin is not None and not math.isfinite(margin):
@@ -88,10 +92,25 @@ def check_form(
         raise ValueError(f"hardness is {hardness}; allowed are finite numbers of at least 0")
     if dims is not None:
         _check_dims(dims, query.shape[1])
+    if workspace_bytes is not None and not (_is_integer(workspace_bytes) and workspace_bytes >= 1):
+        raise ValueError(f"workspace_bytes is {workspace_bytes}; allowed are integers of at least 1, and None")
+
+
+def _check_plain(name: str, tensor: object) -> None:
+    if tensor is None and name not in ("query", "candidate"):
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; allowed is a tensor, which torch.as_tensor makes")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}; allowed is torch.strided, which its to_dense() gives")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_dims(dims: Sequence[int], width: int) -> None:
-    whole = all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims)
+    whole = all(_is_integer(dim) for dim in dims)
     ascending = whole and all(a < b for a, b in zip(dims, dims[1:], strict=False))
     if not (len(dims) and ascending and dims[0] >= 1 and dims[-1] <= width):
         raise ValueError(f"dims is {list(dims)}; allowed are ascending integers from 1 to the width {width}")
@@ -113,6 +132,7 @@ def prepare(
     candidate_negatives: bool = False,
     hardness: float = 0.0,
     dims: Sequence[int] | None = None,
+    workspace_bytes: int | None = None,
     own: range | None = None,
 ) -> tuple[Problem, Tensor | None]:
     """Checks the input of `mmemb.kernels.infonce` and returns it in the engines' form, and the weights.
@@ -138,6 +158,7 @@ def prepare(
         margin=margin,
         hardness=hardness,
         dims=dims,
+        workspace_bytes=workspace_bytes,
         may_be_empty=own is not None,
     )
     work = work_dtype(query.dtype)

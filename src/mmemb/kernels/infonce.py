@@ -96,7 +96,8 @@ def infonce(
         what is allowed.
     """
     temperature = _as_tensor(temperature)
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, candidate, temperature))
+    leaves = (query, candidate, temperature)
+    wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in leaves)  # not checked yet
     return _call(
         (query, candidate, temperature, positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
@@ -143,10 +144,7 @@ def infonce_with_grads(
 def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The operator, after the checks that it could not make before it is dispatched by device."""
     margin, _, _, hardness, dims, _, reduction = options
-    check_form(*tensors, reduction, margin=margin, hardness=hardness, dims=dims)
-    workspace_bytes = how[1]
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes is {workspace_bytes}; allowed are integers of at least 1, and None")
+    check_form(*tensors, reduction, margin=margin, hardness=hardness, dims=dims, workspace_bytes=how[1])
     margin = None if margin is None else float(margin)
     dims = None if dims is None else list(dims)
     return infonce_op(*tensors, margin, *options[1:3], float(hardness), dims, *options[5:], *how)

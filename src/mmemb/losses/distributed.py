@@ -188,6 +188,7 @@ def distributed_infonce_with_grads(
         candidate_negatives=candidate_negatives,
         hardness=hardness,
         dims=dims,
+        workspace_bytes=workspace_bytes,
         own=range(offset, offset + len(candidate)),
     )
     weights = problem.scale.new_ones(n) if weights is None else weights
