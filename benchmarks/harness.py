@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,6 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
+
+RUN = uuid.uuid4().hex[:12]
+"""Of this process, in every row: rows of one run were measured on one machine, one after another."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -165,6 +169,7 @@ def version(distribution: str) -> str | None:
 def environment(device: str) -> dict[str, Any]:
     """Where and with what a row was measured."""
     return {
+        "run": RUN,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": device,
         "device": torch.cuda.get_device_name() if device != "cpu" else _cpu_name(),
@@ -186,6 +191,11 @@ def append(rows: Sequence[Mapping[str, Any]], *, output: Path, name: str, smoke:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, **around}) + "\n" for row in rows)
     return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a results file, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:

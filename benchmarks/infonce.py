@@ -6,7 +6,8 @@
 
 Each rival takes turns with the floor: the three matrix products S, dQ and dK (the symmetric loss needs a fourth and is
 measured against the same floor), in stripes, into buffers that exist already. Prints and appends to `infonce.jsonl` one
-row a rival and case, and draws `infonce.png`. What the columns mean: docs/benchmarks.md.
+row a rival and case, and draws `infonce.png` of the newest rows of this device. What the columns mean:
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -225,7 +226,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds=0.0 if options.smoke else options.seconds,
         limit=options.limit,
     )
-    rows: list[dict[str, Any]] = []
     progress, advance = harness.bar("infonce", len(wanted) * len(rivals))
     with progress:
         for case in wanted:
@@ -233,14 +233,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for rival in rivals:
                 found.append(course.measure(rival, case))
                 advance(f"{case}, {rival.name}")
-            rows += found
             path = harness.append(
                 found, output=options.output, name="infonce", smoke=options.smoke, device=options.device
             )
             print(f"\n{case}", harness.table(found, columns=COLUMNS), sep="\n", flush=True)
-    picture = path.with_suffix(".png")
-    draw(rows, picture, title=harness.environment(options.device))
-    print(f"appended to {path}", f"drawn to {picture}", sep="\n")
+    print(f"appended to {path}", f"drawn to {draw(path)}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""The picture of `benchmarks.infonce`: throughput and memory against N."""
+"""The picture of `benchmarks.infonce`: throughput and memory against N.
+
+    python -m benchmarks.plot [results/infonce.jsonl]
+
+draws it again from the rows there are.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +17,33 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.harness import RESULTS, read
+
 PANELS = {"tflops": "TFLOP/s", "extra_mb": "memory beyond the gradients, MB"}
 """Column of the rows -> label of the axis."""
 
+CHARACTERS = 11
+"""Of the title that an inch takes."""
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path, *, title: Mapping[str, Any]) -> None:
-    """Draws a column of panels a width and dtype, a line a rival: solid one direction, dashed symmetric.
+
+def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest measured row of each rival and case on the device that was measured last."""
+    measured = [row for row in rows if row["tflops"] is not None]
+    case = ("rival", "n", "width", "dtype", "symmetric")
+    of_device = [row for row in measured if row["device"] == measured[-1]["device"]]
+    return list({tuple(row[name] for name in case): row for row in of_device}.values())
+
+
+def draw(results: Path) -> Path:
+    """Draws a column of panels a width and dtype, a line a rival: solid one direction, dashed and hollow symmetric.
 
     Args:
-        rows: of `benchmarks.infonce`; those without a measurement are left out.
-        path: a PNG, replaced whole.
-        title: where it was measured: ``device``, ``commit``, ``torch``.
+        results: rows of `benchmarks.infonce`, of which the `newest` are drawn.
+
+    Returns:
+        A PNG beside the results, replaced whole.
     """
-    measured = [row for row in rows if row["tflops"] is not None]
+    path, measured = results.with_suffix(".png"), newest(read(results))
     columns = sorted({(row["dtype"], row["width"]) for row in measured}, reverse=True) or [("nothing", 0)]
     colours = {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(row["rival"] for row in measured))}
     figure = Figure(figsize=(1.5 + 3.6 * len(columns), 7), layout="constrained")
@@ -35,12 +56,15 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, *, title: Mapping[str, A
             axes[panel][column].set_ylabel(label if column == 0 else "")
     if measured:
         marks = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
-        figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize="small")
-    where = f"{title['device']}, torch {title['torch']}, commit {title['commit']}"
-    figure.suptitle(f"Loss and gradients; dashed: symmetric\n{where}", fontsize="medium")
+        figure.legend(handles=marks, loc="outside lower center", ncols=min(3, len(columns)), fontsize="small")
+    where = [", ".join(dict.fromkeys(str(row[name]) for row in measured)) for name in ("device", "torch", "commit")]
+    title = "{}, torch {}, commit {}".format(*where) if measured else "nothing measured"
+    wrapped = textwrap.fill(title, int(CHARACTERS * figure.get_figwidth()))
+    figure.suptitle(f"Loss and gradients; dashed, hollow: symmetric\n{wrapped}", fontsize="medium")
     aside = path.with_name(path.name + ".part")
     figure.savefig(aside, format="png", dpi=120)
     os.replace(aside, path)
+    return path
 
 
 def _lines(
@@ -56,7 +80,22 @@ def _lines(
             )
             if points:
                 style = "--" if symmetric else "-"
-                axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=4)
+                inside = "none" if symmetric else colour
+                how = {"color": colour, "marker": "o", "markersize": 4, "markerfacecolor": inside}
+                axis.plot(*zip(*points, strict=True), style, **how)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws the picture of a results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
+    )
+    print(f"drawn to {draw(parser.parse_args(argv).results)}")
+
+
+if __name__ == "__main__":
+    main()

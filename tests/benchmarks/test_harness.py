@@ -56,6 +56,7 @@ def test_rows_are_appended_with_where_they_were_measured(tmp_path: Path) -> None
     assert rows[0]["torch"] == torch.__version__
     assert rows[0]["device"]
     assert rows[0]["commit"]
+    assert rows[0]["run"] == rows[1]["run"]
     assert rows[0]["threads"] == torch.get_num_threads()
 
 
