@@ -2,25 +2,51 @@
 
     python -m benchmarks.claims [results/infonce.jsonl]
 
-Reads the newest row of every case that `benchmarks.infonce` wrote; measures nothing. Ends with status 1 if a bound that
-was measured does not hold.
+Reads the rows that `benchmarks.infonce` wrote; measures nothing. A number of one case is its newest row's; two cases
+are compared by rows of one run, the newest that has both, so on one device with as many threads. Ends with status 1 if
+a bound that was measured does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from benchmarks import harness
 from benchmarks.harness import RESULTS, table
 
 Key: TypeAlias = tuple[str, str, int, int, str, bool]
-Rows: TypeAlias = Mapping[Key, Mapping[str, Any]]
-"""By backend, rival, N, D, dtype and whether both directions; measured rows only."""
+"""Backend, rival, N, D, dtype and whether both directions."""
+
+Rows: TypeAlias = dict[Key, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The measured rows of a results file.
+
+    Attributes:
+        newest: of each case.
+        runs: the newest of each case within a run, newest run first.
+    """
+
+    newest: Rows
+    runs: Sequence[Rows]
+
+    def ratio(self, above: Key, below: Key) -> float:
+        """How many times the one's ratio to the floor the other's is, in the newest run that measured both.
+
+        Raises:
+            KeyError: no run did.
+        """
+        for rows in self.runs:
+            if above in rows and below in rows:
+                return rows[above]["ratio_to_floor"] / rows[below]["ratio_to_floor"]
+        raise KeyError((above, below))
 
 
 @dataclass(frozen=True)
@@ -37,12 +63,12 @@ class Claim:
     text: str
     bound: float
     least: bool
-    value: Callable[[Rows], float]
+    value: Callable[[Results], float]
 
-    def judge(self, rows: Rows) -> dict[str, Any]:
+    def judge(self, results: Results) -> dict[str, Any]:
         """The claim as a row of a table."""
         try:
-            measured = self.value(rows)
+            measured = self.value(results)
         except KeyError:
             return {"claim": self.text, "asked": self._asked, "measured": "not measured yet", "holds": None}
         holds = measured >= self.bound if self.least else measured <= self.bound
@@ -53,39 +79,34 @@ class Claim:
         return f"{'at least' if self.least else 'at most'} {self.bound:g}"
 
 
-def _column(name: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Rows], float]:
-    return lambda rows: rows[backend, "mmemb", n, width, dtype, symmetric][name]
+def _column(name: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Results], float]:
+    return lambda results: results.newest[backend, "mmemb", n, width, dtype, symmetric][name]
 
 
-def _times(peer: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Rows], float]:
+def _times(peer: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Results], float]:
     """How many times our time a peer takes, both by their ratio to the floor beside them."""
-
-    def value(rows: Rows) -> float:
-        theirs, ours = (rows[backend, name, n, width, dtype, symmetric]["ratio_to_floor"] for name in (peer, "mmemb"))
-        return theirs / ours
-
-    return value
+    case = (n, width, dtype, symmetric)
+    return lambda results: results.ratio((backend, peer, *case), (backend, "mmemb", *case))
 
 
-def _matmul_share(rows: Rows) -> float:
+def _matmul_share(results: Results) -> float:
     # Four products are counted, the floor beside it makes three.
-    return 4 / 3 / rows["cuda", "mmemb", 32768, 1024, "bfloat16", False]["ratio_to_floor"]
+    return 4 / 3 / results.newest["cuda", "mmemb", 32768, 1024, "bfloat16", False]["ratio_to_floor"]
 
 
-def _both_to_one(rows: Rows) -> float:
-    one, both = (rows["cuda", "mmemb", 32768, 1024, "bfloat16", way]["ratio_to_floor"] for way in (False, True))
-    return both / one
+def _both_to_one(results: Results) -> float:
+    case = ("cuda", "mmemb", 32768, 1024, "bfloat16")
+    return results.ratio((*case, True), (*case, False))
 
 
-def _fastest_peer(rows: Rows) -> float:
+def _fastest_peer(results: Results) -> float:
     case = (32768, 1024, "bfloat16", False)
-    ours = rows["cuda", "mmemb", *case]["ratio_to_floor"]
-    peers = [row["ratio_to_floor"] for key, row in rows.items() if key[0] == "cuda" and key[2:] == case]
-    others = sorted(peers)
-    others.remove(ours)
-    if not others:
-        raise KeyError("no peer was measured")
-    return others[0] / ours
+    ours = ("cuda", "mmemb", *case)
+    peers = [key for key in results.newest if key[0] == "cuda" and key[2:] == case and key != ours]
+    together = [peer for peer in peers if any(peer in rows and ours in rows for rows in results.runs)]
+    if not together:
+        raise KeyError("no peer was measured beside ours")
+    return min(results.ratio(peer, ours) for peer in together)
 
 
 SMALL, LARGE = ("cpu", 8192, 256, "float32"), ("cuda", 262144, 2048, "bfloat16")
@@ -113,21 +134,25 @@ CLAIMS = (
 )
 
 
-def read(path: Path) -> Rows:
-    """The newest measured row of every case of a results file.
+def read(path: Path) -> Results:
+    """The measured rows of a results file.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; python -m benchmarks.infonce writes it")
-    rows: dict[Key, Mapping[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["seconds"] is not None:
-            key = (row["backend"], row["rival"], row["n"], row["width"], row["dtype"], row["symmetric"])
-            rows[key] = row
-    return rows
+    newest: Rows = {}
+    runs: dict[tuple[Any, ...], Rows] = {}
+    for row in harness.read(path):
+        if row["seconds"] is None:
+            continue
+        key = (row["backend"], row["rival"], row["n"], row["width"], row["dtype"], row["symmetric"])
+        # Rows from before runs had a name are told apart by commit.
+        run = (row.get("run") or row["commit"], row["device"], row["threads"])
+        newest[key] = row
+        runs[run] = {**runs.pop(run, {}), key: row}
+    return Results(newest, list(reversed(runs.values())))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,10 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        rows = read(options.results)
+        results = read(options.results)
     except FileNotFoundError as error:
         parser.error(str(error))
-    judged = [claim.judge(rows) for claim in CLAIMS]
+    judged = [claim.judge(results) for claim in CLAIMS]
     print(table(judged))
     return int(any(row["holds"] == "no" for row in judged))
 

@@ -13,6 +13,7 @@ from benchmarks import claims
 
 def row(**changes: Any) -> dict[str, Any]:
     base = {"backend": "cpu", "rival": "mmemb", "n": 8192, "width": 256, "dtype": "float32", "symmetric": False}
+    base |= {"commit": "one", "device": "a CPU", "threads": 2}
     return {**base, "seconds": 1.0, "ratio_to_floor": 1.1, "extra_mb": 66.0, "tflops": 0.1, **changes}
 
 
@@ -47,6 +48,23 @@ def test_peers_are_compared_by_their_ratios_to_the_floor(tmp_path: Path, capsys:
     _, lines = judged(tmp_path, [row(), slow, gone], capsys)
     assert line(lines, "sentence-transformers-32 /") == ["10", "11", "yes"]
     assert line(lines, "sentence-transformers-512 /")[-2:] == ["yet", "-"]
+
+
+@pytest.mark.parametrize("change", [{"commit": "two"}, {"threads": 1}, {"device": "another"}, {"run": "a"}], ids=str)
+def test_rows_of_different_runs_are_not_compared(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = row(rival="sentence-transformers-512", ratio_to_floor=3.3)
+    _, lines = judged(tmp_path, [peer, row(**change)], capsys)
+    assert line(lines, "sentence-transformers-512 /")[-2:] == ["yet", "-"]
+    _, lines = judged(tmp_path, [row(ratio_to_floor=1.65), peer, row(**change)], capsys)
+    assert line(lines, "sentence-transformers-512 /") == ["2", "2", "yes"]
+
+
+def test_a_named_run_is_one_also_where_its_commit_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = row(rival="sentence-transformers-512", ratio_to_floor=3.3, run="a", commit="two")
+    _, lines = judged(tmp_path, [row(run="a"), peer], capsys)
+    assert line(lines, "sentence-transformers-512 /") == ["2", "3", "yes"]
 
 
 def test_gpu_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
