@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmemb.kernels import InfoNCEResult, reference
+from mmemb.kernels.problem import work_dtype
 
 OPTIONS = (
     "positive",
@@ -66,7 +67,11 @@ def combinations(count: int) -> list[tuple[tuple[int, int, int], frozenset[str],
 
 
 def oracle(query: Tensor, candidate: Tensor, temperature: float, **kwargs: Any) -> InfoNCEResult:
-    """Loss and gradients by autograd through the full matrix in float64."""
+    """Loss and gradients by autograd through the full matrix in float64, for rows of length 1 if there is a margin."""
+    if kwargs.get("margin") is not None:
+        # What `Problem.limits` takes for rounding: of 100,000 pairs some lie within it.
+        slack = max(8.0, query.shape[1] / 16) * torch.finfo(work_dtype(query.dtype)).eps
+        kwargs["margin"] += slack
     leaves = [x.double().requires_grad_() for x in (query, candidate, torch.tensor(temperature))]
     loss = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], **kwargs)
     return InfoNCEResult(loss.detach(), *torch.autograd.grad(loss.sum(), leaves))

@@ -79,6 +79,20 @@ def test_16_bits(call: Call, options: frozenset[str], dtype: torch.dtype, allowe
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
+def test_16_bits_with_a_common_mean(call: Call, symmetric: bool, temperature: float) -> None:
+    """What a row of G misses to a sum of 0 multiplies the mean, three times as long as the rest at a cosine of 0.9."""
+    mean = unit_rows(1, 64, torch.float64)
+    query, candidate = ((3 * mean + unit_rows(131, 64, torch.float64)) / 10**0.5 for _ in range(2))
+    query, candidate = query.bfloat16(), candidate.bfloat16()
+    temperature = float(torch.tensor(temperature))
+    given = solve(call, query, candidate, temperature=temperature, symmetric=symmetric)
+    expected = oracle(query, candidate, temperature, symmetric=symmetric)
+    for value, wanted in zip(given[1:3], expected[1:3], strict=True):
+        assert error(value, wanted) < 4e-3  # half an eps
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
 @pytest.mark.parametrize("options", [frozenset(), frozenset(OPTIONS)], ids=len)
 def test_prefixes_of_16_bits_are_not_rounded_again(call: Call, options: frozenset[str], temperature: float) -> None:
     shape = (23, 31, 24)

@@ -9,12 +9,17 @@ from torch import Tensor
 from triton import cdiv
 
 from mmemb.kernels import _tiles
+from mmemb.kernels._sums import add_rows_
 from mmemb.kernels._triton_kernels import gradient_kernel
 from mmemb.kernels._triton_launch import Launcher, Part, aligned, blocks, multiplies_mixed
 from mmemb.kernels.problem import Columns, Gradients
 
 HALF_PEAK = 14
 """Largest |G| in float16, as a power of two; G is scaled to it, since float16 cannot hold 1 / N^2."""
+
+
+POSITIVE_ROWS = 4096
+"""Rows of a step of `Sums.add_positives`, which holds a few such blocks of embeddings in the work dtype."""
 
 
 class Sums:
@@ -34,8 +39,16 @@ class Sums:
         if launcher.dtype == torch.float16 and len(coefficient):
             self.boost = (HALF_PEAK - coefficient.abs().amax().clamp_min(2.0**-100).log2()).floor().exp2()
 
-    def add_main(self, share: Tensor, totals: Tensor, at_positive: Tensor, columns: Columns | None = None) -> None:
-        self._add(self.launcher.main, self.query, self.candidate, share, totals, at_positive, columns)
+    def add_main(self, share: Tensor, totals: Tensor, columns: Columns | None = None) -> None:
+        self._add(self.launcher.main, self.query, self.candidate, share, totals, columns)
+
+    def add_positives(self, values: Tensor) -> None:
+        """The positives' part, for G [N] at them, never in 16 bits: rows of G would no longer sum to 0."""
+        launcher, work = self.launcher, self.query.dtype
+        for start, stop in blocks(len(values), POSITIVE_ROWS):
+            share, own = (values[start:stop] * self.boost)[:, None], launcher.problem.positive[start:stop]
+            self.query[start:stop] += launcher.candidate[own].to(work).mul_(share)
+            add_rows_(self.candidate, own, launcher.query[start:stop] * share)
 
     def add_further(self, share: Tensor, totals: Tensor) -> None:
         """The further negatives' part, for rows of G = share exp(z - total)."""
@@ -46,8 +59,7 @@ class Sums:
                 continue
             left = torch.zeros_like(self.query)
             self._add(part, left, self.candidate, share, totals)
-            # Sorted by row, where index_add_ would add in any order.
-            self.candidate.index_put_((part.own,), left, accumulate=True)
+            add_rows_(self.candidate, part.own, left)
 
     def _add(
         self,
@@ -56,14 +68,11 @@ class Sums:
         right: Tensor,
         share: Tensor,
         totals: Tensor,
-        at_positive: Tensor | None = None,
         columns: Columns | None = None,
     ) -> None:
         """Adds G right to ``left`` [N, D] and G^T left to ``right`` [L, D], block by block."""
         launcher, tiles = self.launcher, self.tiles
         row_vectors = [(share * self.boost).contiguous(), totals.contiguous()]
-        if at_positive is not None:
-            at_positive = (at_positive * self.boost).contiguous()
         column_vectors = [totals, totals, totals]  # stand-ins
         if columns is not None:
             # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is
@@ -85,8 +94,6 @@ class Sums:
                     *operands, *row_vectors, *column_vectors, values, slopes, row, last_row, column, last_column,
                     part.left.shape[1], slab.stride(0), COLUMNS=columns is not None, **options,
                 )  # fmt: skip
-                if at_positive is not None:
-                    launcher.place(at_positive, values, part.own, row, column)
                 self.slope += slopes.sum() / self.boost
                 add_product(left[row:last_row], values, part.right[column:last_column])
                 add_product(right[column:last_column], values.T, part.left[row:last_row])

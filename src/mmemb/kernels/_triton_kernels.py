@@ -10,14 +10,15 @@ so that tiles that run together share their operands in cache) and differ in wha
   order; on request the exponentials themselves and the rows' sums of exp(s) (s - p), for the one-direction loss.
 - `gradient_kernel`: the tile of G = dL/dS, and the tile's share of the temperature's gradient.
 
-The positive's logit is left out of the sums and comes from `own_kernel`; `positive_kernel` writes G at it. Vectors come
-in and go out in natural units; inside, logits are in base 2, the unit of the chip's exponential. There are no atomics:
-every value has one writer, so two runs give the same bits.
+The positive is left out of the sums and of G; its logit comes from `own_kernel`. Vectors come in and go out in natural
+units; inside, logits are in base 2, the unit of the chip's exponential. There are no atomics: every value has one
+writer, so two runs give the same bits.
 """
 
 from __future__ import annotations
 
-# The interpreter keeps bfloat16 as integers and gets its arithmetic wrong: WIDEN casts operands to float32 first.
+# The interpreter keeps bfloat16 as integers, gets its arithmetic wrong and truncates to it where chips round: WIDEN
+# casts operands to float32 first, and rounds.
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
@@ -113,6 +114,15 @@ def _within(logits, limit, at, inside, AXIS: tl.constexpr, LOWEST: tl.constexpr,
 
 
 @triton.jit
+def _narrow(values, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """The values in another dtype, rounded to nearest, ties to even."""
+    if WIDEN:
+        bits = values.to(tl.uint32, bitcast=True)
+        values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
 def _logsumexp(logits, AXIS: tl.constexpr):
     """Natural log-sum-exp of base-2 logits along an axis."""
     top = tl.max(logits, AXIS)
@@ -178,7 +188,7 @@ def sums_kernel(
                     tl.store(row_products + row_at, tl.sum(powers * excess, 1) * LN2, here)
                     at = inner.to(tl.int64)[:, None] * exponential_stride + columns[None, :]
                     inside = here[:, None] & there[None, :]
-                    tl.store(exponentials + at, powers.to(exponentials.dtype.element_ty), inside)
+                    tl.store(exponentials + at, _narrow(powers, exponentials.dtype.element_ty, WIDEN), inside)
                 if COLUMNS:
                     if LIMITED:
                         powers = tl.exp2(_within(logits, column_limit, columns, there, 0, lowest, LIMITED))
@@ -245,7 +255,7 @@ def gradient_kernel(
                 slopes += tl.sum(terms * (by_column - tl.load(column_own + columns, there, 0.0)[None, :] * LOG2E), 1)
                 values += terms
             at = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride + inner[None, :]
-            tl.store(gradient + at, values.to(gradient.dtype.element_ty), here[:, None] & there[None, :])
+            tl.store(gradient + at, _narrow(values, gradient.dtype.element_ty, WIDEN), here[:, None] & there[None, :])
         tl.store(temperature + tile, tl.sum(slopes, 0) * LN2)
 
 
@@ -267,14 +277,3 @@ def own_kernel(
         k = tl.load(candidate + targets[:, None] * width + depth[None, :], inside, 0.0).to(factor.dtype)
         total += tl.sum(q * k, 1)
     tl.store(own + rows, total * factor, here)
-
-
-@triton.jit
-def positive_kernel(matrix, positive, values, first_row, last_row, first_column, last_column, stride, BM: tl.constexpr):
-    """Writes each row's value [N] at its positive, where the block [rows, columns] of ``matrix`` has it."""
-    inner = tl.program_id(0) * BM + tl.arange(0, BM)
-    here = first_row + inner < last_row
-    column = tl.load(positive + first_row + inner, here, 0)
-    inside = here & (column >= first_column) & (column < last_column)
-    value = tl.load(values + first_row + inner, here, 0.0).to(matrix.dtype.element_ty)
-    tl.store(matrix + inner.to(tl.int64) * stride + column - first_column, value, inside)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mmemb.kernels import _tiles
 from mmemb.kernels._infonce_tiled import SAFE_LOGIT
 from mmemb.kernels._tiles import Tiles
-from mmemb.kernels._triton_kernels import own_kernel, positive_kernel, sums_kernel
+from mmemb.kernels._triton_kernels import own_kernel, sums_kernel
 from mmemb.kernels.problem import WORKSPACE_BYTES, Problem
 
 GROUP = 8
@@ -182,11 +182,6 @@ class Launcher:
             EXPONENTIALS=exponentials is not None,
             **self.options(part, self.tiles),
         )
-
-    def place(self, values: Tensor, block: Tensor, own: Tensor, row: int, column: int) -> None:
-        """Writes the rows' values [N] at ``own`` [N] into the block of S that begins at this row and column."""
-        n, m = block.shape
-        positive_kernel[(cdiv(n, 128),)](block, own, values, row, row + n, column, column + m, block.stride(0), BM=128)
 
     def operands(self, part: Part, tiles: Tiles) -> tuple[Any, ...]:
         """The arguments that both kernels begin with; stand-ins for what is absent."""

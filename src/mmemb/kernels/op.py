@@ -69,7 +69,8 @@ def _(query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     work = work_dtype(query.dtype)
     loss = query.new_empty(() if reduction == "mean" else (query.shape[0],), dtype=work)
     if not gradients:
-        return loss, *(query.new_empty(0, dtype=work) for _ in range(3))
+        empty = [query.new_empty(0, dtype=work) for _ in range(3)]
+        return loss, empty[0], empty[1], empty[2]
     return loss, *_fake_gradients(query, candidate, work)
 
 
