@@ -81,6 +81,7 @@ def test_the_config_of_the_run_serves_test_too(trained: Path, cli: Cli, monkeypa
 
 def test_validate_prints_hit_rates_of_the_validation_split(on_checkpoint: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("rich._console", None)  # one that was made before keeps the width of that time
     out, folder = on_checkpoint("validate")
     for mode in ("never", "always_reason"):
         for place in ("", "colour/", "capital/"):

@@ -148,9 +148,14 @@ class InfoNCE(nn.Module):
             candidate_id=candidate_id,
             weight=weight,
             gather_dtype=self.gather_dtype,
-            grad_dtype=work_dtype(query.dtype),
+            grad_dtype=self.grad_dtype(query),
             **self.options,
         )
+
+    @staticmethod
+    def grad_dtype(embeddings: Tensor) -> torch.dtype:
+        """The dtype of `with_grads`' gradients of such embeddings."""
+        return work_dtype(embeddings.dtype)
 
     def temperature_term(self, result: InfoNCEResult) -> Tensor | None:
         """A scalar that carries the temperature's gradient to the parameter; None if the temperature is fixed."""

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmemb.kernels.problem import work_dtype
 from mmemb.losses.distributed import all_sum
 from mmemb.losses.gradcache import CachedLoss
 from mmemb.losses.infonce import InfoNCE
@@ -67,7 +66,7 @@ def contrast(
             them could be its query.
     """
     target = embeddings["target"]
-    gradients = {name: torch.zeros_like(value, dtype=work_dtype(value.dtype)) for name, value in embeddings.items()}
+    gradients = {name: torch.zeros_like(value, dtype=InfoNCE.grad_dtype(value)) for name, value in embeddings.items()}
     total = torch.zeros((), device=target.device)
     terms: list[Tensor] = []
     logs: dict[str, float | Tensor] = {}

@@ -149,16 +149,16 @@ class EmbeddingModule(L.LightningModule):
         if stage != "fit":
             return
         self._vectors = vector_names(self)
-        if self.objective.needs_rationales:
-            check_choice(self.selector, self.pool)
-        if self.datamodule.sources["test"] and not self.datamodule.sources["validation"]:
-            check_calibrated(self.controllers)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache "
                 "runs backward passes inside it, which FSDP does not allow. Use ddp; for a model that is too large, "
                 "lora, quantization or gradient_checkpointing of the backbone"
             )
+        if self.objective.needs_rationales:
+            check_choice(self.selector, self.pool)
+        if self.datamodule.sources["test"] and not self.datamodule.sources["validation"]:
+            check_calibrated(self.controllers)
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
