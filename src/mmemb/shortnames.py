@@ -2,17 +2,20 @@
 
 This is the one place that changes a private part of jsonargparse (4.53): the function by which it turns a name into a
 class path, and the check of a typed value, before which a name that is also a file is refused (the file would be read
-as settings). There is no public way that sees both YAML and flags. `tests/cli/test_shortnames.py` holds each behaviour
-that rests on it.
+as settings) and the entries of a list of sources get the fields that they leave out (jsonargparse would take them from
+the entry at the same place of an earlier file, where both lists are of one length). There is no public way that sees
+both YAML and flags. `tests/cli/test_shortnames.py` holds each behaviour that rests on it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from jsonargparse import _typehints
 
@@ -62,9 +65,21 @@ def _refusing_files(original: Callable[..., Any]) -> Callable[..., Any]:
                         f"rename the file, run from another folder, or write {_path(resolve(kind, name))}"
                     )
                     raise ShadowedNameError(f'Parser key "{self.dest}": {error}') from ShadowedNameError(error)
+        if isinstance(value, list) and (defaults := _defaults(self._typehint)):
+            value = [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in value]
         return original(self, value, *args, **kwargs)
 
     return _check_type
+
+
+def _defaults(typehint: Any) -> dict[str, Any]:
+    """Of a list of dataclasses, the fields that an entry may leave out."""
+    if get_origin(typehint) is list and dataclasses.is_dataclass(entry := get_args(typehint)[0]):
+        return {each.name: each.default for each in dataclasses.fields(entry) if each.default is not MISSING}
+    for inner in get_args(typehint):
+        if found := _defaults(inner):
+            return found
+    return {}
 
 
 def _kinds(typehint: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ from mmemb.registry import available, resolve
 from mmemb.types import Candidates, Selection
 
 Fit = Callable[..., int]
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Mine(Selector):
@@ -177,3 +178,14 @@ def test_check_config_parses_and_builds_nothing() -> None:
     settings = Check(["fit", "--model.selector=random"]).config.fit
     assert settings.model.selector.class_path.endswith(".Random")
     assert StandInModule.seen == []
+
+
+def test_a_source_keeps_nothing_of_an_earlier_files_source(tmp_path: Path) -> None:
+    for name, source in (("first", {"path": "a.jsonl", "weight": 3.0, "tasks": ["x"]}), ("then", {"path": "a.jsonl"})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"train": [source]}}), encoding="utf-8")
+    names = (str(ROOT / "recipes" / "r1.yaml"), str(tmp_path / "first.yaml"), str(tmp_path / "then.yaml"))
+    words = ["fit", *(f"--config={name}" for name in names)]
+    (source,) = cli_module.check_config(words).data.train
+    assert (source.path, source.weight, source.tasks) == ("a.jsonl", 1.0, None)
+    (source,) = cli_module.check_config([*words, "--data.train.weight=2"]).data.train
+    assert (source.path, source.weight) == ("a.jsonl", 2.0)
