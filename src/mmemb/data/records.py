@@ -315,8 +315,7 @@ def _bundled_pairs(source: Source, seed: int) -> Sequence[Pair]:
     from mmemb.data import bundled
 
     if source.bundled == "pretrain":
-        # Map-style: only indexed and measured.
-        return cast(Sequence[Pair], bundled.PretrainingSamples(seed, tasks=source.tasks))
+        return cast(Sequence[Pair], bundled.PretrainingSamples(seed))  # map-style: only indexed and measured
     return _kept(source, bundled.load_pairs(source.bundled or "", tasks=source.tasks, seed=seed))
 
 
