@@ -19,8 +19,10 @@ from torch import Tensor
 from mmemb.kernels.problem import Problem
 
 CHUNK_BYTES = 2 * 2**20
-"""Elementwise work goes over a stripe in chunks (of rows) or tiles (of columns) of this size, so that the next
-operation finds its input in cache."""
+"""Elementwise work goes over a stripe in chunks of this size, so that the next operation finds its input in cache."""
+
+TILE_BYTES = 4 * 2**20
+"""Of a tile of columns, multiplied and exponentiated at once: larger than a chunk, since its products go by the row."""
 
 
 class Block:
@@ -65,9 +67,9 @@ class Block:
         levels, size = len(self.problem.dims or (0,)), len(self.columns)
         self.wide = list(self.columns.new_empty(levels, rows, size))
         self.dots = self.wide if self.problem.dims is None else list(self.columns.new_empty(levels, rows, size))
-        self.width = max(1, chunk * size // rows)  # columns of a tile: as many bytes as a chunk
+        self.width = max(1, TILE_BYTES // (rows * self.columns.element_size()))  # columns of a tile
         masked = self.ids is not None or self.problem.margin is not None
-        numbers = max(chunk * size, rows * self.width)
+        numbers = max(chunk * size, rows * min(self.width, size))
         self.mask = self.columns.new_empty(numbers if masked else 0, dtype=torch.bool)
 
     def rows(self, part: slice) -> Tensor:
