@@ -22,7 +22,7 @@ CHUNK_BYTES = 2 * 2**20
 """Elementwise work goes over a stripe in chunks of this size, so that the next operation finds its input in cache."""
 
 TILE_BYTES = 4 * 2**20
-"""Of a tile of columns, multiplied and exponentiated at once: larger than a chunk, since its products go by the row."""
+"""Of a tile of columns; in smaller ones the matrix product loses more than the exponentials gain."""
 
 
 class Block:
