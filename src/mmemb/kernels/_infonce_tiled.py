@@ -43,19 +43,12 @@ def one_direction(
     limits = stripes.limits()
     losses = stripes.own.new_zeros(len(problem.query))
     sums = None if coefficient is None else Sums(stripes)
-    in_tiles = problem.bound <= SAFE_LOGIT and problem.dims is None
     for part in stripes.slices():
-        if not in_tiles:
-            for block in stripes.blocks:
-                block.load(part)
+        for block in stripes.blocks:
+            block.load(part)
         factors = []
         for level, own in enumerate(stripes.own[:, part]):
-            if in_tiles:
-                limit = _chunk_limit(limits, level, part)
-                total = torch.stack([block.exponentials(part, limit) for block in stripes.blocks]).sum(0)
-                shift = torch.zeros_like(total)
-            else:
-                total, shift = exponentials_(stripes, stripes.blocks, level, part, limits)
+            total, shift = exponentials_(stripes, stripes.blocks, level, part, limits)
             loss = excess_loss(total.log() + shift - own)
             losses[part] += loss
             if coefficient is not None:

@@ -21,9 +21,6 @@ from mmemb.kernels.problem import Problem
 CHUNK_BYTES = 2 * 2**20
 """Elementwise work goes over a stripe in chunks of this size, so that the next operation finds its input in cache."""
 
-TILE_BYTES = 4 * 2**20
-"""Of a tile of columns; in smaller ones the matrix product loses more than the exponentials gain."""
-
 
 class Block:
     """One kind of negative: the logits of rows A [N, D] against columns B [L, D], a stripe of them in reused buffers.
@@ -67,10 +64,8 @@ class Block:
         levels, size = len(self.problem.dims or (0,)), len(self.columns)
         self.wide = list(self.columns.new_empty(levels, rows, size))
         self.dots = self.wide if self.problem.dims is None else list(self.columns.new_empty(levels, rows, size))
-        self.width = max(1, TILE_BYTES // (rows * self.columns.element_size()))  # columns of a tile
         masked = self.ids is not None or self.problem.margin is not None
-        numbers = max(chunk * size, rows * min(self.width, size))
-        self.mask = self.columns.new_empty(numbers if masked else 0, dtype=torch.bool)
+        self.mask = self.columns.new_empty(chunk if masked else 0, size, dtype=torch.bool)
 
     def rows(self, part: slice) -> Tensor:
         """A's rows [R, D] in the work dtype."""
@@ -104,37 +99,12 @@ class Block:
         if self.row_norms is not None and self.column_norms is not None:
             torch.mul(self.dots[level][chunk], self.column_norms[level], out=logits)
             logits.mul_((self.row_norms[level, rows] * self.problem.negative_scale)[:, None])
-        self._leave_out(logits, rows, slice(0, logits.shape[1]), limit)
-        return logits.scatter_(1, self.none[rows, None], -torch.inf)
-
-    def exponentials(self, part: slice, limit: Tensor | None) -> Tensor:
-        """Multiplies a stripe, a tile of columns at a time, and leaves exp(logits) in ``wide``; returns row sums [R].
-
-        Instead of `load` and `logits`, for logits that need no maximum and no ``dims``: a tile is exponentiated while
-        it is in cache, so that the stripe is written to memory once, not twice.
-        """
-        rows = self.rows(part) * self.problem.negative_scale
-        wide, none = self.wide[0][: len(rows)], self.none[part, None]
-        total = rows.new_zeros(len(rows))
-        for start in range(0, wide.shape[1], self.width):
-            columns = slice(start, min(start + self.width, wide.shape[1]))
-            tile = torch.mm(rows, self.columns[columns].T, out=wide[:, columns])
-            self._leave_out(tile, part, columns, limit)
-            tile.exp_()
-            nearest = none.clamp(columns.start, columns.stop - 1)
-            at_none = wide.gather(1, nearest)
-            wide.scatter_(1, nearest, at_none.where(nearest != none, 0.0))
-            total += tile.sum(1)
-        return total
-
-    def _leave_out(self, logits: Tensor, rows: slice, columns: slice, limit: Tensor | None) -> None:
-        """Sets what is no negative to -inf, but for the positives: rows of the problem, columns of the block."""
         if limit is not None:
             leave_out_(logits, over=limit, mask=self.mask)
         if self.ids is not None and self.problem.query_id is not None:
-            mask = self.mask[: logits.numel()].view(logits.shape)
-            same = torch.eq(self.problem.query_id[rows, None], self.ids[columns], out=mask)
+            same = torch.eq(self.problem.query_id[rows, None], self.ids, out=self.mask[: len(logits)])
             logits.masked_fill_(same, -torch.inf)
+        return logits.scatter_(1, self.none[rows, None], -torch.inf)
 
 
 class Stripes:
@@ -237,4 +207,4 @@ def within(part: slice, chunk: slice) -> slice:
 
 def leave_out_(logits: Tensor, *, over: Tensor, mask: Tensor) -> Tensor:
     """Sets logits above ``over`` (broadcast) to -inf; ``mask`` is a buffer."""
-    return logits.masked_fill_(torch.gt(logits, over, out=mask[: logits.numel()].view(logits.shape)), -torch.inf)
+    return logits.masked_fill_(torch.gt(logits, over, out=mask[: len(logits)]), -torch.inf)
