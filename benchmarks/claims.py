@@ -1,6 +1,7 @@
 """What is asked of the loss in time and memory, beside what the kept results say.
 
     python -m benchmarks.claims [results/infonce.jsonl]
+    python -m benchmarks.claims --device Xeon         rows of one machine: ratios differ between machines
 
 Reads the rows that `benchmarks.infonce` wrote; measures nothing. A number of one case is its newest row's; two cases
 are compared by rows of one run, the newest that has both, so on one device with as many threads. Ends with status 1 if
@@ -134,17 +135,23 @@ CLAIMS = (
 )
 
 
-def read(path: Path) -> Results:
-    """The measured rows of a results file.
+def read(path: Path, *, device: str = "") -> Results:
+    """The measured rows of a results file, on devices whose name holds a text.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: no row is of such a device.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; python -m benchmarks.infonce writes it")
     newest: Rows = {}
     runs: dict[tuple[Any, ...], Rows] = {}
-    for row in harness.read(path):
+    every = harness.read(path)
+    rows = [row for row in every if device in row["device"]]
+    if every and not rows:
+        known = ", ".join(sorted({row["device"] for row in every}))
+        raise ValueError(f"--device {device}: {path} has rows of {known}")
+    for row in rows:
         if row["seconds"] is None:
             continue
         key = (row["backend"], row["rival"], row["n"], row["width"], row["dtype"], row["symmetric"])
@@ -161,10 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
     )
+    parser.add_argument("--device", default="", metavar="TEXT", help="only rows of devices with this in their name")
     options = parser.parse_args(argv)
     try:
-        results = read(options.results)
-    except FileNotFoundError as error:
+        results = read(options.results, device=options.device)
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     judged = [claim.judge(results) for claim in CLAIMS]
     print(table(judged))

@@ -83,3 +83,15 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         claims.main([str(tmp_path / "none.jsonl")])
     assert "python -m benchmarks.infonce writes it" in capsys.readouterr().err
+
+
+def test_rows_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "infonce.jsonl"
+    rows = [row(device="old machine", ratio_to_floor=2.0), row(device="new machine")]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    assert claims.main([str(path), "--device", "old"]) == 1
+    assert claims.main([str(path), "--device", "new"]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        claims.main([str(path), "--device", "phone"])
+    assert "has rows of new machine, old machine" in capsys.readouterr().err
