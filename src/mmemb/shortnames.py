@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -33,7 +32,7 @@ def install() -> None:
     if not hasattr(_typehints.resolve_class_path_by_name, _MARK):
         _typehints.resolve_class_path_by_name = _with_names(_typehints.resolve_class_path_by_name)
         action: Any = _typehints.ActionTypeHint
-        action._check_type = _refusing_files(action._check_type)
+        action._check_type = _checking(action._check_type)
 
 
 def _with_names(original: Callable[..., str]) -> Callable[..., str]:
@@ -54,7 +53,7 @@ def _with_names(original: Callable[..., str]) -> Callable[..., str]:
     return resolve_class_path_by_name
 
 
-def _refusing_files(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _check_type(self: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         for kind in _kinds(self._typehint):
@@ -75,7 +74,8 @@ def _refusing_files(original: Callable[..., Any]) -> Callable[..., Any]:
 def _defaults(typehint: Any) -> dict[str, Any]:
     """Of a list of dataclasses, the fields that an entry may leave out."""
     if get_origin(typehint) is list and dataclasses.is_dataclass(entry := get_args(typehint)[0]):
-        return {each.name: each.default for each in dataclasses.fields(entry) if each.default is not MISSING}
+        defaults = {each.name: each.default for each in dataclasses.fields(entry)}
+        return {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
     for inner in get_args(typehint):
         if found := _defaults(inner):
             return found
