@@ -2,8 +2,12 @@
 
     mmemb fit --config recipes/pretrain_tiny.yaml
     python -m tools.release_tiny runs/pretrain_tiny/version_0
+    mmemb fit --config recipes/pretrain_tiny.yaml --config recipes/pretrain_tiny_find.yaml
+    python -m tools.release_tiny runs/pretrain_tiny-pretrain_tiny_find/version_0
 
-Every number of the card is measured here, with the weights as shipped (half precision), on held-out probes.
+A run from random weights is the first stage; one from the shipped weights adds a stage, which ``training.json`` beside
+the weights keeps in order. Every number of the card is measured here, with the weights as shipped (half precision), on
+held-out probes.
 """
 
 from __future__ import annotations
@@ -21,15 +25,17 @@ import yaml
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.data.bundled import is_right, probe_samples
+from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.inference.decode import sample
 from mmemb.types import Pair
 from tools.build_tiny import FOLDER, pack
 
-_WHAT = {
+WHAT = {
     "picture": "name of a picture whose (thing, vendor) pair was withheld",
     "fact": "fact about a country, asked in a phrasing that was withheld",
     "scene": "caption of a scene whose composition was withheld: all four names right",
     "text_scene": "such a caption in text: said again, and who stands left or right of whom all right",
+    "find": "such a scene and one of its right-hand things: the caption up to it",
 }
 
 
@@ -44,17 +50,36 @@ def accuracy(backbone: TinyBackbone, probes: Sequence[Pair]) -> dict[str, dict[s
     return {task: {"exact": sum(hits) / len(hits), "n": len(hits)} for task, hits in right.items()}
 
 
-def card(settings: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]], *, parameters: int) -> str:
+STAGES = FOLDER / "training.json"
+
+
+def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
+    """The stages that lead to a run's weights, the run's own last: from the shipped weights on, or from random ones."""
+    before = config["model"]["backbone"]["init_args"]["weights"] == "pretrained"
+    stage = {
+        "tasks": config["data"]["train"][0].get("tasks") or list(WEIGHTS),
+        "steps": steps,
+        "batch_size": config["data"]["batch_size"],
+        "seed": config["seed_everything"],
+    }
+    return [*(json.loads(STAGES.read_text(encoding="utf-8")) if before else []), stage]
+
+
+def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str, float]]], *, parameters: int) -> str:
     """The model card as Markdown."""
+    trained = "; then ".join(
+        f"{stage['steps']} steps of {stage['batch_size']} rows of {', '.join(stage['tasks'])} (seed {stage['seed']})"
+        for stage in stages
+    )
     lines = [
         "# Model card: `tiny`",
         "",
         f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by "
-        "`mmemb fit --config recipes/pretrain_tiny.yaml` on the bundled data (see NOTICE for its sources): "
-        f"{settings['steps']} steps of {settings['batch_size']} rows, next-token loss, seed {settings['seed']}. "
+        "`recipes/pretrain_tiny.yaml` and then `recipes/pretrain_tiny_find.yaml` on the bundled data (see NOTICE for "
+        f"its sources), next-token loss: {trained}. "
         "Shipped in half precision. It names pictures, recalls facts about countries, captions scenes of the bundled "
-        "kind and says, of a caption in text, who stands left or right of whom, in lower-case English; it knows "
-        "nothing else. It was never shown a withheld picture, scene or "
+        "kind, wholly or up to a thing asked for, and says, of a caption in text, who stands left or right of whom, in "
+        "lower-case English; it knows nothing else. It was never shown a withheld picture, scene or "
         "phrasing, nor a flag together with its country's attributes.",
         "",
         "Share of greedy answers that are right to the word, as shipped "
@@ -63,7 +88,7 @@ def card(settings: dict[str, Any], scores: dict[str, dict[str, dict[str, float]]
         "| probe | " + " | ".join(f"{split} (n)" for split in scores) + " |",
         "| --- |" + " --- |" * len(scores),
     ]
-    for task, what in _WHAT.items():
+    for task, what in WHAT.items():
         cells = [f"{scores[split][task]['exact']:.3f} ({scores[split][task]['n']})" for split in scores]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
     lines += ["", "Apache-2.0, as the project; the pictures it learned from carry their own licences.", ""]
@@ -87,16 +112,16 @@ def main() -> None:
     shipped = TinyBackbone().eval()
     scores = {split: accuracy(shipped, probe_samples(split)) for split in ("validation", "test")}
     config = yaml.safe_load((arguments.run / "config.yaml").read_text(encoding="utf-8"))
-    settings = {
-        "steps": checkpoint["global_step"],
-        "batch_size": config["data"]["batch_size"],
-        "seed": config["seed_everything"],
-    }
+    stages = stages_of(config, steps=checkpoint["global_step"])
     parameters = sum(parameter.numel() for parameter in shipped.parameters())
-    aside = FOLDER / ".MODEL_CARD.md"
-    aside.write_text(card(settings, scores, parameters=parameters), encoding="utf-8")
-    os.replace(aside, FOLDER / "MODEL_CARD.md")
-    print(json.dumps({"settings": settings, **scores}, indent=2))
+    for path, text in (
+        (STAGES, json.dumps(stages, indent=1) + "\n"),
+        (FOLDER / "MODEL_CARD.md", card(stages, scores, parameters=parameters)),
+    ):
+        aside = path.with_name(f".{path.name}")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    print(json.dumps({"stages": stages, **scores}, indent=2))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mmemb.data.bundled import (
 )
 from mmemb.data.bundled.entities import TRAINING_STYLES, countries, entities
 from mmemb.data.bundled.pretraining import SIZE, all_texts
+from mmemb.data.records import Source, read_pairs
 from mmemb.types import Image, Item, Pair
 
 HELD_OUT = ("control", "validation", "test")
@@ -130,13 +131,14 @@ def test_every_country_of_the_test_split_is_asked_about(pairs: dict[str, list[Pa
     assert len(asked) >= 40
 
 
-def test_pretraining_never_asks_a_question_about_a_picture(pretraining: list[Pair]) -> None:
+def test_pretraining_asks_no_more_of_a_picture_than_where_a_thing_is(pretraining: list[Pair]) -> None:
     names = {entity.name for entity in entities().values()}
     for pair in pretraining:
         if any(isinstance(part, Image) for part in pair.query.parts):
-            assert len(pair.query.parts) == 1
+            said = pair.positive.text.split(" , ")
             assert pair.query.instruction == DESCRIBE
-            assert set(pair.positive.text.split(" , ")) <= names
+            assert set(said) <= names
+            assert pair.query.text == (f"find the {said[-1]}" if pair.task == "find" else "")
 
 
 def test_every_fact_is_asked_in_training_in_words_of_its_own(pairs: dict[str, list[Pair]]) -> None:
@@ -185,17 +187,18 @@ def test_samples_end_where_their_length_says() -> None:
             samples[index]
 
 
-def test_weights_choose_what_is_drawn() -> None:
-    samples = PretrainingSamples(pictures=0, scenes=0, facts=1, text_scenes=0)
-    assert {samples[i].task for i in range(100)} == {"fact"}
-    with pytest.raises(ValueError, match="weights must be >= 0 and not all zero"):
-        PretrainingSamples(pictures=0, scenes=0, facts=0, text_scenes=0)
-    with pytest.raises(ValueError, match="weights"):
-        PretrainingSamples(pictures=-1)
+def test_tasks_choose_what_is_drawn() -> None:
+    samples = read_pairs(Source("bundled:pretrain", tasks=["fact", "find"]))
+    assert {samples[i].task for i in range(100)} == {"fact", "find"}
+    with pytest.raises(ValueError, match="got name, fact; there are picture, scene, fact, text_scene, find"):
+        read_pairs(Source("bundled:pretrain", tasks=["name", "fact"]))
+    with pytest.raises(ValueError, match="got none"):
+        PretrainingSamples(tasks=[])
 
 
-def test_default_mixture_shows_every_training_picture(pretraining: list[Pair]) -> None:
-    shown = {(vendor, key) for vendor, keys in sources(pair.query for pair in pretraining) for key in keys}
+def test_the_first_stage_shows_every_training_picture() -> None:
+    first = PretrainingSamples(5, tasks=["picture", "scene", "fact", "text_scene"])
+    shown = {(vendor, key) for vendor, keys in sources(first[i].query for i in range(SAMPLES)) for key in keys}
     wanted = {(style, key) for key, entity in entities().items() for style in entity.train_styles()}
     assert len(wanted - shown) < 0.2 * len(wanted)
 
@@ -247,6 +250,7 @@ def test_probes_ask_what_pretraining_has_not_seen(pretraining: list[Pair]) -> No
         "fact": 150,
         "scene": 150,
         "text_scene": 150,
+        "find": 150,
     }
     seen = {(pair.query.instruction, pair.query.parts) for pair in pretraining}
     assert not seen & {(pair.query.instruction, pair.query.parts) for pair in probes}

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from mmemb.components.backbones.tiny import FOLDER, TinyBackbone
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.bundled import load_pairs, probe_samples
+from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.data.pool import RationalePool
 from mmemb.registry import create
 from mmemb.stages.select import choose
-from tools.release_tiny import accuracy
+from tools.release_tiny import STAGES, WHAT, accuracy, stages_of
 
 MEGABYTE = 1_000_000
+RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +53,45 @@ def test_weights_and_pool_stay_small() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 10 * MEGABYTE
 
 
+def test_the_weights_come_from_the_recipes_as_they_stand() -> None:
+    stages = json.loads(STAGES.read_text(encoding="utf-8"))
+    first = yaml.safe_load((RECIPES / "pretrain_tiny.yaml").read_text(encoding="utf-8"))
+    second = yaml.safe_load((RECIPES / "pretrain_tiny_find.yaml").read_text(encoding="utf-8"))
+    assert second["model"]["backbone"]["init_args"]["weights"] == "pretrained"
+    assert stages == [
+        {
+            "tasks": recipe["data"]["train"][0].get("tasks", list(WEIGHTS)),
+            "steps": recipe["trainer"]["max_steps"],
+            "batch_size": first["data"]["batch_size"],
+            "seed": first["seed_everything"],
+        }
+        for recipe in (first, second)
+    ]
+    card = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for stage in stages:
+        assert f"{stage['steps']} steps of {stage['batch_size']} rows" in card
+
+
+def test_a_run_from_random_weights_is_the_first_stage_and_another_adds_one() -> None:
+    config = {
+        "model": {"backbone": {"init_args": {"weights": "random"}}},
+        "data": {"train": [{"tasks": ["fact"]}], "batch_size": 8},
+        "seed_everything": 3,
+    }
+    assert stages_of(config, steps=5) == [{"tasks": ["fact"], "steps": 5, "batch_size": 8, "seed": 3}]
+    config["model"]["backbone"]["init_args"]["weights"] = "pretrained"
+    config["data"]["train"] = [{"tasks": None}]
+    *shipped, added = stages_of(config, steps=2)
+    assert shipped == json.loads(STAGES.read_text(encoding="utf-8"))
+    assert added["tasks"] == list(WEIGHTS)
+
+
 @pytest.mark.slow
 def test_the_shipped_model_does_what_its_card_says() -> None:
     card = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
     said = [float(value) for value in re.findall(r"\| (\d\.\d{3}) \(\d+\)", card)]
     model = TinyBackbone().eval()
     scores = [accuracy(model, probe_samples(split)) for split in ("validation", "test")]
-    measured = [split[task]["exact"] for task in ("picture", "fact", "scene", "text_scene") for split in scores]
+    measured = [split[task]["exact"] for task in WHAT for split in scores]
     # Greedy decoding may break a tie otherwise on another machine: one probe of 60 is allowed for.
     assert measured == pytest.approx(said, abs=1 / 60 + 1e-3)

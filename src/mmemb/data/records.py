@@ -315,7 +315,8 @@ def _bundled_pairs(source: Source, seed: int) -> Sequence[Pair]:
     from mmemb.data import bundled
 
     if source.bundled == "pretrain":
-        return cast(Sequence[Pair], bundled.PretrainingSamples(seed))  # map-style: only indexed and measured
+        # Map-style: only indexed and measured.
+        return cast(Sequence[Pair], bundled.PretrainingSamples(seed, tasks=source.tasks))
     return _kept(source, bundled.load_pairs(source.bundled or "", tasks=source.tasks, seed=seed))
 
 

@@ -1,7 +1,8 @@
 """Next-token data for pretraining the default backbone, and the probes that say what it has learnt.
 
-Perception and memory only: names of pictures, facts in text, captions of scenes, neighbours in a text. Never a withheld
-picture, a held-out scene or phrasing, nor a composition (flag -> attribute, picture of a scene -> neighbour).
+Perception and memory only: names of pictures, facts in text, captions of scenes, whole or up to a thing asked for,
+neighbours in a text. Never a withheld picture, a held-out scene or phrasing, nor a composition (flag -> attribute,
+picture of a scene -> neighbour).
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from mmemb.data.bundled.entities import (
 from mmemb.data.bundled.pairs import load_pairs, text_item
 from mmemb.data.bundled.pictures import PREFIX, scene_name
 from mmemb.data.bundled.scenes import Scene, draw_scene
-from mmemb.data.bundled.tasks import ANSWER, DESCRIBE, FACT_PHRASINGS, TASKS, caption, fact_phrasings
+from mmemb.data.bundled.tasks import ANSWER, DESCRIBE, FACT_PHRASINGS, TASKS, caption, fact_phrasings, find_thing
 from mmemb.types import Image, Item, Pair, Text
 
 SIZE = 10_000_000
 """Length of `PretrainingSamples`: more than any run draws; sample i is made when asked for."""
+
+
+WEIGHTS = {"picture": 0.54, "scene": 0.2, "fact": 0.1, "text_scene": 0.16, "find": 0.8}
+"""How often each task of pretraining is drawn, relative to the others."""
 
 
 def reverse_question(attribute: str, value: str) -> str:
@@ -43,33 +48,28 @@ def neighbours_text(names: Sequence[str], asked: Sequence[int]) -> str:
 class PretrainingSamples:
     """Map-style, endless in practice: ``samples[i]`` is a pure function of (seed, i).
 
-    The query is a prompt, the positive one text: the response the model should write.
+    The query is a prompt, the positive one text: the response the model should write. By task:
+
+    - ``picture``: a single picture -> its name.
+    - ``scene``: a fresh training scene -> its caption.
+    - ``fact``: a question in text -> the value (a tenth of them reversed: value -> country).
+    - ``text_scene``: a caption in text -> the same, with who stands left or right of whom.
+    - ``find``: a fresh training scene and a thing in it -> its caption up to that thing.
 
     Args:
         seed: draws everything.
-        pictures: weight of single pictures -> name.
-        scenes: weight of fresh training scenes -> caption.
-        facts: weight of questions in text -> value (a tenth of them reversed: value -> country).
-        text_scenes: weight of captions in text, to be said again with who stands left or right of whom.
+        tasks: which are drawn; all by default.
 
     Raises:
-        ValueError: a weight is negative or all are zero.
+        ValueError: a task that there is not, or none.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        *,
-        pictures: float = 0.54,
-        scenes: float = 0.2,
-        facts: float = 0.1,
-        text_scenes: float = 0.16,
-    ) -> None:
-        weights = (pictures, scenes, facts, text_scenes)
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"pretraining weights must be >= 0 and not all zero, got {weights}")
+    def __init__(self, seed: int = 0, *, tasks: Sequence[str] | None = None) -> None:
         self.seed = seed
-        self.weights = weights
+        self.tasks = tuple(WEIGHTS if tasks is None else tasks)
+        if not self.tasks or not set(self.tasks) <= WEIGHTS.keys():
+            asked = ", ".join(self.tasks) or "none"
+            raise ValueError(f"pretraining tasks: got {asked}; there are {', '.join(WEIGHTS)}")
 
     def __len__(self) -> int:
         return SIZE
@@ -78,7 +78,14 @@ class PretrainingSamples:
         if not 0 <= index < SIZE:
             raise IndexError(index)
         rng = random.Random(f"pretraining/{self.seed}/{index}")
-        (make,) = rng.choices((self._picture, self._scene, self._fact, self._text_scene), self.weights)
+        (task,) = rng.choices(self.tasks, [WEIGHTS[task] for task in self.tasks])
+        make = {
+            "picture": self._picture,
+            "scene": self._scene,
+            "fact": self._fact,
+            "text_scene": self._text_scene,
+            "find": self._find,
+        }[task]
         return make(rng, f"{self.seed}/{index}")
 
     @cached_property
@@ -131,10 +138,21 @@ class PretrainingSamples:
         names = [entity.name for entity in scene]
         return answer("text_scene", key, caption(names), neighbours_text(names, rng.sample(range(4), 2)))
 
+    def _find(self, rng: random.Random, key: str) -> Pair:
+        vendor, scene = self._draw(rng)
+        name, cell = scene_name(vendor, tuple(entity.key for entity in scene)), rng.randrange(4)
+        return find(key, name, [entity.name for entity in scene], cell)
 
-def describe(task: str, key: str, picture: str, response: str) -> Pair:
-    """A picture with what should be said of it."""
-    query = Item(DESCRIBE, (Image(PREFIX + picture),))
+
+def find(key: str, picture: str, names: Sequence[str], cell: int) -> Pair:
+    """A scene and one of its things, with the caption that ends at it."""
+    return describe("find", key, picture, caption(names[: cell + 1]), thing=names[cell])
+
+
+def describe(task: str, key: str, picture: str, response: str, *, thing: str | None = None) -> Pair:
+    """A picture, and perhaps what to look for, with what should be said of it."""
+    parts = (Image(PREFIX + picture), *([] if thing is None else [Text(find_thing(thing))]))
+    query = Item(DESCRIBE, parts)
     return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
 
 
@@ -160,7 +178,8 @@ def probe_samples(split: str) -> list[Pair]:
     """What a pretrained model should be able to say of a held-out split, in pretraining's own prompts.
 
     By task: ``picture`` (withheld picture -> name), ``fact`` (the split's phrasing -> value), ``scene`` (its scene ->
-    caption), ``text_scene`` (caption of one of its scenes -> the same with the left neighbours).
+    caption), ``text_scene`` (caption of one of its scenes -> the same with the left neighbours), ``find`` (scene and
+    one of its right-hand things -> the caption up to it).
 
     Raises:
         ValueError: unknown split.
@@ -173,6 +192,8 @@ def probe_samples(split: str) -> list[Pair]:
         if pair.task == "left1":
             names = pair.query.fields["cells"].split(" , ")
             probes.append(answer("text_scene", f"probe/{pair.id}", caption(names), neighbours_text(names, (1, 3))))
+            picture, seen = str(part.source).removeprefix(PREFIX), pair.query.fields["scanned"].count(" , ")
+            probes.append(find(f"probe/{pair.id}", picture, names, seen))
             continue
         if isinstance(part, Image):
             name = str(part.source).removeprefix(PREFIX)

@@ -95,6 +95,11 @@ def find_question(first: str, second: str) -> str:
     return f"find a picture with {first} and {second}"
 
 
+def find_thing(name: str) -> str:
+    """What to look for in the picture of a scene, in pretraining."""
+    return f"find the {name}"
+
+
 def caption(names: Sequence[str]) -> str:
     """The caption of a scene: its cells in reading order."""
     return " , ".join(names)
