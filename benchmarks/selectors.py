@@ -6,8 +6,9 @@
 
 1. A pool of two candidates a pair: the row's own rationale (`metadata`), and the same damaged (`corrupting`).
 2. An embedder to score it: the joint phase on randomly chosen candidates, so that it knows no more than the pool does.
-3. What each selector keeps and chooses, against the known corruption.
-4. For every selector and seed a run of recipes/r1.yaml on that pool, evaluated on the test split.
+   It scores twice: by `retrieval` alone, and checked by `plausible`, for which it is the writer too.
+3. What each selector keeps and chooses by either score, against the known corruption.
+4. For every selector and seed a run of recipes/r1.yaml on that pool and its `plausible` scores, on the test split.
 
 Prints both tables and writes `benchmarks/results/selectors.json`. What is finished is not done again: a stopped
 benchmark goes on where it was. Pool, embedder and runs lie in a folder named by all that they depend on, so other
@@ -46,6 +47,9 @@ from mmemb.types import Pair
 SELECTORS = ("none", "random", "counterfactual", "best_of", "oracle")
 NEEDS_REASONING = ("fact", "flagattr", "left1", "flagscene")
 """Tasks whose answer is not what the picture shows: they take a step that a rationale can spell out."""
+MARGINS = {"plausible": -0.05, "retrieval": 0.0}
+"""Least gain by the evaluator, in nats. Checked texts need do no harm: where the direct path finds the target without
+help, the sign of a gain is chance. Training takes the first."""
 _DRAWS = 16
 _CORRUPTING = {"class_path": "corrupting", "init_args": {"worker": "metadata", "share": 1.0}}
 
@@ -119,8 +123,12 @@ def make_pool(folder: Path, settings: dict[str, Any], *, evaluator_steps: int) -
             *["--trainer.logger.name", embedder.name, "--trainer.logger.version", "", *last],
         )
         (embedder / "done").touch()
-    retrieval = ["--model.pool.evaluator", "retrieval", "--model.pool.evaluator.embedder", str(checkpoint)]
-    mmemb("rationales", "score", *configs, *retrieval)
+    retrieval = {"class_path": "retrieval", "init_args": {"embedder": str(checkpoint)}}
+    checked = {"class_path": "plausible", "init_args": {"evaluator": retrieval, "writer": str(checkpoint)}}
+    for evaluator in (retrieval, checked):
+        scored = {**settings["model"], "pool": {**pool, "evaluator": evaluator}}
+        also = write(folder / f"score_{evaluator['class_path']}.yaml", {**settings, "model": scored})
+        mmemb("rationales", "score", "--config", str(r1_seeds.RECIPE), "--config", str(also))
     return place
 
 
@@ -132,6 +140,7 @@ class Selected:
     """What a selector does to good and corrupted candidates; None where it has no say.
 
     Attributes:
+        evaluator: whose scores it sees.
         selector: its name.
         task: the task, or ``reasoning`` for those that need it, or ``all``.
         precision: share of good ones among the rationales chosen.
@@ -141,8 +150,10 @@ class Selected:
         rejects_wrong_entity: of those that speak of another item, as the next two of one kind of damage.
         rejects_empty_talk: of those that say nothing.
         rejects_shuffled: of those with every word left, in another order: an embedder may still gain by them.
+        none: median log-probability of the target without a rationale, in nats: near 0 there is nothing to gain.
     """
 
+    evaluator: str
     selector: str
     task: str
     precision: float | None
@@ -152,10 +163,11 @@ class Selected:
     rejects_wrong_entity: float | None
     rejects_empty_talk: float | None
     rejects_shuffled: float | None
+    none: float
 
 
-def selector_of(name: str) -> Selector:
-    """A selector by short name or class path, with its own defaults.
+def selector_of(name: str, margin: float | None = None) -> Selector:
+    """A selector by short name or class path, with its own defaults but for the margin, if it has one.
 
     Raises:
         ValueError: there is none.
@@ -170,20 +182,22 @@ def selector_of(name: str) -> Selector:
             raise ValueError(f"--selectors {name}: {error}; name a selector's class that needs no arguments") from None
     if not isinstance(made, Selector):
         raise ValueError(f"--selectors {name}: not a selector; name a class that is one")
+    if margin is not None and hasattr(made, "margin"):
+        made.margin = margin
     return made
 
 
 def selection(
     pool: RationalePool, pairs: Sequence[Pair], tasks: Sequence[str], selectors: Sequence[str] = SELECTORS
 ) -> list[Selected]:
-    """One entry a selector (other than ``none``) and task."""
+    """One entry a selector (other than ``none``) and task, by the evaluator that the pool was opened with."""
     groups = {task: [pair for pair in pairs if pair.task == task] for task in tasks}
     groups["reasoning"] = [pair for pair in pairs if pair.task in NEEDS_REASONING]
     groups["all"] = list(pairs)
     found = []
     for name in selectors:
         if name != "none":
-            selector = selector_of(name)
+            selector = selector_of(name, MARGINS.get(pool.evaluator or ""))
             found += [_selected(name, task, selector, pool, some) for task, some in groups.items() if some]
     return found
 
@@ -192,8 +206,10 @@ def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pai
     chosen = good_chosen = have_good = 0
     kept_of: dict[str, list[bool]] = {}  # by damage, "" for the good ones
     margin = getattr(selector, "margin", None)
+    without: list[float] = []
     for pair in pairs:
         candidates = pool.candidates(pair.id)
+        without.append(candidates.score_none)
         has_good = any(not each.corruption for each in candidates.rationales)
         for seed in range(_DRAWS):
             rationale = choose(pool, selector, pair.id, seed).rationale
@@ -206,6 +222,7 @@ def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pai
                 kept_of.setdefault(rationale.corruption, []).append(index in kept)
     corrupted = [kept for damage, some in kept_of.items() if damage for kept in some]
     return Selected(
+        evaluator=pool.evaluator or "",
         selector=name,
         task=task,
         precision=good_chosen / chosen if chosen else None,
@@ -215,6 +232,7 @@ def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pai
         rejects_wrong_entity=_rejected(kept_of.get("wrong_entity", [])),
         rejects_empty_talk=_rejected(kept_of.get("empty_talk", [])),
         rejects_shuffled=_rejected(kept_of.get("shuffled", [])),
+        none=statistics.median(without),
     )
 
 
@@ -236,11 +254,16 @@ def train(
     """The summary of one run, with its selector; a finished one is read."""
     changes: dict[str, Any] = {"selector": None, "pool": None, "controllers": ["never"]}
     if selector != "none":
-        changes = {"selector": selector, "pool": {"path": str(pool)}}
+        changes = {"selector": _with_margin(selector), "pool": {"path": str(pool)}}  # the first evaluator by name
     made = write(folder / f"{selector}.yaml", {**settings, "model": {**settings["model"], **changes}})
     # Not the bare name: beside the configuration such a folder would be taken for the selector.
     found = r1_seeds.run(seed, folder=folder / f"runs_{selector}", at_once=at_once, extra=["--config", str(made)])
     return {"selector": selector, **found}
+
+
+def _with_margin(selector: str) -> str | dict[str, Any]:
+    margin = {"margin": MARGINS[min(MARGINS)]}
+    return {"class_path": selector, "init_args": margin} if hasattr(selector_of(selector), "margin") else selector
 
 
 def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -314,7 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder / f"{options.steps}_steps-{made_from}"
     place = make_pool(folder, settings, evaluator_steps=options.evaluator_steps)
     pairs = [pair for source in settings["data"]["train"] for pair in read_pairs(Source(**source))]
-    chosen = selection(RationalePool.open(place), pairs, options.tasks, options.selectors)
+    chosen = []
+    for evaluator in MARGINS:
+        pool = RationalePool.open(place, evaluator=evaluator)
+        chosen += selection(pool, pairs, options.tasks, options.selectors)
     print(table([asdict(each) for each in chosen]), flush=True)
 
     one = functools.partial(train, folder=folder, settings=settings, pool=place, at_once=options.at_once)
@@ -329,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: getattr(options, name) for name in ("steps", "evaluator_steps", "tasks", "pairs", "seeds", "at_once")
     }
     result = {
-        "settings": {**asked, "corrupted": 0.5, "draws": _DRAWS},
+        "settings": {**asked, "corrupted": 0.5, "draws": _DRAWS, "margins": MARGINS},
         "environment": environment(options.device),
         "selection": [asdict(each) for each in chosen],
         "hit@1": rows,

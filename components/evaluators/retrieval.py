@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmemb.digests import module_digest, portable_id, seed_of
-from mmemb.inference.embedder import Embedder
+from mmemb.inference.embedder import load_encoder
 from mmemb.inference.encoder import Encoder
 from mmemb.inference.shared import encode_arms
 from mmemb.interfaces import Backbone, Evaluator, Pooler
-from mmemb.registry import create
 from mmemb.types import Item, Pair
 
 
@@ -134,7 +132,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         if self._encoder is None:
             if self.embedder is None:
                 raise ValueError("retrieval evaluator: no embedder; pass embedder= or bind(backbone, pooler) first")
-            self._encoder = _load(self.embedder, self.batch_size)
+            self._encoder = load_encoder(self.embedder, self.batch_size)
         return self._encoder
 
     def _task_bank(self, task: str) -> tuple[list[str], Tensor]:
@@ -174,15 +172,3 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
             if column is not None:
                 left_out[row, column] = True
         return left_out
-
-
-def _load(model: str, batch_size: int) -> Encoder:
-    path = Path(model)
-    if path.suffix == ".ckpt" or (path / "embedder.json").is_file() or (path / "checkpoints").is_dir():
-        embedder = Embedder.from_checkpoint(path)
-        return Encoder(embedder.backbone, embedder.pooler, batch_size=batch_size)
-    backbone = create("backbone", "transformers", model=model)
-    pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Encoder(backbone.to(device), pooler.to(device), batch_size=batch_size)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmemb.components.evaluators import retrieval
 from mmemb.components.evaluators.judge import JudgeEvaluator
+from mmemb.components.evaluators.plausible import PlausibleEvaluator
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.data.bundled import load_pairs
 from mmemb.data.records import content_identity
+from mmemb.inference import embedder
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Evaluator
@@ -74,7 +75,8 @@ RATIONALES = ("chile peso", None, "peru lima sol", "red")
 
 @pytest.fixture(params=available("evaluator"))
 def evaluator(request: pytest.FixtureRequest) -> Evaluator:
-    made = create("evaluator", request.param, **ARGUMENTS.get(request.param, {}))
+    checked = {"evaluator": RetrievalEvaluator()} if request.param == "plausible" else {}
+    made = create("evaluator", request.param, **checked, **ARGUMENTS.get(request.param, {}))
     assert isinstance(made, Evaluator)
     made.bind(*model())
     return made
@@ -107,7 +109,8 @@ def test_every_evaluator_encodes_a_prompt_once_for_all_its_arms(evaluator: Evalu
     arms = (None, "chile peso", "peru lima sol", "red apple", "blue dog left")
     evaluator.prepare_bank(pairs)
     evaluator.score(pairs, [None] * 6)  # whatever is made once
-    backbone = evaluator._bound() if isinstance(evaluator, JudgeEvaluator) else evaluator._frozen().backbone
+    inner = evaluator.evaluator if isinstance(evaluator, PlausibleEvaluator) else evaluator  # one model in both
+    backbone = inner._bound() if isinstance(inner, JudgeEvaluator) else inner._frozen().backbone
     together, alone = [], []
     for rows, sharing in ((together, True), (alone, False)):
         before = backbone.cells
@@ -241,7 +244,7 @@ def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.Monk
         loaded.append((name, arguments))
         return backbone if kind == "backbone" else pooler
 
-    monkeypatch.setattr(retrieval, "create", create)
+    monkeypatch.setattr(embedder, "create", create)
     evaluator = RetrievalEvaluator("some/folder")
     evaluator.bind(FakeBackbone(seed=9), pooler)
     pairs = make_pairs(20)

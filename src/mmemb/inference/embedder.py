@@ -233,3 +233,22 @@ def _device(device: str | torch.device | None) -> torch.device:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); name another, or none") from error
     return place
+
+
+def load_encoder(model: str, batch_size: int) -> Encoder:
+    """A frozen model by where it lies, on the GPU where there is one.
+
+    Args:
+        model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`; or a bare backbone's folder
+            or hub id, read at ``<emb>``.
+        batch_size: rows of one forward pass.
+    """
+    path = Path(model)
+    if path.suffix == ".ckpt" or (path / "embedder.json").is_file() or (path / "checkpoints").is_dir():
+        embedder = Embedder.from_checkpoint(path)
+        return Encoder(embedder.backbone, embedder.pooler, batch_size=batch_size)
+    backbone = create("backbone", "transformers", model=model)
+    pooler = create("pooler", "embed_token")
+    pooler.build(backbone.hidden_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Encoder(backbone.to(device), pooler.to(device), batch_size=batch_size)

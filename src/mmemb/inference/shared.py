@@ -21,6 +21,8 @@ from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.interfaces import Backbone
 from mmemb.types import EMB, END_THINK, THINK, Item
 
+_TOKENS_AT_ONCE = 512
+
 
 def last_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
@@ -34,18 +36,36 @@ def last_states(
         batch_size: rows continued together.
     """
     states: Tensor | None = None
-    with evaluating(backbone):
-        for rows in _batches(items, batch_size):
-            distinct = {id(items[row]): items[row] for row in rows}
-            prefix = prefill(backbone, list(distinct.values()))
-            place = {key: index for index, key in enumerate(distinct)}
-            owner = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
-            tokens, mask = _left_padded([continuations[row] for row in rows], backbone.device)
-            hidden, _ = backbone.extend(backbone.fork(prefix, owner), tokens, mask)
-            if states is None:
-                states = hidden.new_zeros(len(items), hidden.shape[-1])
-            states[rows] = hidden[:, -1]
+    for rows, hidden, _, _ in _continued(backbone, items, continuations, batch_size):
+        if states is None:
+            states = hidden.new_zeros(len(items), hidden.shape[-1])
+        states[rows] = hidden[:, -1]
     return states if states is not None else torch.zeros(0, backbone.hidden_size, device=backbone.device)
+
+
+def log_likelihoods(
+    backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
+) -> list[float]:
+    """How likely the model goes on as each row does, in nats: the sum of log p of its tokens after the first.
+
+    Args:
+        backbone: the model; its training mode is restored.
+        items: N prompts; rows that are given the same object share its encoding.
+        continuations: token ids that follow each prompt, at least one a row; the first is given.
+        batch_size: rows continued together.
+    """
+    found = [0.0] * len(items)
+    for rows, hidden, tokens, mask in _continued(backbone, items, continuations, batch_size):
+        row, column = (mask[:, :-1] & mask[:, 1:]).bool().nonzero(as_tuple=True)  # states that foretell a real token
+        nats = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device)
+        # The vocabulary is wide: not every token's logits at once.
+        for r, c in zip(row.split(_TOKENS_AT_ONCE), column.split(_TOKENS_AT_ONCE), strict=True):
+            with torch.no_grad():
+                of_token = backbone.logits(hidden[r, c]).float().log_softmax(-1).gather(1, tokens[r, c + 1, None])
+            nats.index_add_(0, r, of_token[:, 0].double())
+        for index, value in zip(rows, nats.tolist(), strict=True):
+            found[index] = value
+    return found
 
 
 def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[str | None]) -> Tensor:
@@ -71,6 +91,21 @@ def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[st
     states = last_states(backbone, items, continuations, batch_size=encoder.batch_size)
     with evaluating(pooler):
         return pool_last(pooler, states).float().cpu()
+
+
+def _continued(
+    backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Batch by batch: row numbers, states [B, L, H], token ids and mask [B, L] of the continuations, left-padded."""
+    for rows in _batches(items, batch_size):
+        with evaluating(backbone):
+            distinct = {id(items[row]): items[row] for row in rows}
+            prefix = prefill(backbone, list(distinct.values()))
+            place = {key: index for index, key in enumerate(distinct)}
+            owner = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
+            tokens, mask = _left_padded([continuations[row] for row in rows], backbone.device)
+            hidden, _ = backbone.extend(backbone.fork(prefix, owner), tokens, mask)
+        yield rows, hidden, tokens, mask
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
