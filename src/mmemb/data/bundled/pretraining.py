@@ -24,7 +24,7 @@ from mmemb.data.bundled.pairs import load_pairs, text_item
 from mmemb.data.bundled.pictures import PREFIX, scene_name
 from mmemb.data.bundled.scenes import Scene, draw_scene
 from mmemb.data.bundled.tasks import ANSWER, DESCRIBE, FACT_PHRASINGS, TASKS, caption, fact_phrasings, find_thing
-from mmemb.types import Image, Item, Pair, Text
+from mmemb.types import Image, Item, Pair, Part, Text
 
 SIZE = 10_000_000
 """Length of `PretrainingSamples`: more than any run draws; sample i is made when asked for."""
@@ -151,7 +151,8 @@ def find(key: str, picture: str, names: Sequence[str], cell: int) -> Pair:
 
 def describe(task: str, key: str, picture: str, response: str, *, thing: str | None = None) -> Pair:
     """A picture, and perhaps what to look for, with what should be said of it."""
-    parts = (Image(PREFIX + picture), *([] if thing is None else [Text(find_thing(thing))]))
+    asked = () if thing is None else (Text(find_thing(thing)),)
+    parts: tuple[Part, ...] = (Image(PREFIX + picture), *asked)
     query = Item(DESCRIBE, parts)
     return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
 
@@ -189,7 +190,7 @@ def probe_samples(split: str) -> list[Pair]:
     tasks = ["name", "fact", "scenematch", "left1"]
     for pair in load_pairs(split, tasks=tasks, scenes_per_task=100 if split == "train" else None):
         part = pair.query.parts[0]
-        if pair.task == "left1":
+        if pair.task == "left1" and isinstance(part, Image):
             names = pair.query.fields["cells"].split(" , ")
             probes.append(answer("text_scene", f"probe/{pair.id}", caption(names), neighbours_text(names, (1, 3))))
             picture, seen = str(part.source).removeprefix(PREFIX), pair.query.fields["scanned"].count(" , ")
