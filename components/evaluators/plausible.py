@@ -134,13 +134,15 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
             continuations.append([think, *backbone.tokenize(text), end_think])
             return len(items) - 1
 
+        distinct = {id(pair): pair for pair, _ in asked}
+        others_of = {key: self._other_queries(pair) for key, pair in distinct.items()}
         rows = []  # of each text: its own row, those of other orders, those of other queries
         for pair, text in asked:
             # As a rearrangement has it: what is longer than a rationale may be cut, blanks between words one each.
             words = backbone.decode(backbone.tokenize(text)[: backbone.max_rationale_tokens]).split()
             own = " ".join(words)
             orders = [ask(pair.query, other) for other in self._rearranged(words)]
-            queries = [ask(other, own) for other in self._other_queries(pair)]
+            queries = [ask(other, own) for other in others_of[id(pair)]]
             rows.append((ask(pair.query, own), orders, queries))
         nats = log_likelihoods(backbone, items, continuations, batch_size=self.batch_size)
         return [
