@@ -60,6 +60,8 @@ def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) 
         assert getattr(found["best_of", "all"], f"rejects_{kind}") == pytest.approx(1 - statistics.mean(misjudged))
     oracle, random = found["oracle", "all"], found["random", "all"]
     assert oracle.precision == 0.8
+    assert {each.evaluator for each in found.values()} == {"Honest"}
+    assert oracle.none == -1.0
     assert oracle.keeps_good is None  # it has no margin
     assert random.precision == pytest.approx(0.5, abs=0.1)
     assert statistics.mean([found["best_of", task].precision or 0 for task in ("task-0", "task-1")]) == 0.8
@@ -95,6 +97,15 @@ def test_a_selector_may_be_of_ones_own(pool: RationalePool, capsys: pytest.Captu
         with pytest.raises(SystemExit):
             selectors.options_of(["--selectors", name])
         assert told in capsys.readouterr().err
+
+
+def test_what_is_trained_has_the_margin_of_the_evaluator_that_training_reads() -> None:
+    assert next(iter(selectors.MARGINS)) == min(selectors.MARGINS)  # a pool opens with the first evaluator by name
+    margin = selectors.MARGINS["plausible"]
+    assert selectors._with_margin("counterfactual") == {"class_path": "counterfactual", "init_args": {"margin": margin}}
+    assert selectors._with_margin("oracle") == "oracle"
+    assert selectors.selector_of("best_of", -0.5).margin == -0.5  # type: ignore[attr-defined]
+    assert not hasattr(selectors.selector_of("random", -0.5), "margin")
 
 
 def test_hits_are_means_over_seeds_by_path_and_task() -> None:
