@@ -3,9 +3,10 @@
     python -m benchmarks.score
 
 Scores pairs of the bundled data with the `tiny` model, each without a rationale, with every candidate of the bundled
-pool and with as many placebos, by both evaluators. The rival makes one plain forward pass over prompt and continuation
-for every arm: nothing is shared, and no cache is kept. Rows a second and ratios (rival / shared, in the same
-repetition) are by the wall clock, with the ratio of CPU seconds (on a GPU, of seconds between its events) beside.
+pool and with as many placebos, by every evaluator (`plausible`, which asks thirty times as much, for an eighth of the
+pairs). The rival makes one plain forward pass over prompt and continuation for every arm: nothing is shared, and no
+cache is kept. Rows a second and ratios (rival / shared, in the same repetition) are by the wall clock, with the ratio
+of CPU seconds (on a GPU, of seconds between its events) beside.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -23,14 +24,16 @@ from torch import Tensor
 
 from benchmarks.harness import append, median_ratio, paired_clocks, parser, table
 from mmemb.components.backbones.tiny import TinyBackbone
-from mmemb.components.evaluators import judge
 from mmemb.components.evaluators.judge import JudgeEvaluator
+from mmemb.components.evaluators.plausible import PlausibleEvaluator
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.bundled import load_pairs
 from mmemb.data.pool import RationalePool
+from mmemb.inference import shared as inference
 from mmemb.inference.decode import length_order
 from mmemb.inference.encoder import evaluating
+from mmemb.inference.shared import left_padded
 from mmemb.interfaces import Backbone, Evaluator
 from mmemb.types import Item, ModelInputs, Pair
 
@@ -38,11 +41,15 @@ _TASKS = ("name", "flagattr", "left1", "findscene")
 
 
 def evaluators(device: str) -> dict[str, Evaluator]:
-    """Both, on the shipped model. It was never taught to say yes or no; which two words are compared costs the same."""
+    """All, on the shipped model. It was never taught to say yes or no; which two words are compared costs the same."""
     backbone, pooler = TinyBackbone().to(device), EmbedToken()
     pooler.build(backbone.hidden_size)
     yes, no, *_ = (word for word in ("red", "apple", "dog", "left", "of") if len(backbone.tokenize(word)) == 1)
-    found: dict[str, Evaluator] = {"retrieval": RetrievalEvaluator(), "judge": JudgeEvaluator(yes=yes, no=no)}
+    found: dict[str, Evaluator] = {
+        "retrieval": RetrievalEvaluator(),
+        "judge": JudgeEvaluator(yes=yes, no=no),
+        "plausible": PlausibleEvaluator(RetrievalEvaluator()),
+    }
     for evaluator in found.values():
         evaluator.bind(backbone, pooler)
     return found
@@ -61,17 +68,17 @@ def rows_of(pairs: Sequence[Pair], *, most: int) -> tuple[list[Pair], list[str |
 
 def plain_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
-) -> Tensor:
-    """As `mmemb.inference.shared.last_states`, by one forward pass over prompt and continuation for every row."""
-    states = torch.zeros(len(items), backbone.hidden_size, device=backbone.device)
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """As `mmemb.inference.shared.continuation_states`, by one pass over prompt and continuation for every row."""
     order = length_order(items)
-    with evaluating(backbone):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tails = [continuations[row] for row in rows]
+        with evaluating(backbone):
             prompts = backbone.prepare([items[row] for row in rows], embed=False)
-            inputs = continued(prompts, [continuations[row] for row in rows]).to(backbone.device)
-            states[rows] = backbone(inputs)[:, -1].to(states.dtype)
-    return states
+            tokens, mask = left_padded(tails, backbone.device)
+            hidden = backbone(continued(prompts, tails).to(backbone.device))[:, -tokens.shape[1] :]
+        yield rows, hidden, tokens, mask
 
 
 def continued(prompts: ModelInputs, continuations: Sequence[Sequence[int]]) -> ModelInputs:
@@ -97,7 +104,7 @@ def continued(prompts: ModelInputs, continuations: Sequence[Sequence[int]]) -> M
 def apart(evaluator: Evaluator, pairs: Sequence[Pair], texts: Sequence[str | None]) -> list[float]:
     """Scores with nothing shared. Copies of the pairs suffice for `retrieval`: its rows are then whole sequences."""
     copies = [replace(pair, query=replace(pair.query)) for pair in pairs]
-    with mock.patch.object(judge, "last_states", plain_states):
+    with mock.patch.object(inference, "continuation_states", plain_states):
         return evaluator.score(copies, texts)
 
 
@@ -107,7 +114,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     each = 4 if options.smoke else options.pairs
     for kind, evaluator in evaluators(options.device).items():
         for task in _TASKS[:2] if options.smoke else _TASKS:
-            pairs = load_pairs("train", tasks=[task])[:each]
+            pairs = load_pairs("train", tasks=[task])[: max(2, each // 8) if kind == "plausible" else each]
             shared, texts = rows_of(pairs, most=5)
             evaluator.prepare_bank(pairs)
             rivals = {

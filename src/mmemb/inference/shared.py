@@ -36,7 +36,7 @@ def last_states(
         batch_size: rows continued together.
     """
     states: Tensor | None = None
-    for rows, hidden, _, _ in _continued(backbone, items, continuations, batch_size):
+    for rows, hidden, _, _ in continuation_states(backbone, items, continuations, batch_size=batch_size):
         if states is None:
             states = hidden.new_zeros(len(items), hidden.shape[-1])
         states[rows] = hidden[:, -1]
@@ -55,7 +55,7 @@ def log_likelihoods(
         batch_size: rows continued together.
     """
     found = [0.0] * len(items)
-    for rows, hidden, tokens, mask in _continued(backbone, items, continuations, batch_size):
+    for rows, hidden, tokens, mask in continuation_states(backbone, items, continuations, batch_size=batch_size):
         row, column = (mask[:, :-1] & mask[:, 1:]).bool().nonzero(as_tuple=True)  # states that foretell a real token
         nats = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device)
         # The vocabulary is wide: not every token's logits at once.
@@ -93,17 +93,20 @@ def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[st
         return pool_last(pooler, states).float().cpu()
 
 
-def _continued(
-    backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], batch_size: int
+def continuation_states(
+    backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Batch by batch: row numbers, states [B, L, H], token ids and mask [B, L] of the continuations, left-padded."""
+    """Batch by batch: row numbers, states [B, L, H], token ids and mask [B, L] of the continuations, left-padded.
+
+    Arguments as `last_states` has them.
+    """
     for rows in _batches(items, batch_size):
         with evaluating(backbone):
             distinct = {id(items[row]): items[row] for row in rows}
             prefix = prefill(backbone, list(distinct.values()))
             place = {key: index for index, key in enumerate(distinct)}
             owner = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
-            tokens, mask = _left_padded([continuations[row] for row in rows], backbone.device)
+            tokens, mask = left_padded([continuations[row] for row in rows], backbone.device)
             hidden, _ = backbone.extend(backbone.fork(prefix, owner), tokens, mask)
         yield rows, hidden, tokens, mask
 
@@ -119,7 +122,7 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask [N, L] int64; padding on the left, so that the last column is every row's last token."""
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
