@@ -72,6 +72,23 @@ def test_generate_score_show(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pair1" not in out
 
 
+def test_an_evaluator_that_wraps_another_is_named_in_yaml(cli: Cli) -> None:
+    checked = {"class_path": "plausible", "init_args": {"evaluator": "retrieval", "alternatives": 2}}
+    Path("b.yaml").write_text(yaml.safe_dump({"model": {"pool": {"path": "pool", "evaluator": checked}}}))
+    assert rationales(cli, "generate").code == 0
+    for words in (("score",), ("score", "--config", "b.yaml")):
+        assert rationales(cli, *words).code == 0
+    manifest = json.loads(Path("pool/manifest.json").read_text(encoding="utf-8"))
+    assert set(manifest["evaluators"]) == {"plausible", "retrieval"}
+    assert manifest["evaluators"]["plausible"]["of"] == {
+        "evaluator": "retrieval",
+        **manifest["evaluators"]["retrieval"],
+    }
+    code, _, err = rationales(cli, "score", "--config", "b.yaml", "--model.pool.evaluator.alternatives", "3")
+    assert code == 2  # other settings than the scores that are there
+    assert "plausible" in err
+
+
 def test_the_model_is_put_where_fit_would_train(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[str] = []
     monkeypatch.setattr(EmbeddingModule, "to", lambda self, device: placed.append(device))
