@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import itertools
+import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from mmemb.digests import item_digest, module_digest, seed_of
+from mmemb.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.embedder import load_encoder
 from mmemb.inference.shared import log_likelihoods
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.types import END_THINK, THINK, Item, Pair
 
 _SPARE = 8  # times as many queries are kept as are compared: those with the pair's own target do not count
+
+
+class _Asked(NamedTuple):
+    """A query, the first pair that asks it, and every target it is asked with."""
+
+    query: Item
+    pair_id: str
+    targets: set[str]
 
 
 class PlausibleEvaluator(Evaluator, name="plausible"):
@@ -28,14 +39,18 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         c'(q, t | none) = c(q, t | none)
 
     Either part is a permutation test (Fisher 1935): words in random order, or a text that has nothing to do with its
-    query, pass it with probability 1 / (alternatives + 1). A text that passes both is worth what it was. A single word
-    has no other order, and a task with one target no other query: such a part is 0.
+    query, pass it with probability 1 / (n + 1), n the alternatives that there are, at most ``alternatives``: two words
+    have one other order, a single word has none, and then that part is 0. A text that passes both is worth what it
+    was; one that fails loses the nats by which it does, and a larger gain outweighs them.
+
+    A writer in half precision rounds its logits: differences of less than about .1 nat a token are noise then.
 
     Args:
         evaluator: gives the confidence c.
         writer: the model p: a checkpoint or run folder of ``mmemb fit``, a folder of `Embedder.save`, or a bare
             backbone's folder or hub id. None: the backbone given to `bind`, as it is when scoring.
-        alternatives: most rearrangements, and most other queries, a rationale. Each costs a continuation of its length.
+        alternatives: most rearrangements, and most other queries, a rationale. Each costs a continuation of its length,
+            as does the rationale itself.
         batch_size: rows of one forward pass.
         seed: another seed draws other alternatives.
 
@@ -60,7 +75,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         self.batch_size = batch_size
         self.seed = seed
         self._backbone: Backbone | None = None
-        self._queries: dict[str, list[tuple[str, Pair]]] = {}  # by task: digest of the query, a pair that asks it
+        self._queries: dict[str, list[_Asked]] = {}  # by task
 
     def bind(self, backbone: Backbone, pooler: Pooler) -> None:
         """Gives the model in training to both; a writer of its own is kept."""
@@ -71,20 +86,20 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
     def prepare_bank(self, pairs: Sequence[Pair]) -> None:
         """See `Evaluator.prepare_bank`; draws the other queries too, whatever the order of the pairs."""
         self.evaluator.prepare_bank(pairs)
-        every: dict[str, dict[str, Pair]] = {}
+        every: dict[str, dict[Hashable, _Asked]] = {}
         for pair in sorted(pairs, key=lambda pair: pair.id):
-            every.setdefault(pair.task, {}).setdefault(item_digest(pair.query), pair)
+            asked = every.setdefault(pair.task, {})
+            asked.setdefault(item_key(pair.query), _Asked(pair.query, pair.id, set())).targets.add(pair.positive_id)
         self._queries = {}
         for task, asked in every.items():
-            drawn = ((seed_of(self.seed, task, query), query) for query in asked)
-            first = heapq.nsmallest(_SPARE * self.alternatives, drawn)
-            self._queries[task] = [(query, asked[query]) for _, query in first]
+            drawn = functools.partial(self._drawn, task)
+            self._queries[task] = heapq.nsmallest(_SPARE * self.alternatives, asked.values(), key=drawn)
 
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
         """See `Evaluator.score`.
 
         Raises:
-            ValueError: a pair's task is not in the bank, or no model is there.
+            ValueError: a pair's task is not in the bank, no model is there, or a likelihood is not finite.
         """
         scores = self.evaluator.score(pairs, rationales)
         distinct = {(id(pair), text): pair for pair, text in zip(pairs, rationales, strict=True) if text is not None}
@@ -145,6 +160,11 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
             queries = [ask(other, own) for other in others_of[id(pair)]]
             rows.append((ask(pair.query, own), orders, queries))
         nats = log_likelihoods(backbone, items, continuations, batch_size=self.batch_size)
+        if not all(map(math.isfinite, nats)):
+            raise ValueError(
+                f"plausible evaluator: {backbone.identity} gives a likelihood that is no finite number; "
+                f"load the writer in bfloat16 or float32"
+            )
         return [
             sum(max(0.0, max(nats[row] for row in others) - nats[own]) for others in (orders, queries) if others)
             for own, orders, queries in rows
@@ -171,10 +191,14 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
                 f"plausible evaluator: no other queries for the task {pair.task!r}, only for: {known}; "
                 f"call prepare_bank with the pairs of every task to be scored"
             )
-        own = item_digest(pair.query)
-        others = [
+        own = item_key(pair.query)
+        others = (
             other.query
-            for query, other in self._queries[pair.task]
-            if query != own and other.positive_id != pair.positive_id
-        ]
-        return others[: self.alternatives]
+            for other in self._queries[pair.task]
+            if pair.positive_id not in other.targets and item_key(other.query) != own
+        )
+        return list(itertools.islice(others, self.alternatives))
+
+    def _drawn(self, task: str, asked: _Asked) -> tuple[int, str]:
+        """A query's place in the order drawn, the same on every disk; ids break the ties of like-named pictures."""
+        return seed_of(self.seed, task, item_digest(asked.query)), asked.pair_id

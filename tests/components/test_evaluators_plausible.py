@@ -12,17 +12,26 @@ import torch
 from mmemb.components.evaluators.plausible import PlausibleEvaluator
 from mmemb.data.bundled import load_pairs
 from mmemb.inference.shared import log_likelihoods
-from mmemb.interfaces import Evaluator
+from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.registry import create
-from mmemb.types import END_THINK, THINK, Item, Pair, Text
+from mmemb.types import END_THINK, THINK, Image, Item, Pair, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
 class Fixed(Evaluator):
-    """Every text is worth 5 nats, none 3."""
+    """Every text is worth 5 nats, none 3; ``told`` is what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
+        self.told.append("bind")
 
     def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        pass
+        self.told.append(f"bank of {len(pairs)}")
+
+    def release(self) -> None:
+        self.told.append("release")
 
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
         return [3.0 if text is None else 5.0 for text in rationales]
@@ -87,6 +96,43 @@ def test_queries_of_the_same_target_or_content_are_no_alternatives() -> None:
     assert evaluator.score(pairs[:1], ["red"]) == [5.0]  # one word, no other query: nothing to compare with
 
 
+@pytest.mark.parametrize("name", ["again", "zzz"])  # before and behind the others in the order of ids
+def test_a_query_of_several_targets_is_no_alternative_to_any_of_them(name: str) -> None:
+    pairs = make_pairs(2)
+    also = Pair(name, "t", pairs[0].query, Item("", (Text("blue"),)), pairs[1].positive_id)
+    evaluator, _ = bound([*pairs, also])
+    assert evaluator._other_queries(pairs[1]) == []
+
+
+def test_pictures_whose_paths_end_alike_are_different_queries() -> None:
+    pairs = [
+        Pair(f"p{row}", "t", Item("what is", (Image(f"/data/row{row}/img/0.png"),)), Item("", (Text("red"),)), f"{row}")
+        for row in range(6)
+    ]
+    evaluator, _ = bound(pairs)
+    assert evaluator._other_queries(pairs[0]) == [pair.query for pair in pairs[1:]]
+
+
+def test_the_wrapped_evaluator_hears_all_that_it_needs() -> None:
+    evaluator, _ = bound(make_pairs(3))
+    evaluator.release()
+    assert evaluator.evaluator.told == ["bind", "bank of 3", "release"]  # type: ignore[attr-defined]
+
+
+def test_a_likelihood_that_is_no_number_is_an_error() -> None:
+    evaluator, backbone = bound(make_pairs(3))
+    torch.nn.init.constant_(backbone.head.bias, torch.nan)
+    with pytest.raises(ValueError, match="fake gives a likelihood that is no finite number"):
+        evaluator.score(make_pairs(3), ["red"] * 3)
+
+
+def test_two_words_pass_as_often_as_they_have_orders() -> None:
+    pairs = make_pairs(2, targets=1)
+    evaluator, _ = bound(pairs)
+    texts = [" ".join(order) for order in itertools.permutations(WORDS, 2)]  # each text and its other order
+    assert sum(score == 5.0 for score in evaluator.score(pairs[:1] * len(texts), texts)) == len(texts) / 2
+
+
 def test_random_order_passes_with_the_probability_said() -> None:
     pairs = make_pairs(2, targets=1)
     evaluator, _ = bound(pairs, alternatives=3)
@@ -102,7 +148,7 @@ def test_a_text_of_another_query_passes_with_the_probability_said() -> None:
     draw = random.Random(0)
     texts = [draw.choice(WORDS) for _ in pairs]
     passed = sum(score == 5.0 for score in evaluator.score(pairs, texts)) / 50
-    assert 0.02 <= passed <= 0.5  # 1/5 of 50, give or take
+    assert 0.06 <= passed <= 0.32  # 1/5 of 50, give or take two standard deviations
 
 
 def test_alternatives_do_not_depend_on_the_order_of_the_data_but_on_the_seed() -> None:

@@ -57,12 +57,12 @@ def log_likelihoods(
     found = [0.0] * len(items)
     for rows, hidden, tokens, mask in continuation_states(backbone, items, continuations, batch_size=batch_size):
         row, column = (mask[:, :-1] & mask[:, 1:]).bool().nonzero(as_tuple=True)  # states that foretell a real token
-        nats = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device)
-        # The vocabulary is wide: not every token's logits at once.
+        nats = torch.zeros(len(rows), dtype=torch.float64)
+        # The vocabulary is wide: not every token's logits at once. Summed on the CPU, in one order.
         for r, c in zip(row.split(_TOKENS_AT_ONCE), column.split(_TOKENS_AT_ONCE), strict=True):
             with torch.no_grad():
                 of_token = backbone.logits(hidden[r, c]).float().log_softmax(-1).gather(1, tokens[r, c + 1, None])
-            nats.index_add_(0, r, of_token[:, 0].double())
+            nats.index_add_(0, r.cpu(), of_token[:, 0].cpu().double())
         for index, value in zip(rows, nats.tolist(), strict=True):
             found[index] = value
     return found

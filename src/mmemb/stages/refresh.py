@@ -230,16 +230,20 @@ class RefreshPool(L.Callback):
         path = self.folder / _name(step) / f"rank-{trainer.global_rank}"
         if path.exists():  # of a run that was killed before it could write a checkpoint
             shutil.rmtree(path)
-        generate(
-            pairs,
-            [self.worker],
-            self.candidates,
-            pool=path,
-            seed=seed_of(self.seed, step),
-            leaks=module.pool.leaks,
-            progress=False,
-        )
-        added = score(pairs, self.evaluator, path, progress=False)
+        try:
+            generate(
+                pairs,
+                [self.worker],
+                self.candidates,
+                pool=path,
+                seed=seed_of(self.seed, step),
+                leaks=module.pool.leaks,
+                progress=False,
+            )
+            added = score(pairs, self.evaluator, path, progress=False)
+        finally:  # training needs the memory of models of their own
+            self.worker.release()
+            self.evaluator.release()
         trainer.strategy.barrier()
         self.steps.append(step)
         grown = self._use(module)
