@@ -133,6 +133,23 @@ def test_a_resumed_run_proposes_and_trains_as_one_in_one_go(tmp_path: Path) -> N
         run(tmp_path / "third", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
 
 
+def test_models_of_their_own_give_their_memory_back_after_each_refresh(tmp_path: Path) -> None:
+    released: list[str] = []
+
+    class Held(Plain):
+        def release(self) -> None:
+            released.append("evaluator")
+
+    class Worker(ModelWorker):
+        def release(self) -> None:
+            released.append("worker")
+
+    _, trainer = run(tmp_path, refresher(worker=Worker(max_new_tokens=4), evaluator=Held()), steps=3)
+    times = len(texts(tmp_path))
+    assert times >= 1
+    assert released == ["worker", "evaluator"] * times
+
+
 def test_a_run_that_was_moved_takes_up_its_candidates(tmp_path: Path) -> None:
     _, trainer = run(tmp_path / "first", refresher(2), steps=3)
     trainer.save_checkpoint(tmp_path / "first" / "checkpoints" / "last.ckpt")
