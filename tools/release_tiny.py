@@ -3,7 +3,7 @@
     mmemb fit --config recipes/pretrain_tiny.yaml
     python -m tools.release_tiny runs/pretrain_tiny/version_0
     mmemb fit --config recipes/pretrain_tiny.yaml --config recipes/pretrain_tiny_find.yaml
-    python -m tools.release_tiny runs/pretrain_tiny-pretrain_tiny_find/version_0
+    python -m tools.release_tiny runs/pretrain_tiny+pretrain_tiny_find/version_0
 
 A run from random weights is the first stage; one from the shipped weights adds a stage, which ``training.json`` beside
 the weights keeps in order. Every number of the card is measured here, with the weights as shipped (half precision), on
