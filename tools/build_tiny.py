@@ -137,8 +137,8 @@ def skeleton(folder: Path, corpus: Iterable[str]) -> None:
     Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=128 * 128
     ).save_pretrained(folder)
-    _write(folder / "config.json", json.dumps(build_config(tokenizer), indent=2) + "\n")
-    _write(folder / "backbone.json", json.dumps({"origin": "tiny@1"}) + "\n")
+    write_aside(folder / "config.json", json.dumps(build_config(tokenizer), indent=2) + "\n")
+    write_aside(folder / "backbone.json", json.dumps({"origin": "tiny@1"}) + "\n")
 
 
 def pack(source: Path, folder: Path) -> None:
@@ -154,7 +154,8 @@ def pack(source: Path, folder: Path) -> None:
     os.replace(aside, folder / "model.safetensors")
 
 
-def _write(path: Path, text: str) -> None:
+def write_aside(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
     aside = path.with_name("." + path.name)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

@@ -4,17 +4,18 @@
     python -m tools.release_tiny runs/pretrain_tiny/version_0
     mmemb fit --config recipes/pretrain_tiny.yaml --config recipes/pretrain_tiny_find.yaml
     python -m tools.release_tiny runs/pretrain_tiny+pretrain_tiny_find/version_0
+    python -m tools.release_tiny                # the card alone, of the weights that are shipped
 
 A run from random weights is the first stage; one from the shipped weights adds a stage, which ``training.json`` beside
-the weights keeps in order. Every number of the card is measured here, with the weights as shipped (half precision), on
-held-out probes.
+the weights keeps in order, with the digest of the weights it led to; released again, it is not added twice. Every
+number of the card is measured here, with the weights as shipped (half precision), on held-out probes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from mmemb.data.bundled import is_right, probe_samples
 from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.inference.decode import sample
 from mmemb.types import Pair
-from tools.build_tiny import FOLDER, pack
+from tools.build_tiny import FOLDER, pack, write_aside
 
 WHAT = {
     "picture": "name of a picture whose (thing, vendor) pair was withheld",
@@ -51,10 +52,40 @@ def accuracy(backbone: TinyBackbone, probes: Sequence[Pair]) -> dict[str, dict[s
 
 
 STAGES = FOLDER / "training.json"
+RECIPES = ("recipes/pretrain_tiny.yaml", "recipes/pretrain_tiny_find.yaml")
+"""Of the stages in order."""
+
+
+def weights_digest(path: Path = FOLDER / "model.safetensors") -> str:
+    """SHA-256 of a file of weights, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def shipped_stages() -> list[dict[str, Any]]:
+    """The stages that led to the shipped weights.
+
+    Raises:
+        ValueError: ``training.json`` is of other weights.
+    """
+    kept = json.loads(STAGES.read_text(encoding="utf-8"))
+    if kept["weights"] != weights_digest():
+        raise ValueError(
+            f"{STAGES}: of other weights than the model.safetensors beside it; release the run they are of"
+        )
+    stages: list[dict[str, Any]] = kept["stages"]
+    return stages
 
 
 def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
-    """The stages that lead to a run's weights, the run's own last: from the shipped weights on, or from random ones."""
+    """The stages that lead to a run's weights, the run's own last: from the shipped weights on, or from random ones.
+
+    Args:
+        config: of the run, as ``config.yaml`` in its folder has it.
+        steps: that it took.
+
+    Raises:
+        ValueError: it went on from the shipped weights, and nothing says what those are.
+    """
     before = config["model"]["backbone"]["init_args"]["weights"] == "pretrained"
     stage = {
         "tasks": config["data"]["train"][0].get("tasks") or list(WEIGHTS),
@@ -62,7 +93,7 @@ def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
         "batch_size": config["data"]["batch_size"],
         "seed": config["seed_everything"],
     }
-    return [*(json.loads(STAGES.read_text(encoding="utf-8")) if before else []), stage]
+    return [*(shipped_stages() if before else []), stage]
 
 
 def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str, float]]], *, parameters: int) -> str:
@@ -71,16 +102,17 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
         f"{stage['steps']} steps of {stage['batch_size']} rows of {', '.join(stage['tasks'])} (seed {stage['seed']})"
         for stage in stages
     )
+    recipes = " and then ".join(f"`{recipe}`" for recipe in RECIPES[: len(stages)])
     lines = [
         "# Model card: `tiny`",
         "",
-        f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by "
-        "`recipes/pretrain_tiny.yaml` and then `recipes/pretrain_tiny_find.yaml` on the bundled data (see NOTICE for "
-        f"its sources), next-token loss: {trained}. "
+        f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by {recipes} on the "
+        f"bundled data (see NOTICE for its sources), next-token loss: {trained}. "
         "Shipped in half precision. It names pictures, recalls facts about countries, captions scenes of the bundled "
         "kind, wholly or up to a thing asked for, and says, of a caption in text, who stands left or right of whom, in "
         "lower-case English; it knows nothing else. It was never shown a withheld picture, scene or "
-        "phrasing, nor a flag together with its country's attributes.",
+        "phrasing, nor a flag together with its country's attributes, nor asked who stands beside whom in a picture "
+        "(a caption that ends at a thing does name its left neighbour just before).",
         "",
         "Share of greedy answers that are right to the word, as shipped "
         "(`python -m tools.release_tiny`; a prompt as in pretraining, a held-out input):",
@@ -98,30 +130,37 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run of recipes/pretrain_tiny.yaml")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of either stage (default: none)")
     arguments = parser.parse_args()
-    checkpoint = torch.load(arguments.run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    stages = shipped_stages() if arguments.run is None else release(arguments.run)
+    model = TinyBackbone().eval()
+    scores = {split: accuracy(model, probe_samples(split)) for split in ("validation", "test")}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_aside(FOLDER / "MODEL_CARD.md", card(stages, scores, parameters=parameters))
+    print(json.dumps({"stages": stages, **scores}, indent=2))
+
+
+def release(run: Path) -> list[dict[str, Any]]:
+    """Ships the weights of the run in a folder; the stages that led to them.
+
+    Raises:
+        ValueError: as `stages_of`.
+    """
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     trained = TinyBackbone(weights="random")
     prefix = "backbone."
     trained.load_state_dict(
         {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     )
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    stages, before = stages_of(config, steps=checkpoint["global_step"]), weights_digest()
     with tempfile.TemporaryDirectory() as folder:
         trained.save(Path(folder) / "tiny")
         pack(Path(folder) / "tiny", FOLDER)
-    shipped = TinyBackbone().eval()
-    scores = {split: accuracy(shipped, probe_samples(split)) for split in ("validation", "test")}
-    config = yaml.safe_load((arguments.run / "config.yaml").read_text(encoding="utf-8"))
-    stages = stages_of(config, steps=checkpoint["global_step"])
-    parameters = sum(parameter.numel() for parameter in shipped.parameters())
-    for path, text in (
-        (STAGES, json.dumps(stages, indent=1) + "\n"),
-        (FOLDER / "MODEL_CARD.md", card(stages, scores, parameters=parameters)),
-    ):
-        aside = path.with_name(f".{path.name}")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    print(json.dumps({"stages": stages, **scores}, indent=2))
+    if weights_digest() == before:  # released once already
+        return shipped_stages()
+    write_aside(STAGES, json.dumps({"weights": weights_digest(), "stages": stages}, indent=1) + "\n")
+    return stages
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
     have one other order, a single word has none, and then that part is 0. A text that passes both is worth what it
     was; one that fails loses the nats by which it does, and a larger gain outweighs them.
 
-    A writer in half precision rounds its logits: differences of less than about .1 nat a token are noise then.
+    A writer in half precision rounds its logits, so that small differences between alternatives are noise.
 
     Args:
         evaluator: gives the confidence c.

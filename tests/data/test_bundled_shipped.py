@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mmemb.components.backbones.tiny import FOLDER, TinyBackbone
@@ -16,7 +18,8 @@ from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.data.pool import RationalePool
 from mmemb.registry import create
 from mmemb.stages.select import choose
-from tools.release_tiny import STAGES, WHAT, accuracy, stages_of
+from tools import release_tiny
+from tools.release_tiny import WHAT, accuracy, card, release, shipped_stages, stages_of
 
 MEGABYTE = 1_000_000
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
@@ -53,8 +56,8 @@ def test_weights_and_pool_stay_small() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 10 * MEGABYTE
 
 
-def test_the_weights_come_from_the_recipes_as_they_stand() -> None:
-    stages = json.loads(STAGES.read_text(encoding="utf-8"))
+def test_tasks_steps_and_seeds_of_the_weights_are_those_of_the_recipes() -> None:
+    stages = shipped_stages()  # of these very weights: their digest is checked
     first = yaml.safe_load((RECIPES / "pretrain_tiny.yaml").read_text(encoding="utf-8"))
     second = yaml.safe_load((RECIPES / "pretrain_tiny_find.yaml").read_text(encoding="utf-8"))
     assert second["model"]["backbone"]["init_args"]["weights"] == "pretrained"
@@ -82,8 +85,42 @@ def test_a_run_from_random_weights_is_the_first_stage_and_another_adds_one() -> 
     config["model"]["backbone"]["init_args"]["weights"] = "pretrained"
     config["data"]["train"] = [{"tasks": None}]
     *shipped, added = stages_of(config, steps=2)
-    assert shipped == json.loads(STAGES.read_text(encoding="utf-8"))
+    assert shipped == shipped_stages()
     assert added["tasks"] == list(WEIGHTS)
+
+
+def test_a_run_that_is_released_twice_is_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "shipped"
+    shutil.copytree(FOLDER, shipped)
+    weights = shipped / "model.safetensors"
+    monkeypatch.setattr(release_tiny, "STAGES", shipped / "training.json")
+    monkeypatch.setattr(release_tiny, "FOLDER", shipped)
+    monkeypatch.setattr(release_tiny, "weights_digest", functools.partial(release_tiny.weights_digest, weights))
+    state = {f"backbone.{name}": value for name, value in TinyBackbone(weights="random").state_dict().items()}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": state, "global_step": 2}, tmp_path / "checkpoints" / "last.ckpt")
+    config = {
+        "model": {"backbone": {"init_args": {"weights": "pretrained"}}},
+        "data": {"train": [{"path": "bundled:pretrain"}], "batch_size": 8},
+        "seed_everything": 3,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    before = shipped_stages()
+    once = release(tmp_path)
+    assert once[:-1] == before
+    assert once[-1]["steps"] == 2
+    assert release(tmp_path) == once == shipped_stages()
+    weights.write_bytes(b"others")
+    with pytest.raises(ValueError, match=r"training\.json: of other weights"):
+        shipped_stages()
+
+
+def test_the_card_names_the_recipes_of_the_stages_there_are() -> None:
+    stages, scores = shipped_stages(), {"test": {task: {"exact": 0.5, "n": 2} for task in WHAT}}
+    assert "pretrain_tiny_find" not in card(stages[:1], scores, parameters=1)
+    both = card(stages, scores, parameters=1)
+    assert "by `recipes/pretrain_tiny.yaml` and then `recipes/pretrain_tiny_find.yaml` on" in both
+    assert both.count("| 0.500 (2) |") == len(WHAT)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Next-token data for pretraining the default backbone, and the probes that say what it has learnt.
 
 Perception and memory only: names of pictures, facts in text, captions of scenes, whole or up to a thing asked for,
-neighbours in a text. Never a withheld picture, a held-out scene or phrasing, nor a composition (flag -> attribute,
-picture of a scene -> neighbour).
+neighbours in a text. Never a withheld picture, a held-out scene or phrasing, nor a composition: flag -> attribute, or
+who stands beside whom in a picture. A caption up to a thing names its left neighbour just before, but is never asked
+for it.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def probe_samples(split: str) -> list[Pair]:
 
 
 def all_texts() -> list[str]:
-    """What a tokenizer must know: every name, value and instruction, every template filled with an example."""
+    """What a tokenizer must know: names, values, instructions, templates of questions filled with an example."""
     texts = {entity.name for entity in entities().values()} | {v for c in countries() for v in c.attributes.values()}
     texts |= {spec.instruction for spec in TASKS.values()} | {DESCRIBE, *ATTRIBUTES}
     country, (a, b) = countries()[0], scene_vocabulary()[:2]
