@@ -6,7 +6,8 @@
 Every way and batch is measured in a process of its own, which may take --budget MB: one that does not fit is a row, not
 a crash. Within the process the step takes turns with a floor: every row forward and backward once and one step of the
 optimiser, each chunk with a loss of its own. The cache encodes all chunks but one twice: 4/3 of the floor where a
-backward pass costs two forward passes. Prints and appends to `gradcache.jsonl`; columns: docs/benchmarks.md.
+backward pass costs two forward passes; `mmemb-kept` keeps every chunk's graph and encodes once. Prints and appends to
+`gradcache.jsonl`; columns: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -61,12 +61,15 @@ def measure(
     pairs = [each[row] for row in range(-(-count // len(tasks))) for each in of_task][:count]
     joint = Joint(chunk_size=chunk).to(device)
     joint.prepare_choice(true_rationale)
+    kept = Joint(chunk_size=chunk, kept_graphs=-(-count // chunk)).to(device)
+    kept.prepare_choice(true_rationale)
     control = Control(chunk_size=queries, group_size=group, max_new_tokens=budget, show_every=0).to(device)
     control.prepare_candidates(tasks)
     control.follow(joint)
     steps = {
         "joint": step(joint, parts, pairs),
         "control": step(control, parts, pairs),
+        "joint, graphs kept": step(kept, parts, pairs),
         "joint, paths apart": step(joint, parts, pairs, shared=False),
     }
     steps["control"]()  # its candidates are embedded, once in many steps

@@ -31,7 +31,7 @@ from mmemb.data.records import Source, read_pairs
 from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
 from mmemb.types import ModelInputs
 
-WAYS = ("mmemb", "plain", "sentence-transformers")
+WAYS = ("mmemb", "mmemb-kept", "plain", "sentence-transformers")
 DISTINCT = 256
 """Different pairs at most; a larger batch repeats them, which costs a step the same."""
 STATUS = Path("/proc/self/status")
@@ -100,8 +100,8 @@ class Bench:
         chunks = range(batch // self.chunk)
         if way == "floor":
             return lambda: self._floor(chunks)
-        if way == "mmemb":
-            return lambda: self._cached(chunks)
+        if way in ("mmemb", "mmemb-kept"):
+            return lambda: self._cached(chunks, kept_graphs=len(chunks) if way == "mmemb-kept" else 1)
         if way == "plain":
             query, target = self._prepare("query", 0, batch), self._prepare("positive", 0, batch)
             return lambda: full_matrix(self.encode(query), self.encode(target)).backward()
@@ -135,7 +135,7 @@ class Bench:
         for number in chunks:
             full_matrix(self.query(number), self.target(number)).backward()
 
-    def _cached(self, chunks: range) -> None:
+    def _cached(self, chunks: range, kept_graphs: int) -> None:
         def forward(number: int, final: bool) -> ChunkOutput:
             return ChunkOutput({"query": self.query(number), "target": self.target(number)})
 
@@ -143,7 +143,7 @@ class Bench:
             result = self.loss.with_grads(embeddings["query"], embeddings["target"])
             return CachedLoss(result.loss, {"query": result.query_grad, "target": result.candidate_grad})
 
-        cached_step(chunks, forward, all_rows)
+        cached_step(chunks, forward, all_rows, kept_graphs=kept_graphs)
 
     def _cached_multiple_negatives(self, batch: int) -> Callable[[], None]:
         """sentence-transformers' loss around the same model: its cache, its loss, its second pass.

@@ -111,6 +111,7 @@ def train(
     y: Tensor,
     chunk: int,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    kept: int = 1,
     **arguments: bool,
 ) -> None:
     """A cached step on queries x and targets y."""
@@ -124,7 +125,8 @@ def train(
         gradients = {"query": result.query_grad, "target": result.candidate_grad}
         return CachedLoss(result.loss, gradients, contrast.temperature_term(result))
 
-    cached_step(list(zip(x.split(chunk), y.split(chunk), strict=True)), forward, loss, no_sync=no_sync)
+    chunks = list(zip(x.split(chunk), y.split(chunk), strict=True))
+    cached_step(chunks, forward, loss, no_sync=no_sync, kept_graphs=kept)
 
 
 def plain_gradients(world: int) -> dict[str, Tensor]:
@@ -212,6 +214,12 @@ def data_parallel(world: int, rank: int) -> dict[str, Any]:
     train(wrapped, whole.loss, x, y, chunk, wrapped.no_sync)
     result["trained"] = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
     result["reductions"] = len(reductions)
+    # The same in chunks of one row, all graphs but one kept.
+    reductions.clear()
+    whole.zero_grad()
+    train(wrapped, whole.loss, x, y, 1, wrapped.no_sync, kept=len(x))
+    result["kept"] = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    result["kept reductions"] = len(reductions)
     # Two steps' gradients accumulated, reduced once.
     reductions.clear()
     whole.zero_grad()
@@ -256,19 +264,19 @@ def sharded(world: int, rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,))
     own = own_queries(world, rank)
     x, y = batch(world)["query"][own], batch(world)["candidate"][:8][own]
-    # Every forward pass gathers parameters, so the ranks need equally many: two chunks each; three ranks have one.
-    chunk = {2: [2, 3], 3: [2, 1, 5]}[world][rank]
-    for held in (False, True):
+    # Every forward pass gathers parameters, so the ranks need equally many: three chunks each; three ranks have one.
+    chunk = {2: [1, 2], 3: [2, 1, 5]}[world][rank]
+    for held, kept in ((False, 1), (True, 1), (False, 2), (True, 2), (False, 3)):
         encoder, contrast = Encoder(), InfoNCE(temperature=0.1).double()
         for part in (encoder.first, encoder.second):
             fully_shard(part, mesh=mesh)
         fully_shard(encoder, mesh=mesh).set_reduce_scatter_unused_params(True)
         hold = gradient_hold(encoder) if held else nullcontext
         with Reductions() as reductions:
-            train(encoder, contrast, x, y, chunk, hold, sometimes=rank == world - 1)
-        result[f"{held} reductions"] = reductions.count
+            train(encoder, contrast, x, y, chunk, hold, kept, sometimes=rank == world - 1)
+        result[f"{held} {kept} reductions"] = reductions.count
         named = [*encoder.named_parameters(), *contrast.named_parameters()]
-        result[f"{held}"] = {
+        result[f"{held} {kept}"] = {
             name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
             for name, p in named
             if p.grad is not None

@@ -187,6 +187,8 @@ def test_a_cached_step_under_ddp_is_the_plain_step_and_reduces_once(ranks: list[
     for rank in ranks:
         assert_equal_gradients(rank["trained"], plain_step(world))
         assert rank["reductions"] == 1
+        assert_equal_gradients(rank["kept"], plain_step(world))
+        assert rank["kept reductions"] == 1
 
 
 def test_accumulated_steps_under_ddp_reduce_once(ranks: list[dict[str, Any]], world: int) -> None:
@@ -230,14 +232,22 @@ def test_ddp_inside_a_module_is_held_and_let_go() -> None:
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["reduced by chunk", "reduced once"])
-def test_a_cached_step_under_fsdp2_is_the_plain_step(ranks: list[dict[str, Any]], world: int, held: bool) -> None:
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_cached_step_under_fsdp2_is_the_plain_step(
+    ranks: list[dict[str, Any]], world: int, held: bool, kept: int
+) -> None:
     for rank in ranks:
-        assert_equal_gradients(rank["sharded"][str(held)], plain_gradients(world))
-    # Three groups of parameters (the root's unused on all ranks but the last), two chunks of two ranks, else one; and
+        assert_equal_gradients(rank["sharded"][f"{held} {kept}"], plain_gradients(world))
+    # Three groups of parameters (the root's unused on all ranks but the last), three chunks of two ranks, else one; and
     # the candidates' gradients.
-    chunks = 1 if held or world == 3 else 2
-    assert {rank["sharded"][f"{held} reductions"] for rank in ranks} == {3 * chunks + 1}
+    chunks = 1 if held or world == 3 else 3
+    assert {rank["sharded"][f"{held} {kept} reductions"] for rank in ranks} == {3 * chunks + 1}
     assert sum(rank["sharded"]["own rows"][0] for rank in ranks) == 8  # the first layer's rows are divided
+
+
+def test_every_graph_may_be_kept_under_fsdp2(ranks: list[dict[str, Any]], world: int) -> None:
+    for rank in ranks:
+        assert_equal_gradients(rank["sharded"]["False 3"], plain_gradients(world))
 
 
 def test_sharded_gradients_are_clipped_by_their_common_norm(ranks: list[dict[str, Any]], world: int) -> None:

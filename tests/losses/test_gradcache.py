@@ -83,15 +83,16 @@ def assert_equal_gradients(given: list[Tensor], expected: list[Tensor], toleranc
         assert float((a - b).norm() / b.norm()) < tolerance
 
 
+@pytest.mark.parametrize("kept", [1, 3, 13])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("chunks", [RAGGED, [slice(0, 13)], [slice(i, i + 1) for i in range(13)]], ids=len)
-def test_the_cached_step_equals_the_plain_step(chunks: list[slice], dropout: float) -> None:
+def test_the_cached_step_equals_the_plain_step(chunks: list[slice], dropout: float, kept: int) -> None:
     model = Model(dropout)
     torch.manual_seed(5)
     expected_loss, expected = plain_step(model, chunks)
     expected_next = torch.rand(3)
     torch.manual_seed(5)
-    step = cached_step(chunks, model.forward_chunk, model.cached_loss)
+    step = cached_step(chunks, model.forward_chunk, model.cached_loss, kept_graphs=kept)
     assert torch.equal(torch.rand(3), expected_next)  # the random stream goes on as after a plain step
     assert float(step.loss) == pytest.approx(expected_loss, rel=1e-6)
     assert_equal_gradients(model.gradients(), expected)
@@ -125,12 +126,13 @@ def test_what_a_step_reports() -> None:
     assert not step.loss.requires_grad
 
 
-def test_under_autocast_every_weight_gets_its_gradient() -> None:
+@pytest.mark.parametrize("kept", [1, 4])
+def test_under_autocast_every_weight_gets_its_gradient(kept: int) -> None:
     # Weights cast without a graph stay in autocast's cache; taken from there their gradient would be lost.
     model = Model(0.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, expected = plain_step(model, RAGGED)
-        cached_step(RAGGED, model.forward_chunk, model.cached_loss)
+        cached_step(RAGGED, model.forward_chunk, model.cached_loss, kept_graphs=kept)
     assert_equal_gradients(model.gradients(), expected, tolerance=2e-2)  # bfloat16 products summed in another order
 
 
@@ -142,7 +144,17 @@ def test_gradients_are_added_to_those_there_are() -> None:
     assert_equal_gradients(model.gradients(), [2 * x for x in expected])
 
 
-def test_the_last_chunk_is_encoded_once_and_the_others_twice() -> None:
+@pytest.mark.parametrize(
+    ("kept", "passes"),
+    [
+        (1, [(0, False), (4, False), (5, False), (11, True), (0, True), (4, True), (5, True)]),
+        (2, [(0, False), (4, False), (5, True), (11, True), (0, True), (4, True)]),
+        (9, [(0, True), (4, True), (5, True), (11, True)]),
+    ],
+)
+def test_chunks_that_keep_their_graph_are_encoded_once_the_others_twice(
+    kept: int, passes: list[tuple[int, bool]]
+) -> None:
     model = Model(0.0)
     seen: list[tuple[int, bool]] = []
 
@@ -150,12 +162,13 @@ def test_the_last_chunk_is_encoded_once_and_the_others_twice() -> None:
         seen.append((rows.start, final))
         return model.forward_chunk(rows, final)
 
-    cached_step(RAGGED, forward, model.cached_loss)
-    assert seen == [(0, False), (4, False), (5, False), (11, True), (0, True), (4, True), (5, True)]
+    cached_step(RAGGED, forward, model.cached_loss, kept_graphs=kept)
+    assert seen == passes
 
 
+@pytest.mark.parametrize("kept", [1, 2, 9])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_one_backward_pass_is_synchronised_and_it_is_the_last(count: int) -> None:
+def test_one_backward_pass_is_synchronised_and_it_is_the_last(count: int, kept: int) -> None:
     model = Model(0.0)
     quiet = False
     backward: list[bool] = []
@@ -177,13 +190,23 @@ def test_one_backward_pass_is_synchronised_and_it_is_the_last(count: int) -> Non
             forward.append(quiet)
         return model.forward_chunk(rows, final)
 
-    cached_step(RAGGED[:count], run_forward, model.cached_loss, backward=run_backward, no_sync=no_sync)
+    cached_step(
+        RAGGED[:count],
+        run_forward,
+        model.cached_loss,
+        backward=run_backward,
+        no_sync=no_sync,
+        kept_graphs=kept,
+    )
     expected = [True] * (count - 1) + [False]
     assert backward == expected
     assert forward == expected
 
 
-def test_at_most_one_graph_lives() -> None:
+@pytest.mark.parametrize(
+    ("kept", "expected"), [(1, [1, 1, 1, 1]), (2, [1, 2, 1, 1]), (4, [1, 2, 3, 4]), (9, [1, 2, 3, 4])]
+)
+def test_no_more_graphs_live_than_asked_for(kept: int, expected: list[int]) -> None:
     model = Model(0.0)
     alive: list[int] = []
     live = 0
@@ -201,8 +224,8 @@ def test_at_most_one_graph_lives() -> None:
         loss.backward()
         live -= 1
 
-    cached_step(RAGGED, forward, model.cached_loss, backward=backward)
-    assert alive == [1, 1, 1, 1]
+    cached_step(RAGGED, forward, model.cached_loss, backward=backward, kept_graphs=kept)
+    assert alive == expected
 
 
 class Meter:
@@ -296,6 +319,8 @@ def test_mistakes_are_named() -> None:
     model = Model(0.0)
     with pytest.raises(ValueError, match="cached_step got no chunks"):
         cached_step([], model.forward_chunk, model.cached_loss)
+    with pytest.raises(ValueError, match="kept_graphs is 0, expected 1 or more"):
+        cached_step(RAGGED, model.forward_chunk, model.cached_loss, kept_graphs=0)
     with pytest.raises(
         ValueError, match=r"gradient 'direct' of shape \(1,\); the embeddings are .*'direct': \(13, 8\)"
     ):

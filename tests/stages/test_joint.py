@@ -76,9 +76,11 @@ def separately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", False)
 
 
-@pytest.mark.parametrize(("chunk_size", "shared"), [(13, True), (5, True), (1, True), (5, False)])
+@pytest.mark.parametrize(
+    ("chunk_size", "kept", "shared"), [(13, 1, True), (5, 1, True), (1, 1, True), (5, 1, False), (5, 3, True)]
+)
 def test_cached_step_has_the_gradients_of_the_plain_loss(
-    pairs: list, chunk_size: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+    pairs: list, chunk_size: int, kept: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = small_module()
     # Some pairs are without a rationale; these may have two.
@@ -93,6 +95,7 @@ def test_cached_step_has_the_gradients_of_the_plain_loss(
     expected = gradients(module)
     module.zero_grad()
     module.objective.chunk_size = chunk_size
+    module.objective.kept_graphs = kept
     if not shared:
         separately(monkeypatch)
     batch = module.objective.collate(module.parts, pairs, 0)

@@ -7,9 +7,10 @@ embeddings. So:
 2. compute the loss and its gradients in the embeddings (`mmemb.kernels.infonce_with_grads`: no graph either);
 3. encode chunk after chunk again, with the random state it had, and back-propagate sum(embedding * gradient).
 
-The last chunk keeps its graph in the first pass and is not encoded again, so C chunks cost 2 C - 1 forward passes; with
-one chunk the step is a plain step. Its backward pass comes first: at no time does more than one chunk's graph exist.
-Memory grows with the batch by its embeddings and their gradients alone.
+The last chunk keeps its graph in the first pass and is not encoded again: its backward pass comes first, so that at no
+time more than one chunk's graph exists, and memory grows with the batch by its embeddings and their gradients alone.
+Where memory allows more, the last K chunks keep theirs (``kept_graphs``): C chunks cost 2 C - K forward passes, and
+with K = C the step is a plain step.
 
 Under DDP and FSDP every forward pass with a graph and every backward pass communicates; `gradient_hold` makes one
 reduction a step of it. Give it as ``no_sync``.
@@ -112,6 +113,7 @@ def cached_step(
     *,
     backward: Callable[[Tensor], None] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    kept_graphs: int = 1,
 ) -> CachedStep:
     """Adds to the parameters' gradients what one backward pass over all chunks at once would add.
 
@@ -128,23 +130,30 @@ def cached_step(
         backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
         no_sync: a context around every forward and backward pass with a graph but the last, so that gradients are
             reduced over ranks once a step (`gradient_hold`).
+        kept_graphs: most graphs that exist at once, 1 or more. Each beyond the first saves a forward pass. Given
+            ``no_sync``, one chunk of several is always encoded again: DDP reduces the pass that it saw last.
 
     Raises:
-        ValueError: there is no chunk, a chunk has nothing to back-propagate, or a gradient's shape is not its
-        embeddings'.
+        ValueError: there is no chunk, ``kept_graphs`` is below 1, a chunk has nothing to back-propagate, or a
+            gradient's shape is not its embeddings'.
     """
     if not chunks:
         raise ValueError("cached_step got no chunks; give at least one")
+    if kept_graphs < 1:
+        raise ValueError(f"cached_step: kept_graphs is {kept_graphs}, expected 1 or more")
     states: list[_RandomState] = []
     rows: list[dict[str, int]] = []
     detached: dict[str, list[Tensor]] = {}
     last = len(chunks) - 1
-    output = ChunkOutput({})
+    kept_from = max(len(chunks) - kept_graphs, 0 if no_sync is nullcontext else min(1, last))
+    kept: dict[int, ChunkOutput] = {}
     for index, chunk in enumerate(chunks):
         states.append(_RandomState.now())
         # DDP asks for the forward pass inside its no_sync too.
-        with no_sync() if index == last > 0 else nullcontext():
-            output = _encode(forward, chunk, final=index == last)
+        with no_sync() if last > 0 and index >= kept_from else nullcontext():
+            output = _encode(forward, chunk, final=index >= kept_from)
+        if index >= kept_from:
+            kept[index] = output
         rows.append({name: len(embedding) for name, embedding in output.embeddings.items()})
         for name, embedding in output.embeddings.items():
             detached.setdefault(name, []).append(embedding.detach())
@@ -155,11 +164,14 @@ def cached_step(
 
     chunk_loss: Tensor | None = None
     logs: dict[str, float | Tensor] = {}
-    for index in (last, *range(last)):
-        synchronised = index == max(last - 1, 0)
-        with nullcontext() if synchronised else no_sync():
-            if index != last:
-                states[index].restore()
+    order = (last, *range(kept_from, last), *range(kept_from))
+    for index in order:
+        synchronised = index == order[-1]
+        if index in kept:
+            output = kept.pop(index)
+        else:
+            states[index].restore()
+            with nullcontext() if synchronised else no_sync():
                 output = _encode(forward, chunks[index], final=True)
         # In float32, so that a gradient scaler's 65536, infinite in float16, multiplies before anything is rounded.
         terms = [

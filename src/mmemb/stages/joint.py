@@ -4,8 +4,8 @@
 
 over large in-batch negatives by gradient caching. A pair without a surviving rationale trains the direct path and the
 decision ``<emb>``; with one, both paths and the decision ``<think>`` [D]. Both paths go on from one pass over the
-prompt where the model allows it (`query_paths`). Costs two forward passes a row (one in the last chunk) and one
-backward; memory is that of one chunk plus O((N + M) D).
+prompt where the model allows it (`query_paths`). Costs two forward passes a row (one in a chunk that keeps its graph)
+and one backward; memory is that of the kept graphs plus O((N + M) D).
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ class Joint(Objective):
         next_token_weight: lambda_cot, weight of the mean next-token loss.
         infonce: temperature of the contrastive loss (learnable and clamped, or fixed).
         augment: picture augmentation; null for none.
+        kept_graphs: chunks whose graphs may be in memory at once. Every one beyond the first saves a forward pass: as
+            many as fit.
 
     Raises:
-        ValueError: ``chunk_size`` below one.
+        ValueError: ``chunk_size`` or ``kept_graphs`` below one.
     """
 
     needs_rationales = True
@@ -51,15 +53,19 @@ class Joint(Objective):
         next_token_weight: float = 0.5,
         infonce: InfoNCE | None = None,
         augment: PictureAugment | None = None,
+        kept_graphs: int = 1,
     ) -> None:
         super().__init__()
         check_chunk_size(chunk_size)
+        if kept_graphs < 1:
+            raise ValueError(f"joint: kept_graphs is {kept_graphs}, expected 1 or more")
         self.chunk_size = chunk_size
         self.direct_weight = direct_weight
         self.reasoned_weight = reasoned_weight
         self.next_token_weight = next_token_weight
         self.infonce = infonce if infonce is not None else InfoNCE()
         self.augment = augment
+        self.kept_graphs = kept_graphs
         self._choose: Choose | None = None
 
     def prepare_choice(self, choose: Choose) -> None:
@@ -91,7 +97,14 @@ class Joint(Objective):
         def loss(embeddings: dict[str, Tensor]) -> CachedLoss:
             return self._contrast(embeddings, batch)
 
-        result = cached_step(batch.chunks, forward, loss, backward=engine.backward, no_sync=engine.no_sync)
+        result = cached_step(
+            batch.chunks,
+            forward,
+            loss,
+            backward=engine.backward,
+            no_sync=engine.no_sync,
+            kept_graphs=self.kept_graphs,
+        )
         logs = {key: torch.as_tensor(value).detach() for key, value in result.logs.items()}
         logs["next_token"] = all_sum(written) / total
         logs["loss"] = result.loss.detach() + self.next_token_weight * logs["next_token"]
