@@ -74,7 +74,10 @@ def measure(
     }
     steps["control"]()  # its candidates are embedded, once in many steps
     times = harness.paired(steps, repeats=repeats, device=device)
-    peaks = {name: harness.peak_megabytes(run, device=device) for name, run in steps.items()}
+    peaks = {}
+    for name, run in steps.items():
+        parts.backbone.zero_grad()  # else the gradients that a step frees would count in some rows only
+        peaks[name] = harness.peak_megabytes(run, device=device)
     return [
         {
             "phase": name,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import json
 import os
 import statistics
@@ -40,7 +41,7 @@ from mmemb.data.pool import RationalePool
 from mmemb.data.records import Source, read_pairs
 from mmemb.digests import digest
 from mmemb.interfaces import Selector
-from mmemb.registry import create
+from mmemb.registry import create, resolve
 from mmemb.stages.select import choose
 from mmemb.types import Pair
 
@@ -182,8 +183,8 @@ def selector_of(name: str, margin: float | None = None) -> Selector:
             raise ValueError(f"--selectors {name}: {error}; name a selector's class that needs no arguments") from None
     if not isinstance(made, Selector):
         raise ValueError(f"--selectors {name}: not a selector; name a class that is one")
-    if margin is not None and hasattr(made, "margin"):
-        made.margin = margin
+    if margin is not None and _takes_margin(made):
+        made.margin = margin  # type: ignore[attr-defined]
     return made
 
 
@@ -263,7 +264,11 @@ def train(
 
 def _with_margin(selector: str) -> str | dict[str, Any]:
     margin = {"margin": MARGINS[min(MARGINS)]}
-    return {"class_path": selector, "init_args": margin} if hasattr(selector_of(selector), "margin") else selector
+    return {"class_path": selector, "init_args": margin} if _takes_margin(selector_of(selector)) else selector
+
+
+def _takes_margin(selector: Selector) -> bool:
+    return "margin" in inspect.signature(type(selector)).parameters
 
 
 def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -333,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = options_of(argv)
     queries = 96 if options.smoke else None
     settings = overlay(options.tasks, steps=options.steps, pairs=options.pairs, queries=queries)
-    made_from = r1_seeds.made_from([digest([settings]), str(options.evaluator_steps)])
+    scoring = [Path(str(inspect.getsourcefile(resolve("evaluator", name)))).read_text("utf-8") for name in MARGINS]
+    made_from = r1_seeds.made_from([digest([settings, _CORRUPTING, scoring]), str(options.evaluator_steps)])
     folder = options.folder / f"{options.steps}_steps-{made_from}"
     place = make_pool(folder, settings, evaluator_steps=options.evaluator_steps)
     pairs = [pair for source in settings["data"]["train"] for pair in read_pairs(Source(**source))]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,7 +119,13 @@ def build_config(tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def skeleton(folder: Path, corpus: Iterable[str]) -> None:
-    """Writes everything but the weights."""
+    """Writes everything but the weights.
+
+    Raises:
+        ValueError: weights are there: they know their tokens by number, and other texts make another tokenizer.
+    """
+    if (weights := folder / "model.safetensors").exists():
+        raise ValueError(f"{weights}: weights of the present tokenizer are there; delete them to begin anew")
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -172,7 +179,10 @@ def main() -> None:
     if arguments.command == "skeleton":
         from mmemb.data.bundled import all_texts
 
-        skeleton(FOLDER, all_texts())
+        try:
+            skeleton(FOLDER, all_texts())
+        except ValueError as error:
+            sys.exit(str(error))
     else:
         pack(arguments.source, FOLDER)
 

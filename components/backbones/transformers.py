@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mmemb.digests import digest
 from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import Item, ModelInputs
 
@@ -222,8 +224,19 @@ class TransformersBackbone(Backbone, name="transformers"):
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """The picture areas (for some families sides): a larger picture is shrunk, a smaller one enlarged."""
-        return {"picture_size": dict(getattr(self.image_processor, "size", None) or {})}
+        """Picture areas (for some families sides), and a digest of chat template, tokenizer and picture processor."""
+        return {
+            "picture_size": dict(getattr(self.image_processor, "size", None) or {}),
+            "processing": self._processing_digest,
+        }
+
+    @functools.cached_property
+    def _processing_digest(self) -> str:
+        pictures = json.loads(self.image_processor.to_json_string())
+        # What a file says of itself, not what it does: these differ between a model and its saved copy.
+        own = {name: value for name, value in pictures.items() if not name.endswith(("_type", "_class", "_path"))}
+        tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
+        return digest([self.processor.chat_template, tokenizer, own])
 
     @property
     def joins_prefixes(self) -> bool:

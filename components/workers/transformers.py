@@ -15,6 +15,7 @@ from ._prompts import REQUEST, asked
 from ._sampling import check_sampling, sample_rationales
 
 _BLOCKS, _BLOCK_BYTES = 16, 65536
+_PROCESSING = ("chat_template*", "tokenizer*", "*processor_config.json", "*_tokens*.json", "vocab.*", "merges.txt")
 
 
 class TransformersWorker(Worker, name="transformers"):
@@ -131,9 +132,10 @@ class TransformersWorker(Worker, name="transformers"):
 
 
 def source(model: str, *, revision: str | None) -> dict[str, str]:
-    """What a model is recognised by without loading it: identity, and the hub's commit or a digest of a folder's files.
+    """What a model is recognised by without loading it: identity, and the hub's commit or digests of a folder's files.
 
-    Of a folder's weights a few blocks of every file are read: training moves all of them.
+    Of a folder's weights a few blocks of every file are read: training moves all of them. What makes its prompts (chat
+    template, tokenizer, picture processor) is read whole.
 
     Raises:
         FileNotFoundError: the model's folder or its config is missing.
@@ -146,7 +148,10 @@ def source(model: str, *, revision: str | None) -> dict[str, str]:
     identity = f"{loading.origin_of(str(folder) if folder.is_dir() else model, revision)}#{loading.digest(config)}"
     if not folder.is_dir():
         return {"model": identity, "weights": str(getattr(config, "_commit_hash", None) or revision or "main")}
-    return {"model": identity, "weights": digest([_probe(file) for file in sorted(folder.glob("*.safetensors"))])}
+    weights = digest([_probe(file) for file in sorted(folder.glob("*.safetensors"))])
+    processing = [file for pattern in _PROCESSING for file in sorted(folder.glob(pattern))]
+    read = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in processing}
+    return {"model": identity, "weights": weights, "processing": digest(read)}
 
 
 def _probe(file: Path) -> list[str]:

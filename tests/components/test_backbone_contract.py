@@ -199,6 +199,7 @@ def test_saved_and_loaded_is_the_same_model(
     pixels = {"max_prompt_tokens": 512}
     again = TransformersBackbone(str(tmp_path / "saved"), **pixels).eval()
     assert again.identity == backbone.identity
+    assert again.prompt_settings == backbone.prompt_settings
     inputs, same = (
         backbone.prepare(items, rationales=["red apple"] * 5),
         again.prepare(items, rationales=["red apple"] * 5),

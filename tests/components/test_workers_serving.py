@@ -70,7 +70,7 @@ def test_a_pool_is_made_by_a_real_server(url: str, tmp_path: Path) -> None:
         token_budget=100_000,
     )
     generate(pairs, [worker], 2, pool=tmp_path / "pool", seed=0, progress=False)
-    # The model may say the very name that is asked for, which counts as a leak, or nothing at all, which is not kept.
+    # The model may say nothing at all, which is not kept.
     pool = RationalePool.open(tmp_path / "pool", keep_leaks=True)
     assert len(pool) == len(pairs)
     written = [rationale for pair in pairs for rationale in pool.candidates(pair.id).rationales]

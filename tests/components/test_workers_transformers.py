@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mmemb.components.backbones.tiny import FOLDER, TinyBackbone
+from mmemb.components.backbones.transformers import TransformersBackbone
 from mmemb.components.workers._prompts import thought
 from mmemb.components.workers.model import ModelWorker
 from mmemb.components.workers.transformers import TransformersWorker
@@ -67,6 +68,18 @@ def test_settings_know_the_model_without_loading_it(tmp_path: Path) -> None:
     save_file({name: value * 1.01 for name, value in weights.items()}, tmp_path / "tiny" / "model.safetensors")
     assert worker(tmp_path / "tiny").settings["weights"] != before["weights"]
     assert worker(tmp_path / "tiny").settings["model"] == before["model"]
+
+
+def test_settings_know_what_prompts_are_made_of(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(FOLDER, folder)
+    before, shown = worker(folder).settings, TransformersBackbone(str(folder)).prompt_settings
+    assert TransformersBackbone(str(folder)).prompt_settings == shown
+    template = folder / "chat_template.jinja"
+    template.write_text("be brief . " + template.read_text(encoding="utf-8"), encoding="utf-8")
+    assert TransformersBackbone(str(folder)).prompt_settings != shown
+    after = worker(folder).settings
+    assert {name for name in after if after[name] != before[name]} == {"processing"}
 
 
 def test_a_missing_model_is_named() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.progress import Progress
 
 from mmemb.components.workers.corrupting import CorruptingWorker
@@ -213,6 +216,20 @@ def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: p
     assert (
         "0 new candidates, 0 of them set aside as leaks; 10 of 10 pairs were there already" in capsys.readouterr().err
     )
+
+
+def test_a_bar_shows_rate_and_time_left_of_shards_however_slow() -> None:
+    out, now = io.StringIO(), 0.0
+    console = Console(file=out, width=120, force_terminal=True)
+    with stage.bar("slow", 100, done=20, show=True, console=console, get_time=lambda: now) as advance:
+        for _ in range(2):
+            now += 100
+            advance(20)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1]
+    assert "60/100" in last
+    assert "0.2 pairs/s" in last
+    assert "0:03:20" in last  # past
+    assert "left 0:03:20" in last
 
 
 def test_a_bar_works_within_another_live_display() -> None:

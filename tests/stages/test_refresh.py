@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.selectors.best_of import BestOf
@@ -17,12 +20,14 @@ from mmemb.components.selectors.random import Random
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
 from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.data.gains import gains
 from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
+from mmemb.digests import seed_of
 from mmemb.interfaces import Evaluator
 from mmemb.stages.generate import generate
 from mmemb.stages.pools import PoolSettings
-from mmemb.stages.refresh import FOLDER, GrownPool, RefreshPool, shares_of
+from mmemb.stages.refresh import FOLDER, GrownPool, RefreshPool, counts_of
 from mmemb.stages.select import choose, score
 from mmemb.types import Pair, Selection
 from tests.stages.rationale_fakes import ByNumber, Numbered, make_pairs
@@ -200,7 +205,80 @@ def test_the_soonest_pairs_are_refreshed_and_shares_are_of_all_that_come(tmp_pat
     assert float(row["refresh/self_made"]) == pytest.approx(new / (new + 8), abs=1e-4)  # one a pair was there
 
 
-def test_shares_are_of_candidates_and_of_what_is_chosen(tmp_path: Path) -> None:
+class Witness(L.Callback):
+    """Writes a rank's coming pairs after the first refresh, and what it would now choose for every pair."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            data = pl_module.datamodule
+            choices = {
+                pair.id: [[rationale.text, weight] for rationale, weight in pl_module.objective._choose(pair, 0)]
+                for pair in data.train_pairs
+            }
+            seen = {"coming": [pair.id for pair in data.coming_pairs(1)], "choices": choices}
+            (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_from_one_pool_and_log_what_both_have_made(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    pool = PoolSettings(str(tmp_path / "pool"), workers=[MetadataWorker()], candidates=1)  # missing: rank zero makes it
+    data = PairDataModule(
+        train=[Source(path="bundled:train", tasks=["name"], limit=32)], batch_size=8, sub_batch_size=8
+    )
+    # Of this seed's candidates each rank alone would log other figures than both.
+    callback = refresher(1, worker=Numbered(), evaluator=ByNumber(), candidates=3, most_pairs=6, seed=3)
+    trainer = small_trainer(
+        tmp_path,
+        max_steps=2,
+        callbacks=[callback, Witness(tmp_path)],
+        logger=CSVLogger(tmp_path, name="log", version=0),
+        devices=2,
+        strategy=DDPStrategy(start_method="spawn"),
+    )
+    trainer.fit(small_module(selector=Random(), pool=pool), datamodule=data)
+
+    folder = tmp_path / "log" / "version_0"
+    own = [RationalePool.open(folder / FOLDER / "step-000000001" / f"rank-{rank}") for rank in (0, 1)]
+    seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in (0, 1):
+        assert list(own[rank]) == seen[rank]["coming"][:6]
+    assert not set(seen[0]["coming"]) & set(seen[1]["coming"])
+    assert seen[0]["choices"] == seen[1]["choices"]
+    for each in own:  # the ranks agree where one of them has proposed, too
+        new = {rationale.text for pair in each for rationale in each.candidates(pair).rationales}
+        assert new & {text for choice in seen[0]["choices"].values() for text, _ in choice}
+
+    grown = GrownPool(RationalePool.open(tmp_path / "pool"), own)
+    data.setup("fit")  # the ranks' own copies were set up in their processes
+    coming = [[pair for pair in data.train_pairs if pair.id in each["coming"]] for each in seen]
+    gained = [[gain for pair in each for gain in gains(each.candidates(pair))] for each in own]
+
+    def shares(ranks: list[int]) -> dict[str, float]:
+        pairs, worth = ([each for rank in ranks for each in found[rank]] for found in (coming, gained))
+        every, made, chosen, made_chosen = counts_of(grown, Random(), pairs, seed=seed_of(callback.seed, 1))
+        return {
+            "covered": sum(len(own[rank]) for rank in ranks) / len(pairs),
+            "self_made": made / every,
+            "self_made_chosen": made_chosen / chosen,
+            "mean_gain": sum(worth) / len(worth),
+            "keep_rate": sum(gain > 0 for gain in worth) / len(worth),
+        }
+
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = [each for each in csv.DictReader(file) if each.get("refresh/self_made")]
+    both = shares([0, 1])
+    assert {name: float(row[f"refresh/{name}"]) for name in both} == pytest.approx(both, abs=1e-6)
+    for rank in (0, 1):
+        alone = shares([rank])
+        assert [name for name in both if abs(both[name] - alone[name]) < 1e-3] == ["covered"]
+
+
+def test_counts_are_of_candidates_and_of_what_is_chosen(tmp_path: Path) -> None:
     class Last(Random):
         """The run's own, where there is one."""
 
@@ -208,12 +286,15 @@ def test_shares_are_of_candidates_and_of_what_is_chosen(tmp_path: Path) -> None:
             return Selection(len(candidates.rationales) - 1 if candidates.rationales else None)
 
     pairs, base, own = two_pools(tmp_path)
-    shares = shares_of(GrownPool(base, [own]), Last(), pairs, seed=0)
+    counts = counts_of(GrownPool(base, [own]), Last(), pairs, seed=0)
     there, new = ([len(pool.candidates(pair.id).rationales) for pair in pairs] for pool in (base, own))
-    assert shares.candidates == sum(new) / (sum(there) + sum(new))
-    assert shares.chosen == sum(map(bool, new)) / sum(a + b > 0 for a, b in zip(there, new, strict=True))
-    assert shares_of(GrownPool(base, []), Last(), pairs, seed=0) == (0.0, 0.0)
-    assert all(map(math.isnan, shares_of(GrownPool(base, [own]), Last(), [], seed=0)))
+    assert counts.every == sum(there) + sum(new)
+    assert counts.made == sum(new)
+    assert counts.chosen == sum(a + b > 0 for a, b in zip(there, new, strict=True))
+    assert counts.made_chosen == sum(map(bool, new))
+    alone = counts_of(GrownPool(base, []), Last(), pairs, seed=0)
+    assert alone == (sum(there), 0, sum(map(bool, there)), 0)
+    assert counts_of(GrownPool(base, [own]), Last(), [], seed=0) == (0, 0, 0, 0)
 
 
 def two_pools(folder: Path, *, is_scored: bool = True) -> tuple[list[Pair], RationalePool, RationalePool]:

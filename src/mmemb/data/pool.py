@@ -37,7 +37,7 @@ from mmemb.data.pool_files import (
     read_manifest,
     rescore,
     resolve,
-    write_shard,
+    write_file,
 )
 from mmemb.data.pool_index import PairIndex
 from mmemb.digests import digest, pair_digest
@@ -45,6 +45,7 @@ from mmemb.types import Candidates, Pair
 
 _CACHE_BYTES = 64 * 2**20
 _OPEN_FILES = 128
+_INDEX_ROWS = 65536
 _ARMS = ("candidate", "none", "placebo")
 _LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", "settings_hash", *RATIONALE_COLUMNS]
 
@@ -97,7 +98,9 @@ class RationalePool:
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached = 0  # bytes in the cache
-        self._index = PairIndex(self._pair_runs(number) for number in range(len(self._parts)))
+        self._index = PairIndex(
+            (number, *runs) for number in range(len(self._parts)) for runs in self._pair_runs(number)
+        )
 
     @classmethod
     def open(cls, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> RationalePool:
@@ -125,7 +128,8 @@ class RationalePool:
     def __iter__(self) -> Iterator[str]:
         """Pair ids in the order of the data, read as they are asked for."""
         for number in range(len(self._parts)):
-            yield from self._pair_runs(number)[0]
+            for ids, _, _ in self._pair_runs(number):
+                yield from ids
 
     def __contains__(self, pair_id: object) -> bool:
         return isinstance(pair_id, str) and bool(self._pieces(pair_id))
@@ -246,10 +250,9 @@ class RationalePool:
         target.parent.mkdir(parents=True, exist_ok=True)
         evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}
         manifest = replace(self.manifest, evaluators=evaluators)
-        tables = [self._read(number) for number in range(len(self._parts))]
-        table = pa.concat_tables(tables) if tables else CANDIDATE_SCHEMA.empty_table()
-        described = table.replace_schema_metadata({METADATA_KEY: manifest.to_json().encode()})
-        write_shard(target, described, compression="zstd")
+        schema = self._read(0).schema if self._parts else CANDIDATE_SCHEMA
+        tables = (self._read(number) for number in range(len(self._parts)))
+        write_file(target, tables, schema.with_metadata({METADATA_KEY: manifest.to_json().encode()}))
         return target
 
     def _find_parts(self) -> list[_Part]:
@@ -261,13 +264,21 @@ class RationalePool:
             parts.append(_Part(shard, scores if scores.is_file() else None))
         return parts
 
-    def _pair_runs(self, number: int) -> tuple[list[str], NDArray[np.int32], NDArray[np.int32]]:
-        """Ids, first rows and row counts of one part's pairs, in stored order."""
-        column = self._open_file(self._parts[number].candidates).read(["pair_id"], use_threads=False)["pair_id"]
-        runs = pc.run_end_encode(column.combine_chunks(), run_end_type=pa.int32())
-        ends = runs.run_ends.to_numpy()
-        counts = np.diff(ends, prepend=np.int32(0))
-        return runs.values.to_pylist(), ends - counts, counts
+    def _pair_runs(self, number: int) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[np.int32]]]:
+        """Ids, first rows and row counts of one part's pairs, in stored order, some thousand rows at a time."""
+        file = self._open_file(self._parts[number].candidates)
+        row = 0  # of the part, at which the piece begins
+        left: list[str] = []  # the last pair's rows so far: the next piece may go on with it
+        for batch in file.iter_batches(_INDEX_ROWS, columns=["pair_id"], use_threads=False):
+            ids = pa.concat_arrays([pa.array(left, pa.string()), batch["pair_id"]])
+            runs = pc.run_end_encode(ids, run_end_type=pa.int32())
+            ends, names = runs.run_ends.to_numpy(), runs.values.to_pylist()
+            counts = np.diff(ends, prepend=np.int32(0))
+            firsts = ends - counts + np.int32(row)
+            yield names[:-1], firsts[:-1], counts[:-1]
+            row, left = int(firsts[-1]), names[-1:] * int(counts[-1])
+        if left:
+            yield left[:1], np.array([row], np.int32), np.array([len(left)], np.int32)
 
     def _rows(self, pair_id: str) -> pa.Table:
         """A pair's rows."""

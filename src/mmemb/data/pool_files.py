@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from mmemb.digests import digest, pair_digest
 from mmemb.types import Pair, Rationale
@@ -177,17 +178,41 @@ def rescore(folder: Path, evaluator: str) -> str:
     )
 
 
-def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zstd"] = "lz4") -> None:
+def write_shard(path: Path, table: pa.Table) -> None:
     """Writes a table aside and renames it: the shard is whole or absent, also after a full disk or a kill.
 
-    Args:
-        path: the shard.
-        table: its rows.
-        compression: ``lz4`` decodes in under half the time of ``zstd``, which takes two thirds of the room.
+    By ``lz4``, which decodes in under half the time of ``zstd``; that takes two thirds of the room.
     """
+    with _aside(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="lz4")
+
+
+def write_file(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Writes tables one after the other into a single file, by ``zstd``, as whole or absent as a shard.
+
+    Args:
+        path: the file.
+        tables: their rows, of which a few groups are held at a time.
+        schema: theirs, with the file's metadata.
+    """
+    with _aside(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        waiting = schema.empty_table()
+        for table in tables:
+            waiting = pa.concat_tables([waiting, table.cast(schema)])
+            # Groups of one size: a look-up counts on it.
+            whole = len(waiting) - len(waiting) % ROW_GROUP
+            if whole:
+                writer.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
+            waiting = waiting.slice(whole)
+        writer.write_table(waiting)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write under; it becomes the file's if nothing fails, and is gone otherwise."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
-        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression=compression)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -195,8 +220,31 @@ def write_shard(path: Path, table: pa.Table, *, compression: Literal["lz4", "zst
         raise
 
 
+@contextmanager
+def sole_maker(folder: Path, shards: str = "candidates") -> Iterator[None]:
+    """Inside, no other process makes these shards: two would mix their settings and take each other's files away.
+
+    The system lets go of the lock when a process ends, however it does. Makes the folder.
+
+    Raises:
+        ValueError: another process makes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{shards}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is making {shards} here; wait until it has ended, or name another path"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def drop_partial(folder: Path, shards: str = "candidates") -> None:
-    """Takes away what a killed run was writing: the manifest, and shards whose names begin so. One run at a time."""
+    """Takes away what a killed run was writing: the manifest, and shards whose names begin so. For `sole_maker`."""
     for pattern in (f"{shards}-*{_TEMPORARY}", f"{MANIFEST}.*{_TEMPORARY}"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

@@ -26,15 +26,16 @@ class PairIndex:
     """Pair ids -> runs of rows, by a 64-bit hash: whoever reads a run compares the pair id that stands there.
 
     Args:
-        parts: for each part its pair ids, first rows and numbers of rows, one of each a run, in stored order.
+        runs: piece by piece: its part's number, and of its runs the pair ids, first rows and numbers of rows, in
+            stored order.
     """
 
-    def __init__(self, parts: Iterable[tuple[Iterable[str], NDArray[np.integer], NDArray[np.integer]]]) -> None:
+    def __init__(self, runs: Iterable[tuple[int, Iterable[str], NDArray[np.integer], NDArray[np.integer]]]) -> None:
         keys: list[NDArray[np.uint64]] = []
         part_of: list[NDArray[np.int32]] = []
         firsts: list[NDArray[np.int32]] = []
         counts: list[NDArray[np.int32]] = []
-        for number, (ids, first, count) in enumerate(parts):
+        for number, ids, first, count in runs:
             keys.append(np.fromiter((_key(each) for each in ids), np.uint64, len(first)))
             part_of.append(np.full(len(first), number, np.int32))
             firsts.append(first.astype(np.int32))

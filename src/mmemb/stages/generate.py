@@ -7,6 +7,7 @@ rest is done again in the same batches, so the pool ends up the same row for row
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from mmemb.data.leaks import LeakCheck
@@ -31,6 +41,7 @@ from mmemb.data.pool_files import (
     exists,
     read_manifest,
     resolve,
+    sole_maker,
     write_manifest,
     write_shard,
 )
@@ -78,8 +89,8 @@ def generate(
         shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
 
     Raises:
-        ValueError: there are no pairs, workers or sides, a number is below one, or a pool of other data or settings
-            is there.
+        ValueError: there are no pairs, workers or sides, a number is below one, a pool of other data or settings is
+            there, or another process is making it.
     """
     if not pairs or not workers:
         raise ValueError(
@@ -95,12 +106,34 @@ def generate(
         generation=generation_settings(workers, k, seed, sides=sides, leaks=check),
         shard_size=shard_size,
     )
-    if exists(pool):
+    if folder.is_file():
+        _resume(folder, asked)
+        return RationalePool.open(pool)
+    with sole_maker(folder):
+        _fill(folder, asked, pairs, workers, check, progress)
+    return RationalePool.open(pool)
+
+
+def at_least_one(place: str, **numbers: int) -> None:
+    """Refuses numbers below one: a pool that was begun with them can neither be finished nor read.
+
+    Raises:
+        ValueError: names the place and the number.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{place}: {name} is {value}, expected 1 or more")
+
+
+def _fill(
+    folder: Path, asked: Manifest, pairs: Sequence[Pair], workers: Sequence[Worker], check: LeakCheck, progress: bool
+) -> None:
+    """Makes the shards that are missing."""
+    if exists(folder):
         asked = _resume(folder, asked)
-        if folder.is_file():
-            return RationalePool.open(pool)
     else:
         write_manifest(folder, asked)
+    k, seed, sides = (asked.generation[name] for name in ("k", "seed", "sides"))
     settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
     drop_partial(folder)
     missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
@@ -128,18 +161,6 @@ def generate(
         )
         for line in filter(None, (worker.report for worker in workers if missing)):
             say(line)
-    return RationalePool.open(pool)
-
-
-def at_least_one(place: str, **numbers: int) -> None:
-    """Refuses numbers below one: a pool that was begun with them can neither be finished nor read.
-
-    Raises:
-        ValueError: names the place and the number.
-    """
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{place}: {name} is {value}, expected 1 or more")
 
 
 def _propose(
@@ -187,14 +208,22 @@ def _worker_settings(worker: Worker) -> dict[str, Any]:
 
 
 class _Rate(ProgressColumn):
-    """Pairs a second, over the last seconds."""
+    """Pairs a second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f} pairs/s" if task.speed else "", style="progress.data.speed")
 
 
 @contextmanager
-def bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
+def bar(
+    title: str,
+    total: int,
+    *,
+    done: int,
+    show: bool,
+    console: Console | None = None,
+    get_time: Callable[[], float] | None = None,
+) -> Iterator[Callable[[int], None]]:
     """A progress bar over pairs, with rate and time left.
 
     Args:
@@ -202,11 +231,26 @@ def bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[
         total: pairs.
         done: pairs that an earlier run had finished; they do not count in the rate.
         show: False for no bar.
+        console: where it is shown; None: standard error.
+        get_time: a clock in seconds; None: the system's.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        _Rate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     # A console of its own: one console shows one live display, and a trainer's bar may be up.
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+    console = console or Console(stderr=True)
+    # Over the whole run: a shard may take longer than the half minute over which a rate is taken by default.
+    with Progress(
+        *columns, console=console, disable=not show, speed_estimate_period=math.inf, get_time=get_time
+    ) as progress:
         task = progress.add_task(title, total=total, completed=done)
+        progress.advance(task, 0)  # a rate is taken between two looks: this is the first
         yield lambda pairs: progress.advance(task, pairs)
 
 

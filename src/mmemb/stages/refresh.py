@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from mmemb.data.datamodule import PairDataModule
@@ -28,6 +29,7 @@ from mmemb.data.gains import gains
 from mmemb.data.pool import RationalePool
 from mmemb.digests import seed_of
 from mmemb.interfaces import Evaluator, Selector, Worker
+from mmemb.losses.distributed import all_sum
 from mmemb.stages.generate import generate
 from mmemb.stages.module import EmbeddingModule
 from mmemb.stages.select import evaluator_name, score
@@ -86,8 +88,8 @@ class RefreshPool(L.Callback):
     """Every so many steps the model in training proposes candidates for the coming pairs, which join the pool.
 
     Coming are the pairs of the steps until the next refresh; the first `most_pairs` of them get new candidates, the
-    rest keep what they have. Logs, at each refresh and over *all* coming pairs, ``refresh/covered`` (share that gets
-    new candidates), ``refresh/self_made`` (share of the run's own among their candidates) and
+    rest keep what they have. Logs, at each refresh and over *all* coming pairs of all ranks, ``refresh/covered`` (share
+    that gets new candidates), ``refresh/self_made`` (share of the run's own among their candidates) and
     ``refresh/self_made_chosen`` (among those that the selector chooses); of the new candidates ``refresh/mean_gain``
     (nats) and ``refresh/keep_rate`` (how many help); and ``refresh/seconds``.
 
@@ -260,39 +262,46 @@ class RefreshPool(L.Callback):
         *,
         seconds: float,
     ) -> None:
-        """Logs what this rank has added."""
+        """Logs what all ranks have added: each knows its own pairs alone, and only rank zero's loggers write."""
         assert module.selector is not None
-        own = [gain for pair_id in added for gain in gains(added.candidates(pair_id))]
-        shares = shares_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
+        gained = [gain for pair_id in added for gain in gains(added.candidates(pair_id))]
+        own = counts_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
+        new = (len(coming), len(added), len(gained), sum(gain > 0 for gain in gained), math.fsum(gained))
+        # In one collective, on the device that the strategy's backend takes: NCCL has none for the CPU.
+        local = torch.tensor([*own, *new], dtype=torch.float64, device=trainer.strategy.root_device)
+        *summed, total_gain = all_sum(local).tolist()
+        every, made, chosen, made_chosen, pairs, covered, candidates, helping = map(round, summed)
         values = {
-            "covered": len(added) / len(coming),
-            "self_made": shares.candidates,
-            "self_made_chosen": shares.chosen,
-            "mean_gain": _share(math.fsum(own), len(own)),
-            "keep_rate": _share(sum(gain > 0 for gain in own), len(own)),
+            "covered": _share(covered, pairs),
+            "self_made": _share(made, every),
+            "self_made_chosen": _share(made_chosen, chosen),
+            "mean_gain": _share(total_gain, candidates),
+            "keep_rate": _share(helping, candidates),
             "seconds": seconds,
         }
         for logger in trainer.loggers:
             finite = {f"refresh/{name}": value for name, value in values.items() if math.isfinite(value)}
             logger.log_metrics(finite, step=trainer.global_step)
-        worth = f", mean gain {values['mean_gain']:+.3f}, {values['keep_rate']:.0%} help" if own else ""
-        made = f"{shares.candidates:.0%} of all candidates" if math.isfinite(shares.candidates) else "no candidates"
-        chosen = f", {shares.chosen:.0%} of those chosen" if math.isfinite(shares.chosen) else ", none chosen"
+        worth = f", mean gain {values['mean_gain']:+.3f}, {values['keep_rate']:.0%} help" if candidates else ""
+        of_all = f"{values['self_made']:.0%} of all candidates" if every else "no candidates"
+        of_chosen = f", {values['self_made_chosen']:.0%} of those chosen" if chosen else ", none chosen"
         rank_zero_info(
-            f"Step {trainer.global_step}: {len(own)} new candidates for {len(added)} of {len(coming)} coming pairs"
-            f"{worth}; self-made are {made}{chosen}; {seconds:.1f} s."
+            f"Step {trainer.global_step}: {candidates} new candidates for {covered} of {pairs} coming pairs"
+            f"{worth}; self-made are {of_all}{of_chosen}; {seconds:.1f} s."
         )
 
 
-class Shares(NamedTuple):
-    """The run's own share of the candidates of some pairs, and of those chosen; nan where there are none."""
+class Counts(NamedTuple):
+    """How many candidates some pairs have, and how many of them are the run's own; the same of those chosen."""
 
-    candidates: float
-    chosen: float
+    every: int
+    made: int
+    chosen: int
+    made_chosen: int
 
 
-def shares_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, seed: int) -> Shares:
-    """What part of what the pairs train on the run has made itself."""
+def counts_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, seed: int) -> Counts:
+    """How much of what the pairs train on the run has made itself."""
     every = made = chosen = made_chosen = 0
     for pair in pairs:
         there, both = len(grown.base.candidates(pair.id).rationales), grown.candidates(pair.id)
@@ -302,7 +311,7 @@ def shares_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, se
             if selection.index is not None:
                 chosen += 1
                 made_chosen += selection.index >= there  # the pool's own come first
-    return Shares(_share(made, every), _share(made_chosen, chosen))
+    return Counts(every, made, chosen, made_chosen)
 
 
 def _name(step: int) -> str:

@@ -31,6 +31,7 @@ from mmemb.data.pool_files import (
     rescore,
     resolve,
     scores_shard,
+    sole_maker,
     write_manifest,
     write_shard,
 )
@@ -68,7 +69,8 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
 
     Raises:
         FileNotFoundError: there is no pool.
-        ValueError: the pool is of other data, incomplete or read-only, or scored by this evaluator with other settings.
+        ValueError: the pool is of other data, incomplete or read-only, or scored by this evaluator with other settings;
+            another process scores it by this evaluator; a score is no number.
     """
     folder, name, settings = resolve(pool), evaluator_name(evaluator), evaluator.settings
     manifest = read_manifest(pool)
@@ -91,14 +93,25 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"{folder}: {len(absent)} of {len(manifest.starts())} shards have no candidates yet; "
             f"finish `mmemb rationales generate` first"
         )
+    with sole_maker(folder, f"scores-{name}"):
+        _fill(folder, pairs, evaluator, settings, progress)
+    return RationalePool.open(pool, evaluator=name)
+
+
+def _fill(
+    folder: Path, pairs: Sequence[Pair], evaluator: Evaluator, settings: Mapping[str, Any], progress: bool
+) -> None:
+    """Makes the shards of scores that are missing."""
+    name = evaluator_name(evaluator)
     drop_partial(folder, f"scores-{name}")
-    manifest = read_manifest(pool)  # anew: another evaluator's run may have entered itself in the meantime
+    manifest = read_manifest(folder)  # anew: another evaluator's run may have entered itself in the meantime
     _check_settings(manifest, folder, name, settings)
     # Before the first score, so that whoever finds scores also finds what they mean.
     write_manifest(folder, replace(manifest, evaluators={**manifest.evaluators, name: settings}))
     missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + manifest.shard_size]) for start in missing)
-    gains: list[float] = []
+    scored = helping = 0
+    total_gain = 0.0
     placebos = Placebos({}, {})
     if missing:
         evaluator.prepare_bank(pairs)
@@ -108,18 +121,15 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             shard = pairs[start : start + manifest.shard_size]
             table, of_shard = _score_shard(candidates_shard(folder, start), shard, evaluator, name, placebos)
             write_shard(scores_shard(folder, name, start), table)
-            gains += of_shard
+            scored += len(of_shard)
+            helping += sum(gain > 0 for gain in of_shard)
+            total_gain += math.fsum(of_shard)
             advance(len(shard))
     if progress:
         worth = ""
-        if gains:
-            share = sum(gain > 0 for gain in gains) / len(gains)
-            worth = f", mean gain {math.fsum(gains) / len(gains):+.3f}, {share:.0%} help"
-        say(
-            f"{folder}: {len(gains)} candidates scored by {name}{worth}; "
-            f"{done} of {len(pairs)} pairs were there already"
-        )
-    return RationalePool.open(pool, evaluator=name)
+        if scored:
+            worth = f", mean gain {total_gain / scored:+.3f}, {helping / scored:.0%} help"
+        say(f"{folder}: {scored} candidates scored by {name}{worth}; {done} of {len(pairs)} pairs were there already")
 
 
 def build_pool(
@@ -302,6 +312,13 @@ def _score_shard(
         asked |= dict.fromkeys((pair_id, text) for text in (None, *texts))
     values = evaluator.score([by_id[pair_id] for pair_id, _ in asked], [text for _, text in asked])
     score_of = dict(zip(asked, values, strict=True))
+    for (pair_id, text), value in score_of.items():
+        if not math.isfinite(value):
+            given = "without a rationale" if text is None else f"with the rationale {text[:60]!r}"
+            raise ValueError(
+                f"evaluator {name!r}: the score of the pair {pair_id!r} {given} is {value}, no finite number; "
+                f"load its model in bfloat16 or float32"
+            )
 
     def arm(key: str) -> pa.Array:
         """Scores of the texts in a field of the rows, null where there is none."""
