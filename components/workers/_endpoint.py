@@ -246,13 +246,14 @@ class Endpoint:
         self.budget.count(usage)
         message = choices[0].message
         # Servers that tell thoughts from the answer put them into a field of their own; it is all there may be.
-        thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+        fields = ("content", "reasoning_content", "reasoning")
+        text = next(filter(None, (_text(getattr(message, name, None)) for name in fields)), "")
         fingerprint = getattr(completion, "system_fingerprint", None)
         return Answer(
-            text=str(getattr(message, "content", None) or thoughts),
+            text=text,
             tokens=int(getattr(usage, "completion_tokens", 0) or 0),
             finish_reason=str(getattr(choices[0], "finish_reason", None) or "stop"),
-            model=f"{getattr(completion, 'model', '')}{f'@{fingerprint}' if fingerprint else ''}",
+            model=_encodable(f"{getattr(completion, 'model', '')}{f'@{fingerprint}' if fingerprint else ''}"),
         )
 
     def _key(self) -> str:
@@ -289,6 +290,28 @@ class _DamagedAnswer(Exception):
 
 class _NoUsage(ValueError):
     """An answer that cannot be counted against a budget."""
+
+
+def _text(content: Any) -> str:
+    """A message's text, which may come as a list of parts: those of type text, joined.
+
+    Raises:
+        _DamagedAnswer: it is neither a text nor such a list.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+    else:
+        texts = [content]
+    if not all(isinstance(text, str) for text in texts):
+        raise _DamagedAnswer("an answer whose text is none")
+    return _encodable("".join(texts))
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, which JSON may hold and UTF-8 (a shard on disk) may not, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 async def all_of(jobs: Sequence[Callable[[], Awaitable[T]]], *, at_once: int) -> list[T]:

@@ -105,6 +105,10 @@ class OpenAIWorker(Worker, name="openai"):
             base_url=base_url, key_variable=api_key_variable, timeout=timeout, retries=retries, budget=self.budget
         )
         self._may_warn = self.budget.limited
+        # Over the worker's life: a call may hold one item (shard_size 1). Each change is one atomic step, and nothing
+        # is ever taken back, so that neither tasks nor threads can lose one.
+        self._answered = False
+        self._refused: set[Hashable] = set()
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         self._extra = dict(extra_body or {})
         self._request = {"model": model, "temperature": temperature, "top_p": top_p, limit_name: max_new_tokens}
@@ -156,7 +160,7 @@ class OpenAIWorker(Worker, name="openai"):
         async def one(content: Any, seed: int) -> Answer | Refused:
             async with gate:
                 try:
-                    return await self._endpoint.ask(
+                    answer = await self._endpoint.ask(
                         client,
                         messages=[{"role": "user", "content": content}],
                         seed=seed,
@@ -165,6 +169,8 @@ class OpenAIWorker(Worker, name="openai"):
                     )
                 except Refused as refusal:
                     return refusal
+            self._answered = True  # here, since a call that ends with an error was answered too
+            return answer
 
         async def of_prompt(key: Hashable) -> list[Answer | Refused]:
             content = await asyncio.to_thread(message_content, prompts[key], max_pixels=self.max_pixels)
@@ -204,25 +210,28 @@ class OpenAIWorker(Worker, name="openai"):
         self._may_warn = False
 
     def _report_refused(self, prompts: dict[Hashable, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
-        """One warning for what was refused; an error where several items were, and nothing was ever answered.
+        """One warning for what was refused; an error once several items were, in any calls, and none was ever answered.
 
         A pool whose last shard holds nothing but one item that the endpoint will not take must come to its end.
         """
         refused = [
-            (prompt, answer)
-            for prompt, answers in zip(prompts.values(), found, strict=True)
+            (key, answer)
+            for key, answers in zip(prompts, found, strict=True)
             for answer in answers
             if isinstance(answer, Refused)
         ]
         if not refused:
             return
-        prompt, refusal = refused[0]
-        items = len({id(item) for item, _ in refused})
+        first, refusal = refused[0]
         count = sum(map(len, found))
         share = f"{len(refused)} of {count} requests were refused"
-        text = f"openai worker: {share}; the first, {describe(prompt)!r}: {refusal}"
-        if not self.budget.requests and items > 1:
-            raise ValueError(f"{text}; check the model's name and what it can take")
+        text = f"openai worker: {share}; the first, {describe(prompts[first])!r}: {refusal}"
+        if not self._answered:  # from the first answer on nothing asks for the items, which may be many
+            self._refused.update(key for key, _ in refused)
+            if (items := len(self._refused)) > 1:
+                raise ValueError(
+                    f"{text}; none of {items} items was answered so far: check the model's name and what it can take"
+                )
         warnings.warn(f"{text}; they give no candidates", stacklevel=3)
 
 

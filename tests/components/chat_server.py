@@ -22,6 +22,7 @@ class ChatServer(ThreadingHTTPServer):
         faults: what happens to the next requests, one each: an HTTP status, ``slow``, ``cut``, ``truncated``,
             ``malformed``, ``html``, ``empty``.
         always: what happens to every request; empty for answers.
+        contents: what the next answers say in place of words, one each: any JSON.
         headers: sent with every answer.
         requests: the bodies received.
         authorizations: the headers received.
@@ -35,6 +36,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.faults: list[int | str] = []
         self.always: int | str = ""
+        self.contents: list[Any] = []
         self.refuse = ""  # a request whose prompt has this word is answered by 400
         self.delay = 0.0
         self.usage = True
@@ -96,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         if fault == "html":
             return self._send(200, b"<html>busy</html>", kind="text/html")
+        with server.lock:
+            content = server.contents.pop(0) if server.contents else server.text(body)
         answer = {
             "id": "1",
             "object": "chat.completion",
@@ -105,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": server.text(body)},
+                    "message": {"role": "assistant", "content": content},
                     "finish_reason": server.reason,
                 }
             ],

@@ -215,6 +215,70 @@ def test_refusals_alone_do_not_keep_a_pool_from_its_end(
         (pool.path / "candidates-000000004.parquet").unlink()
 
 
+def test_refusals_are_counted_over_shards(
+    server: ChatServer, make: Callable[..., OpenAIWorker], tmp_path: Path
+) -> None:
+    server.faults, server.always = ["empty"], 400  # a damaged answer is none
+    with (
+        pytest.warns(UserWarning, match="2 of 2 requests were refused"),  # one item alone is not held against it
+        pytest.raises(ValueError, match="2 of 2 requests were refused; .*none of 2 items was answered so far: check"),
+    ):
+        generate(make_pairs(5), [make()], 2, pool=tmp_path / "pool", seed=0, shard_size=1, progress=False)
+    assert len(server.requests) == 5
+    worker = make()
+    for _ in range(2):  # asked about again, an item is still one
+        with pytest.warns(UserWarning, match="they give no candidates"):
+            worker.propose(ITEMS[:1], 1, seed=0)
+
+
+def test_one_answer_proves_the_settings_for_good(server: ChatServer, make: Callable[..., OpenAIWorker]) -> None:
+    worker = make(retries=0, concurrency=1)
+    server.faults = ["", 503]  # the call that has the answer ends with an error
+    with pytest.raises(ConnectionError):
+        worker.propose(ITEMS[:2], 1, seed=0)
+    server.always = 400
+    for start in (2, 4):
+        with pytest.warns(UserWarning, match="2 of 2 requests were refused"):
+            assert worker.propose(ITEMS[start : start + 2], 1, seed=0) == [[], []]
+
+
+def test_a_lone_surrogate_does_not_cost_the_shard(
+    server: ChatServer, make: Callable[..., OpenAIWorker], tmp_path: Path
+) -> None:
+    server.contents = ["a cut emoji \ud83d here, a whole \U0001f600"]
+    pool = generate(make_pairs(2), [make(concurrency=1)], 1, pool=tmp_path / "pool", seed=0, progress=False)
+    assert [each.text for each in pool.candidates("pair-0").rationales] == ["a cut emoji ? here, a whole \U0001f600"]
+    assert pool.candidates("pair-1").rationales
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a red chair"}], "a red chair"),
+        ([{"type": "thinking"}, {"type": "text", "text": "a \ud83d"}, {"type": "text", "text": "b"}], "a ?b"),
+    ],
+)
+def test_an_answer_in_parts_is_their_text(
+    content: object, text: str, server: ChatServer, make: Callable[..., OpenAIWorker]
+) -> None:
+    server.contents = [content]
+    assert texts(make().propose(ITEMS[:1], 1, seed=0)) == [[text]]
+
+
+@pytest.mark.parametrize("content", [{"text": "a"}, 7, False, ["a"], [{"type": "text", "text": 7}], [{"type": "text"}]])
+def test_an_answer_that_is_no_text_is_damaged(
+    content: object, server: ChatServer, make: Callable[..., OpenAIWorker]
+) -> None:
+    undisturbed = make().propose(ITEMS[:1], 1, seed=0)
+    server.contents = [content]
+    worker = make()
+    assert worker.propose(ITEMS[:1], 1, seed=0) == undisturbed
+    assert worker.budget.requests == 2  # it is paid for
+    server.contents = [content]
+    with pytest.raises(ConnectionError, match="gave no proper answer, attempt 1 of 1 .*an answer whose text is none"):
+        make(retries=0).propose(ITEMS[:1], 1, seed=0)
+
+
 def test_an_answer_cut_by_its_length_says_so_and_a_filtered_one_is_dropped(
     server: ChatServer, make: Callable[..., OpenAIWorker]
 ) -> None:

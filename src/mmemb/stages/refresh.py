@@ -268,8 +268,8 @@ class RefreshPool(L.Callback):
         own = counts_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
         new = (len(coming), len(added), len(gained), sum(gain > 0 for gain in gained), math.fsum(gained))
         # In one collective, on the device that the strategy's backend takes: NCCL has none for the CPU.
-        local = torch.tensor([*own, *new], dtype=torch.float64, device=trainer.strategy.root_device)
-        *summed, total_gain = all_sum(local).tolist()
+        device = trainer.strategy.root_device if trainer.world_size > 1 else "cpu"  # float64 is not on every device
+        *summed, total_gain = all_sum(torch.tensor([*own, *new], dtype=torch.float64, device=device)).tolist()
         every, made, chosen, made_chosen, pairs, covered, candidates, helping = map(round, summed)
         values = {
             "covered": _share(covered, pairs),
