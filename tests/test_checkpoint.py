@@ -129,7 +129,8 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     write_checkpoint({"big": torch.zeros(50_000)}, path)
     whole = path.read_bytes()
-    for content in (b"", b"PK", whole[: len(whole) // 2], b"\x80\x02garbage"):
+    cut = [whole[: len(whole) * tenths // 10] for tenths in range(10)]
+    for content in (*cut, b"PK", b"\x80\x02garbage", b"test: 1", b"hello world", b"Read me", b"version 1"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="a.ckpt cannot be read as a checkpoint") as caught:
             read_checkpoint(path)
@@ -156,6 +157,9 @@ def test_lightning_reads_and_writes_through_it(tmp_path: Path) -> None:
     plugin = SafeCheckpointIO()
     path = tmp_path / "a.ckpt"
     plugin.save_checkpoint(dict(CONTENT), path)
+    with pytest.raises(ValueError, match="a.ckpt has no 'pytorch-lightning_version', so no training wrote it"):
+        plugin.load_checkpoint(path)
+    plugin.save_checkpoint(CONTENT | {"pytorch-lightning_version": "2.6"}, path)
     assert plugin.load_checkpoint(path)["global_step"] == 7
     with pytest.raises(ValueError, match="weights_only=True"):
         plugin.load_checkpoint(path, weights_only=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -93,6 +94,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,  # of a file cut short: EINVAL
+    # Of a file that is something else, such as a text whose first letter is a pickle's instruction:
+    LookupError,
+    ValueError,
+    struct.error,
+)
+
+
 def read_checkpoint(
     path: str | os.PathLike[str], *, map_location: Any = "cpu", identity: str | None = None
 ) -> dict[str, Any]:
@@ -112,7 +125,9 @@ def read_checkpoint(
         raise FileNotFoundError(errno.ENOENT, f"there is no checkpoint {path}; give the path of a .ckpt file")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         # Torch's own words for the first kind advise to load it unsafely.
         refused = isinstance(error, pickle.UnpicklingError)
         reason = "" if refused else f" ({str(error).strip().split(chr(10), 1)[0]})"

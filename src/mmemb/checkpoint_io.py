@@ -33,7 +33,10 @@ class SafeCheckpointIO(CheckpointIO):
             raise ValueError(
                 "mmemb reads checkpoints with weights_only=True alone: another way could run code from the file"
             )
-        return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+        checkpoint = read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+        if missing := [key for key in ("state_dict", "pytorch-lightning_version") if key not in checkpoint]:
+            raise ValueError(f"{path} has no {missing[0]!r}, so no training wrote it; give a checkpoint of `mmemb fit`")
+        return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Removes a checkpoint, if it is there; a sharded one, which its strategy wrote, is a folder."""

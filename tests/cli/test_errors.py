@@ -11,8 +11,10 @@ import torch
 import yaml
 from standins import StandInModule
 
-from mmemb.commands.errors import explain, guarded
+from mmemb.commands.errors import UsageError, explain, guarded
 from mmemb.commands.messages import condense
+from mmemb.commands.parser import CommandParser
+from mmemb.data.datamodule import PairDataModule
 
 Mistake = Callable[..., str]
 Fit = Callable[..., int]
@@ -173,6 +175,8 @@ def test_only_what_our_code_refused_is_a_mistake(tmp_path: Path) -> None:
         "a.png: No such file"
     )
     assert explain(raised_at(OURS, OSError(28, "cannot write a.ckpt: no space"))) == "cannot write a.ckpt: no space"
+    full = explain(raised_at("/lib/tensorboard/writer.py", OSError(28, "No space left on device")))
+    assert full == "No space left on device; make room where the run writes, and start it again"
     assert explain(raised_at(OURS, FileNotFoundError("a.jsonl: there is no such file"))) == (
         "a.jsonl: there is no such file"
     )
@@ -200,6 +204,45 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, cli: Callabl
     monkeypatch.setenv("MMEMB_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         guarded(fails)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("one.jsonl", '{"id": "secret"}'),
+        ("two.jsonl", '{"id": "secret"}\n{"id": "secret"}'),
+        ("list.json", '[{"id": "secret"}]'),
+        ("cut.json", '{"id": "secret"'),
+        ("binary.parquet", "\udcff\udcfesecret"),
+        ("missing.jsonl", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["train", "control", "validation", "test", "predict"])
+def test_a_file_in_place_of_a_list_of_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | None, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    parser = CommandParser(prog="x")
+    parser.add_class_arguments(PairDataModule, "data", sub_configs=True)  # as Lightning does
+    for value in (name, f"[{name}]"):
+        with pytest.raises(UsageError) as caught:
+            parser.parse_args([f"--data.{key}={value}"])
+        assert "secret" not in str(caught.value)
+        if (name, value) == ("list.json", name):
+            assert "Source has no argument 'id' (it takes path, " in str(caught.value)  # a list it is, of other objects
+        else:
+            assert str(caught.value) == f"data.{key}: expected a list of sources, such as [{{path: pairs.jsonl}}]"
+
+
+def test_a_mistake_within_a_source_is_named() -> None:
+    parser = CommandParser(prog="x")
+    parser.add_class_arguments(PairDataModule, "data", sub_configs=True)
+    with pytest.raises(UsageError, match="no argument 'paht'; did you mean 'path'"):
+        parser.parse_args(["--data.train=[{paht: a.jsonl}]"])
+    with pytest.raises(UsageError, match="limit: expected int, got 'few'"):
+        parser.parse_args(["--data.train=[{path: a.jsonl, limit: few}]"])
 
 
 def test_an_unknown_message_is_at_least_one_line() -> None:

@@ -144,6 +144,7 @@ def test_two_processes_one_of_them_killed(
     [
         (["--input", "pictures", "--dim", "7000"], "dim is 7000"),
         (["--input", "pictures", "--budget", "0"], "--budget 0"),
+        (["--input", "pictures", "--limit", "-1"], "--limit -1: it counts from 1"),
         (["--input", "pictures", "--output", "a.txt"], "a name that ends in .parquet"),
         (["--input", "none"], "none"),
         (["--input", "pictures", "--checkpoint", "none"], "none"),

@@ -73,6 +73,28 @@ def test_a_stage_without_a_source_is_named(stage: str, message: str) -> None:
         PairDataModule().setup(stage)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_workers", -1), ("batch_size", 0), ("sub_batch_size", 0), ("steps_per_epoch", -1), ("steps_per_epoch", 0)]
+    + [("control_batch_size", 0), ("control_sub_batch_size", -8)],
+)
+def test_a_number_out_of_range_is_named(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.{name}: expected [01] or more, got {value}; raise it"):
+        PairDataModule(**{name: value})
+
+
+def test_a_source_that_chooses_nothing_is_named() -> None:
+    for limit in (0, -1):
+        with pytest.raises(
+            ValueError, match=rf"^data\.train, a\.jsonl: source\.limit: expected 1 .*, got {limit}; raise"
+        ):
+            PairDataModule([Source("a.jsonl", limit=limit)])
+    with pytest.raises(
+        ValueError, match=r"^data\.test, a\.jsonl: source\.tasks: is empty; name tasks, or leave it out"
+    ):
+        PairDataModule(test=[Source("a.jsonl", tasks=[])])
+
+
 def test_mistakes_are_found_at_setup(tmp_path: Path, source: Source) -> None:
     with pytest.raises(FileNotFoundError, match="gone.jsonl: there is no such file"):
         PairDataModule([Source(str(tmp_path / "gone.jsonl"))]).setup("fit")

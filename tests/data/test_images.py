@@ -3,9 +3,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, IcoImagePlugin, Image
 
 from mmemb.data.images import load_image, resolve_image
+from mmemb.data.records import PICTURE_SUFFIXES
 
 
 def save(path: Path, image: Image.Image, **options: object) -> str:
@@ -103,6 +104,27 @@ def test_a_picture_bomb_is_refused_before_decoding(tmp_path: Path, side: int) ->
     with pytest.raises(ValueError, match=r"bomb\.png: .*50,000,000.*shrink") as caught:
         load_image(str(tmp_path / "bomb.png"))
     one_line(caught)
+
+
+@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
+def test_every_kind_of_picture_of_a_folder_is_decoded(tmp_path: Path, suffix: str) -> None:
+    assert load_image(save(tmp_path / f"a{suffix}", Image.new("RGB", (3, 5)))).size == (3, 5)
+
+
+def test_other_kinds_of_files_reach_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(IcoImagePlugin, "IcoFile", reached)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", reached)
+    Image.new("RGB", (32, 32)).save(tmp_path / "icon.png", format="ICO")
+    (tmp_path / "script.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    for name in ("icon", "script"):
+        with pytest.raises(ValueError, match=rf"{name}\.png: cannot be read as PNG, .* or TIFF; convert it") as caught:
+            load_image(str(tmp_path / f"{name}.png"))
+        one_line(caught)
 
 
 def test_the_pixel_limit_is_inclusive(tmp_path: Path) -> None:

@@ -126,6 +126,16 @@ CASES = {
     "wrong argument type of a part": Case(
         ["model.objective", "chunk_size: expected int, got 'few'"], ["--model.objective.init_args.chunk_size=few"]
     ),
+    "fewer processes than none": Case(["data.num_workers: expected 0 or more, got -1"], ["--data.num_workers=-1"]),
+    "fewer steps than none": Case(["model.warmup_steps: expected 0 or more, got -5"], ["--model.warmup_steps=-5"]),
+    "rate below nothing": Case(["model.optimizer: Invalid learning rate"], ["--model.optimizer.init_args.lr=-1"]),
+    "source of no rows": Case(
+        ["data.train, pairs.jsonl: source.limit: expected 1 or more, got 0"],
+        ["--data.train=[{path: pairs.jsonl, limit: 0}]"],
+    ),
+    "file in place of sources": Case(
+        ["data.train: expected a list of sources, such as [{path: pairs.jsonl}]"], ["--data.train=pairs.jsonl"]
+    ),
     "batch that cannot be cut": Case(["batch_size", "sub_batch_size"], ["--data.sub_batch_size=3"]),
     "missing config": Case(["there is no config file none.yaml"], ["--config=none.yaml"]),
     "missing data": Case(["none.jsonl: ", "no such file"], ["--data.train=[{path: none.jsonl}]"]),

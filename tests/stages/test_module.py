@@ -110,3 +110,23 @@ def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_a_controller_named_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="'never' is there twice"):
         small_module(controllers=[Never(), Never()])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("warmup_steps", -5),
+        ("gradient_clip", -1.0),
+        ("encode_batch_size", 0),
+        ("budget", 0),
+        ("validation_queries", -1),
+    ],
+)
+def test_a_number_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{name}: expected [01] or more, got {value}; raise it"):
+        small_module(**{name: value})
+
+
+def test_what_the_optimizer_refuses_is_told_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model\.optimizer: Invalid learning rate: -1$"):
+        small_trainer(tmp_path).fit(small_module(lr=-1), datamodule=small_data(batch_size=8))

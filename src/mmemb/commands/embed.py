@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--output {target}: embeddings are written as Parquet; give a name that ends in .parquet")
     if target.is_dir():
         raise UsageError(f"--output {target}: is a folder; name a file in it, or another one")
-    for name in ("budget", "batch_size", "part_rows"):
-        if options[name] < 1:
+    for name in ("budget", "batch_size", "part_rows", "limit"):
+        if options[name] is not None and options[name] < 1:
             raise UsageError(f"--{name} {options[name]}: it counts from 1")
     from dataclasses import replace
 

@@ -7,6 +7,7 @@ every traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -80,6 +81,8 @@ def _explain_os(error: OSError) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if _raised_by_us(error):
         return error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a library's log, say, which names no file
+        return f"{error.strerror}; make room where the run writes, and start it again"
     return _from_worker(str(error))
 
 

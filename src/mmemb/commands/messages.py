@@ -30,6 +30,14 @@ _NOISE = re.compile(
     r"Subtypes: .*|Errors:|Given value type: .*|Given value: .*|Expected a <class 'NoneType'>|"
     r"Subclass types expect one of:|a class path \(str\)|a dict with.*)?$"
 )
+_SOURCES = re.compile(r"^data\.(train|control|validation|test|predict)$")
+_NO_SOURCE = re.compile(
+    r"^ *- (Expected a <class 'list'>|Expected a dot import path string|Unexpected import path|No module named|"
+    r"Invalid content in sub-config|Not a valid subclass of Source)|codec can't decode|"
+    r"^ *Given value: \['",
+    re.MULTILINE,
+)
+"""The many things said of a data file in place of ``[{path: FILE}]``, which is then read as a part's config."""
 _CALLABLE = re.compile(r"^Type typing\.Callable.* expects a function or a callable class:\s*")
 
 
@@ -72,6 +80,8 @@ def condense(message: str, error: BaseException | None, keys: Sequence[str]) -> 
         option = found[1].split("=", 1)[0]
         return f"there is no option {option!r}{nearest(option, [f'--{key}' for key in keys])}"
     where = place(message)
+    if _SOURCES.match(where) and _NO_SOURCE.search(message):  # no value with it: it may be a row of the user's data
+        return f"{where}: expected a list of sources, such as [{{path: pairs.jsonl}}]"
     detail = _detail(message)
     return one_line(f"{where}: {detail}" if where else detail)
 

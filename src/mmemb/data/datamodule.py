@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mmemb.data.loaders import Batches, Box, Collate, Shard, Streams, TrainLoader, TrainRows, in_box, in_list
-from mmemb.data.records import Source, read_items, read_pairs, read_tasks
+from mmemb.data.records import Source, read_items, read_pairs, read_tasks, refuse_below
 from mmemb.data.sampler import TaskBatchSampler
 from mmemb.types import EvaluationTask, Item, Pair
 
@@ -65,6 +65,9 @@ class PairDataModule(L.LightningDataModule):
         bundled_seed: int = 0,
     ) -> None:
         super().__init__()
+        refuse_below(0, "data", num_workers=num_workers)
+        refuse_below(1, "data", batch_size=batch_size, sub_batch_size=sub_batch_size, steps_per_epoch=steps_per_epoch)
+        refuse_below(1, "data", control_batch_size=control_batch_size, control_sub_batch_size=control_sub_batch_size)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict may have fewer batches than ranks
         self.sources: dict[str, list[Source]] = {
             "train": train or [],
@@ -73,6 +76,9 @@ class PairDataModule(L.LightningDataModule):
             "predict": predict or [],
             "control": control or [],
         }
+        for name, sources in self.sources.items():
+            for source in sources:
+                source.check(f"data.{name}")
         self.batch_size = batch_size
         self.sub_batch_size = sub_batch_size
         self.steps_per_epoch = steps_per_epoch

@@ -10,10 +10,14 @@ import os
 import stat
 from functools import lru_cache
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 BUNDLED = "bundled:"
 """Prefix of pictures (and data sets) that come with the package."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What a picture file may hold, whatever its name. Other decoders of PIL stay shut: that of ICO decodes before a size
+can be checked, that of EPS starts Ghostscript."""
 
 _ORIENTATION = 0x0112
 
@@ -40,7 +44,7 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
 
         return _to_rgb(open_picture(source))
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             elongated = max(width, height) > MOST_ELONGATED * min(width, height)
             if width * height <= max_pixels and not elongated:
@@ -49,6 +53,11 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
     except FileNotFoundError:
         raise FileNotFoundError(
             f"picture {source}: there is no such file; correct the path or restore the file"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"picture {source}: cannot be read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; "
+            "convert it to one of them or leave its row out"
         ) from None
     except Image.DecompressionBombError:
         raise ValueError(

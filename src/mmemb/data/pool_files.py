@@ -143,7 +143,9 @@ def read_manifest(path: str | Path) -> Manifest:
     if place.is_file():
         try:
             metadata = pq.read_schema(place).metadata or {}
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError without a number
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise ValueError(f"{place}: not a Parquet file ({error})") from None
         if METADATA_KEY not in metadata:
             raise ValueError(f"{place}: a Parquet file but no rationale pool; make one by `mmemb rationales generate`")

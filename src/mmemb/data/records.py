@@ -31,6 +31,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".
 
 _ROW = ("id", "task", "query", "positive", "positive_id", "hard_negatives")
 _PARTS = ("image", "video", "page", "text")
+_MMEB_TEXTS = ("qry", "pos_text", "neg_text", "qry_inst", "qry_text", "tgt_inst", "tgt_text")
 _ITEM = ("instruction", "parts", "fields", *_PARTS)
 
 
@@ -55,10 +56,39 @@ class Source:
     limit: int | None = None
     task: str | None = None
 
+    def check(self, owner: str) -> None:
+        """Refuses a choice of nothing. Not at once in `__init__`: the parser would bury the message in its own.
+
+        Args:
+            owner: the list that the source stands in, in messages.
+
+        Raises:
+            ValueError: no task or no row can be left.
+        """
+        refuse_below(1, f"{owner}, {self.path}: source", limit=self.limit)
+        if self.tasks is not None and not self.tasks:
+            raise ValueError(f"{owner}, {self.path}: source.tasks: is empty; name tasks, or leave it out for all")
+
     @property
     def bundled(self) -> str | None:
         """Split of the bundled data, None for a file."""
         return self.path.removeprefix(BUNDLED) if self.path.startswith(BUNDLED) else None
+
+
+def refuse_below(least: float, owner: str, **settings: float | None) -> None:
+    """Refuses settings that are less than the least one that means something; None stands for a default.
+
+    Args:
+        least: the least accepted.
+        owner: what the settings belong to, in messages.
+        settings: values by name.
+
+    Raises:
+        ValueError: names the first such setting.
+    """
+    for name, value in settings.items():
+        if value is not None and not value >= least:  # nan, too
+            raise ValueError(f"{owner}.{name}: expected {least} or more, got {value}; raise it or leave it out")
 
 
 def read_pairs(source: Source, *, seed: int = 0) -> Sequence[Pair]:
@@ -217,7 +247,7 @@ def _parts(value: Any, field: str, find: mmeb.Find) -> tuple[Part, ...]:
             raise FieldError(here, f"expected an object with one of {', '.join(_PARTS)}, got {got}")
         ((key, content),) = known.items()
         parts.append(_part(key, content, f"{here}.{key}", find))
-    return tuple(part for part in parts if part != Text(""))
+    return tuple(part for part in parts if not (isinstance(part, Text) and not part.text.strip()))
 
 
 def _part(key: str, value: Any, field: str, find: mmeb.Find) -> Part:
@@ -233,6 +263,13 @@ def _part(key: str, value: Any, field: str, find: mmeb.Find) -> Part:
 def _string(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise FieldError(field, f"expected a text, got {kind_of(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say it, no tokenizer or file can take it
+        half, place = value[error.start], error.start + 1
+        raise FieldError(
+            field, f"has half a character, {half!a}, at place {place}; write it whole or drop it"
+        ) from None
     return value
 
 
@@ -246,6 +283,8 @@ def _fields(value: Any, field: str) -> dict[str, str]:
     for key, entry in value.items():
         if isinstance(entry, dict | list):
             raise FieldError(f"{field}.{key}", f"expected a text or a number, got {kind_of(entry)}")
+        _string(key, field)
+        _string(str(entry), f"{field}.{key}")
     return {key: str(entry) for key, entry in value.items() if entry is not None}
 
 
@@ -282,6 +321,10 @@ def _pair(row: dict[str, Any], number: int, source: Source, path: Path, find: mm
     if mmeb.is_train(row) or mmeb.is_evaluation(row):
         task = source.task or mmeb.train_task(path)
         identity = f"{task}/{path.stem}:{number}"
+        for key, value in row.items():
+            for entry in value if isinstance(value, list) else (value,):
+                if key in _MMEB_TEXTS and isinstance(entry, str):
+                    _string(entry, key)
         if mmeb.is_train(row):
             return mmeb.read_train_row(row, id=identity, task=task, find=find, identify=content_identity)
         return mmeb.read_evaluation_row(row, id=identity, task=task, find=find, identify=content_identity, seen=seen)

@@ -72,19 +72,31 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                     f"{path}, line {number}: is not valid JSON ({error.msg} at column {error.colno}); "
                     f"write one JSON object a line"
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {_too_much(error)}") from None
 
 
 def _list(path: Path) -> Iterator[tuple[int, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: is not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
             f"a list of objects is expected (one object a line is .jsonl)"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {_too_much(error)}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of objects, got {kind_of(rows)}; wrap the rows in [ ]")
     yield from enumerate(rows, 1)
+
+
+def _too_much(error: Exception) -> str:
+    """What is wrong with JSON that is valid and yet not decoded."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply; a row is an object with fields, an item in it at most a few levels deep"
+    return "has a number of too many digits; write it as a text, in quotes"
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -98,7 +110,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {key: _decoded(key, value) for key, value in row.items()}
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: is not a readable Parquet file ({reason}); write it again") from None
 
@@ -109,7 +123,7 @@ def _decoded(column: str, value: Any) -> Any:
     if column in _NESTED and isinstance(value, str):
         try:
             decoded = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
         return decoded if isinstance(decoded, _NESTED[column]) else value
     return value

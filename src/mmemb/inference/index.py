@@ -192,7 +192,9 @@ def read_embeddings(path: str | Path, *, model: str | None = None) -> EmbeddingI
         raise FileNotFoundError(f"{path}: there is no such file; make it with `mmemb embed`")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{path}: not a readable Parquet file; make it anew with `mmemb embed`") from error
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing or not pa.types.is_fixed_size_list(table.schema.field("embedding").type):

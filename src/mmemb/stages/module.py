@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmemb.checkpoint import IDENTITY_KEY, refuse_other_backbone
 from mmemb.data.datamodule import PairDataModule
+from mmemb.data.records import refuse_below
 from mmemb.evaluation import report
 from mmemb.evaluation.runner import EvaluationResults, calibrate, evaluate
 from mmemb.inference.encoder import Encoder
@@ -85,6 +86,9 @@ class EmbeddingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        refuse_below(0, "model", warmup_steps=warmup_steps, gradient_clip=gradient_clip)
+        refuse_below(1, "model", encode_batch_size=encode_batch_size, validation_queries=validation_queries)
+        refuse_below(1, "model", budget=budget)
         # Under LightningCLI these are class paths and plain values, from which a checkpoint rebuilds the parts. Built
         # in Python they would be the parts themselves, which belong in no checkpoint.
         if _given_hyperparameters.get() is not None:
@@ -173,7 +177,6 @@ class EmbeddingModule(L.LightningModule):
                 barrier=self.trainer.strategy.barrier,
             )
             self.objective.prepare_choice(self.pool.choice(pool, self.selector))
-
         if self.control is not None:
             self.datamodule.use_control(self._control_collate, start=self.control.start)
         for objective, split in ((self.objective, "train"), (self.control_objective, "control")):
@@ -192,19 +195,20 @@ class EmbeddingModule(L.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer(parameter_groups(self, without_decay=self._vectors))
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        try:
+            optimizer = self.optimizer(parameter_groups(self, without_decay=self._vectors))
+        except ValueError as error:  # of torch, about a value such as a negative lr
+            raise ValueError(f"model.optimizer: {error}") from error
+        if self.trainer.estimated_stepping_batches == float("inf"):
             raise ValueError("trainer: the run has no end, and the schedule needs one; give max_steps or max_epochs")
-        steps = int(steps)
+        steps = int(self.trainer.estimated_stepping_batches)
         first = steps if self.control is None else min(self.control.start, steps)
         spans = [Span(first, self.schedule, self.warmup_steps)]
         # A run that never comes to the phase must not end at its rate: resumed with more steps it would begin with it.
         if self.control is not None and first < steps:
             follows = self.control
             spans.append(Span(steps - first, follows.schedule, follows.warmup_steps, follows.learning_rate_factor))
-        schedule = scheduler(optimizer, spans)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer, spans), "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self._started = time.monotonic()
