@@ -88,6 +88,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read_embeddings(tmp_path / "loose.parquet")
 
 
+def test_a_damaged_text_that_still_decompresses_is_named(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.parquet", ITEMS, encoded(VECTORS))
+    pq.write_table(pq.read_table(path), path, compression="none", write_statistics=False)
+    whole = path.read_bytes()
+    assert b"red apple" in whole
+    path.write_bytes(whole.replace(b"red apple", b"red \xffpple"))
+    with pytest.raises(ValueError, match=r"e\.parquet: not a readable Parquet file"):
+        read_embeddings(path)
+
+
 def test_lengths_must_agree(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 items, 2 ids and 4 embeddings"):
         write_embeddings(tmp_path / "e.parquet", ITEMS[:2], encoded(VECTORS))

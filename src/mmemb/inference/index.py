@@ -192,7 +192,9 @@ def read_embeddings(path: str | Path, *, model: str | None = None) -> EmbeddingI
         raise FileNotFoundError(f"{path}: there is no such file; make it with `mmemb embed`")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError without a number
+        table.validate(full=True)  # a damaged byte of a text may pass the decompressor, and would fail below
+    # A damaged page is an OSError without a number, a damaged column name a UnicodeDecodeError.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path}: not a readable Parquet file; make it anew with `mmemb embed`") from error
