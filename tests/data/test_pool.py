@@ -345,7 +345,7 @@ def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
         RationalePool.open(tmp_path)
     text = tmp_path / "a.parquet"
     text.write_text("no parquet")
-    with pytest.raises(ValueError, match="not a Parquet file"):
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
         RationalePool.open(text)
     write_shard(tmp_path / "b.parquet", pa.table({"a": [1]}))
     with pytest.raises(ValueError, match="a Parquet file but no rationale pool"):

@@ -196,7 +196,7 @@ def test_ids_must_be_unique(folder: Path) -> None:
         ("a.json", b"[{]", r"a\.json: is not valid JSON .* line 1"),
         ("a.json", b'{"query": "x"}', r"a\.json: expected a list of objects, got an object"),
         ("a.json", b"[]", r"a\.json: holds no rows"),
-        ("a.parquet", b"PAR?", r"a\.parquet: is not a readable Parquet file"),
+        ("a.parquet", b"PAR?", r"a\.parquet: not a readable Parquet file"),
         ("a.csv", b"", r"a\.csv: unknown kind of file '.csv'; data files end in \.jsonl"),
     ],
 )

@@ -190,11 +190,11 @@ def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, -3])
 @pytest.mark.parametrize("name", ["k", "shard_size"])
 def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path, name: str, number: int) -> None:
-    with pytest.raises(ValueError, match=f"generate: {name} is {number}, expected 1 or more"):
+    with pytest.raises(ValueError, match=rf"generate\.{name}: expected 1 or more, got {number}"):
         run(make_pairs(3), tmp_path / "pool", Numbered(), **{name: number})
     assert not (tmp_path / "pool").exists()
     setting = {"k": "candidates"}.get(name, name)
-    with pytest.raises(ValueError, match=f"rationale pool: {setting} is {number}, expected 1 or more"):
+    with pytest.raises(ValueError, match=rf"model\.pool\.{setting}: expected 1 or more, got {number}"):
         PoolSettings(str(tmp_path / "pool"), **{setting: number})
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from mmemb.data.damage import named_damage
 from mmemb.digests import digest, pair_digest
 from mmemb.types import Pair, Rationale
 
@@ -141,12 +142,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     place = resolve(path)
     if place.is_file():
-        try:
+        with named_damage(place, "name a rationale pool, or make one by `mmemb rationales generate`"):
             metadata = pq.read_schema(place).metadata or {}
-        except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError without a number
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise ValueError(f"{place}: not a Parquet file ({error})") from None
         if METADATA_KEY not in metadata:
             raise ValueError(f"{place}: a Parquet file but no rationale pool; make one by `mmemb rationales generate`")
         return Manifest.from_json(metadata[METADATA_KEY], path=place)

@@ -100,21 +100,16 @@ def _too_much(error: Exception) -> str:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from mmemb.data.damage import named_damage
+
     number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, {key: _decoded(key, value) for key, value in row.items()}
-    except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError without a number
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: is not a readable Parquet file ({reason}); write it again") from None
+    with named_damage(path, "write it again"), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {key: _decoded(key, value) for key, value in row.items()}
 
 
 def _decoded(column: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from mmemb.data.damage import named_damage
 from mmemb.digests import digest, module_digest
 from mmemb.inference.draw import draw_results
 from mmemb.interfaces import Backbone, Pooler
@@ -190,14 +191,9 @@ def read_embeddings(path: str | Path, *, model: str | None = None) -> EmbeddingI
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; make it with `mmemb embed`")
-    try:
+    with named_damage(path, "make it anew with `mmemb embed`"):
         table = pq.read_table(path)
         table.validate(full=True)  # a damaged byte of a text may pass the decompressor, and would fail below
-    # A damaged page is an OSError without a number, a damaged column name a UnicodeDecodeError.
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path}: not a readable Parquet file; make it anew with `mmemb embed`") from error
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing or not pa.types.is_fixed_size_list(table.schema.field("embedding").type):
         what = f"no column {missing[0]!r}" if missing else "embeddings of varying length"

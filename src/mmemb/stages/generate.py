@@ -45,6 +45,7 @@ from mmemb.data.pool_files import (
     write_manifest,
     write_shard,
 )
+from mmemb.data.records import refuse_below
 from mmemb.digests import digest
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Pair
@@ -98,7 +99,7 @@ def generate(
         )
     if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
         raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
-    at_least_one("generate", k=k, shard_size=shard_size)
+    refuse_below(1, "generate", k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
     folder, check = resolve(pool), leaks or LeakCheck()
     asked = Manifest(
         data=data_digest(pairs),
@@ -112,17 +113,6 @@ def generate(
     with sole_maker(folder):
         _fill(folder, asked, pairs, workers, check, progress)
     return RationalePool.open(pool)
-
-
-def at_least_one(place: str, **numbers: int) -> None:
-    """Refuses numbers below one: a pool that was begun with them can neither be finished nor read.
-
-    Raises:
-        ValueError: names the place and the number.
-    """
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{place}: {name} is {value}, expected 1 or more")
 
 
 def _fill(

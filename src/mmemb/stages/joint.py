@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
+from mmemb.data.records import refuse_below
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
@@ -57,8 +58,7 @@ class Joint(Objective):
     ) -> None:
         super().__init__()
         check_chunk_size(chunk_size)
-        if kept_graphs < 1:
-            raise ValueError(f"joint: kept_graphs is {kept_graphs}, expected 1 or more")
+        refuse_below(1, "joint", kept_graphs=kept_graphs)
         self.chunk_size = chunk_size
         self.direct_weight = direct_weight
         self.reasoned_weight = reasoned_weight

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mmemb.data.leaks import LeakCheck
 from mmemb.data.pool import RationalePool
+from mmemb.data.records import refuse_below
 from mmemb.interfaces import Evaluator, Selector, Worker
-from mmemb.stages.generate import at_least_one
 from mmemb.stages.objective import Choose, Parts
 from mmemb.stages.select import CandidateSource, build_pool, choose_many, evaluator_name
 from mmemb.types import Pair, Rationale
@@ -41,7 +41,7 @@ class PoolSettings:
         leaks: LeakCheck | None = None,
         shard_size: int = 256,
     ) -> None:
-        at_least_one("rationale pool", candidates=candidates, shard_size=shard_size)
+        refuse_below(1, "model.pool", candidates=candidates, shard_size=shard_size)
         self.path = path
         self.workers = workers or []
         self.evaluator = evaluator
