@@ -35,15 +35,23 @@ PACKAGES = {
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/emojione": "1.2.3",
     "@iconify-json/fxemoji": "1.2.2",
+    "@iconify-json/fluent-emoji": "1.2.7",
+    "@iconify-json/streamline-emojis": "1.2.4",
 }
 VENDORS = {"noto": ("emoji-datasource-google", "google"), "twemoji": ("emoji-datasource-twitter", "twitter")}
 STYLES = {
     "fluent": "@iconify-json/fluent-emoji-flat",
     "emojione": "@iconify-json/emojione",
     "fxemoji": "@iconify-json/fxemoji",
+    "fluent-color": "@iconify-json/fluent-emoji",
+    "streamline": "@iconify-json/streamline-emojis",
 }
 """Further styles, for training pictures only: with two, a withheld picture's thing was seen in one drawing alone."""
-SIDE, QUALITY, LIMIT_BYTES = 64, 85, 5_000_000
+MISNAMED = {("streamline", "turkey")}
+"""Pictures of a style that show another thing of that name (here the flag)."""
+SIDE, LIMIT_BYTES = 64, 5_000_000
+QUALITY, STYLE_QUALITY = 85, 75
+"""Of the WebP files: the vendors', the further styles'."""
 
 WITHHELD = {
     "emoji": {"test": 110, "control": 60, "validation": 60},
@@ -251,7 +259,7 @@ def fetch(folder: Path) -> dict[str, Package]:
     return packages
 
 
-def picture(data: bytes) -> bytes:
+def picture(data: bytes, *, quality: int = QUALITY) -> bytes:
     """A PNG as WebP, 64 x 64, flattened on white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (SIDE, SIDE):
@@ -259,7 +267,7 @@ def picture(data: bytes) -> bytes:
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A"))
     out = io.BytesIO()
-    flat.save(out, "WEBP", quality=QUALITY, method=6)
+    flat.save(out, "WEBP", quality=quality, method=6)
     return out.getvalue()
 
 
@@ -282,13 +290,13 @@ def style_pictures(style: str, package: Package, names: Mapping[str, str]) -> di
     drawn = {}
     for key, name in names.items():
         icon = known.get(by_key.get(key) or (None if by_key else by_name.get(squeezed(name))))
-        if icon is None:
+        if icon is None or (style, name) in MISNAMED:
             continue
         left, top = icons.get("left", 0), icons.get("top", 0)
         box = f"{left} {top} {icon.get('width', icons.get('width', 16))} {icon.get('height', icons.get('height', 16))}"
         size = f'viewBox="{box}" width="{SIDE}" height="{SIDE}"'
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{icon["body"]}</svg>'
-        drawn[f"{style}/{key}.webp"] = picture(bytes(resvg_py.svg_to_bytes(svg_string=svg)))
+        drawn[f"{style}/{key}.webp"] = picture(bytes(resvg_py.svg_to_bytes(svg_string=svg)), quality=STYLE_QUALITY)
     return drawn
 
 
@@ -369,19 +377,20 @@ def country_entities(table: Sequence[Mapping[str, Any]], cldr: Package, english:
 def assign_splits(entities: dict[str, dict[str, Any]]) -> None:
     """Adds ``withheld`` (vendor -> split), ``split`` of countries and ``scene``, in place.
 
-    An entity loses at most one vendor, so its other picture is always a training picture.
+    An entity loses at most one vendor, so its other picture is always a training picture. This is the second draw: an
+    entity withheld in both loses the other vendor, so that no picture is held out whose score was known before.
     """
     groups = {key: entity["category"] for key, entity in entities.items()}
     for kind, counts in WITHHELD.items():
         keys = [key for key, entity in entities.items() if entity["kind"] == kind]
         if sum(counts.values()) > len(keys) * 0.6:
             counts = {split: int(len(keys) * 0.6 * count / sum(counts.values())) for split, count in counts.items()}
-        taken = spread(keys, groups, counts, "withheld")
+        taken = spread(keys, groups, counts, "withheld, second draw")
         for key in keys:
-            vendor = sorted(VENDORS)[order("vendor", key) % 2]
+            vendor = sorted(VENDORS)[(order("vendor", key) + 1) % 2]
             entities[key]["withheld"] = {vendor: taken[key]} if key in taken else {}
     flags = {key: entity["attributes"]["region"] for key, entity in entities.items() if entity["kind"] == "flag"}
-    held_out = spread(flags, flags, COUNTRIES, "country")
+    held_out = spread(flags, flags, COUNTRIES, "country, second draw")
     free = [key for key, entity in entities.items() if entity["kind"] == "emoji" and not entity["withheld"]]
     scene = spread(free, groups, {"scene": min(SCENE_VOCABULARY, len(free))}, "scene")
     for key, entity in entities.items():

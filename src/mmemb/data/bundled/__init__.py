@@ -1,6 +1,6 @@
 """The bundled data set: emoji and flags by two vendors, facts on countries, scenes drawn from a seed; eight tasks.
 
-Three further styles of many emoji are shown in training only.
+Five further styles of many emoji are shown in training only.
 
 Light: no torch, and no picture is decoded before `open_picture` is asked for it.
 """

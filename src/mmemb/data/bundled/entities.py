@@ -11,7 +11,7 @@ from importlib import resources
 
 SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
-TRAINING_STYLES = ("fluent", "emojione", "fxemoji")
+TRAINING_STYLES = ("fluent", "emojione", "fxemoji", "fluent-color", "streamline")
 """Further styles, shown in training only: without withheld pictures or a place in a held-out query or candidate."""
 STYLES = (*VENDORS, *TRAINING_STYLES)
 ATTRIBUTES = ("currency", "language", "region")

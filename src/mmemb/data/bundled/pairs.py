@@ -35,7 +35,7 @@ QUERIES = {"train": 2000, "control": 300, "validation": 60, "test": 150}
 NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
 """Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
 NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
-_DRAW = {"test": "test, sixth draw"}
+_DRAW = {"test": "test, seventh draw"}
 """Test scenes are drawn anew when a setting of the main job was chosen after one before it had been scored on them."""
 
 

@@ -1,6 +1,7 @@
 """Pictures of the bundled data set, decoded one at a time when asked for.
 
-`noto/1f34e` is one picture, 64 x 64; `noto/scene/1f34e+1f415+1f408+26f5` a scene of four, 128 x 128, in reading order.
+`noto/1f34e` is one picture, 64 x 64; `noto/mirrored/1f34e` the same, left and right exchanged;
+`noto/scene/1f34e+1f415+1f408+26f5` a scene of four, 128 x 128, in reading order.
 """
 
 from __future__ import annotations
@@ -46,15 +47,18 @@ def open_picture(name: str) -> PILImage:
     """Decodes a picture: RGB, 64 x 64, or a 128 x 128 scene of four.
 
     Args:
-        name: ``<style>/<code points>`` or ``<style>/scene/<a>+<b>+<c>+<d>``, with or without ``bundled:``.
+        name: ``<style>/<code points>``, ``<style>/mirrored/<code points>`` or ``<style>/scene/<a>+<b>+<c>+<d>``, with
+            or without ``bundled:``.
 
     Raises:
         ValueError: there is no such picture.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     name = name.removeprefix(PREFIX)
     vendor, _, rest = name.partition("/")
+    if rest.startswith("mirrored/"):
+        return ImageOps.mirror(_single(f"{vendor}/{rest.removeprefix('mirrored/')}"))
     if not rest.startswith("scene/"):
         return _single(name)
     keys = rest.removeprefix("scene/").split("+")

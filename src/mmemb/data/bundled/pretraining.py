@@ -51,7 +51,7 @@ class PretrainingSamples:
 
     The query is a prompt, the positive one text: the response the model should write. By task:
 
-    - ``picture``: a single picture -> its name.
+    - ``picture``: a single picture -> its name; half of the emoji with left and right exchanged.
     - ``scene``: a fresh training scene -> its caption.
     - ``fact``: a question in text -> the value (a tenth of them reversed: value -> country).
     - ``text_scene``: a caption in text -> the same, with who stands left or right of whom.
@@ -110,8 +110,10 @@ class PretrainingSamples:
         return [row for row in values if counts[row[0], row[1]] == 1]
 
     def _picture(self, rng: random.Random, key: str) -> Pair:
-        vendor, entity = rng.choice(self._train_pictures)
-        return describe("picture", key, f"{vendor}/{entity.key}", entity.name)
+        style, entity = rng.choice(self._train_pictures)
+        # Styles draw a thing facing either way; a flag's sides are fixed.
+        mirrored = "mirrored/" if entity.kind == "emoji" and rng.random() < 0.5 else ""
+        return describe("picture", key, f"{style}/{mirrored}{entity.key}", entity.name)
 
     def _draw(self, rng: random.Random) -> tuple[str, Scene]:
         # Half of the scenes hold a flag, as in `flagscene`: any country, since only flag -> attribute is held out.

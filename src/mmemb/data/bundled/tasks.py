@@ -67,7 +67,7 @@ _PHRASING_SPLITS = ("train", "train", "train", "control", "validation", "test")
 
 def fact_phrasings(country: str, attribute: str, split: str) -> list[str]:
     """The questions for one fact in a split: three in train, one in each other, rotated by a hash of the fact."""
-    shift = order("phrasing", country, attribute)
+    shift = order("phrasing, second draw", country, attribute)
     return [
         template.format(country=country, attribute=attribute)
         for i, template in enumerate(FACT_PHRASINGS)
