@@ -306,7 +306,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     every = [
         task for source in yaml.safe_load(r1_seeds.RECIPE.read_text())["data"]["train"] for task in source["tasks"]
     ]
-    made.add_argument("--steps", type=int, default=450, help="training steps of a run (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=400, help="training steps of a run (default: %(default)s)")
     made.add_argument("--evaluator-steps", type=int, default=250, help="of the scoring embedder (default: %(default)s)")
     made.add_argument("--tasks", nargs="+", default=every, help="tasks trained and tested (default: all)")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run each (default: 1 2 3)")
