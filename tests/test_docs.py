@@ -130,9 +130,9 @@ def test_a_wrong_example_fails(clone: Path) -> None:
         run_block(bash, clone)
 
 
-def test_results_in_the_readme_are_those_of_the_files() -> None:
+def test_tables_of_results_are_those_of_the_files() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tools.update_readme", "--check"],
+        [sys.executable, "-m", "tools.update_docs", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

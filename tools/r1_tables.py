@@ -1,18 +1,12 @@
-"""Writes the results table of README.md from the runs kept in `benchmarks/results/r1_seeds.json`.
-
-    python -m tools.update_readme            rewrite the part between the markers
-    python -m tools.update_readme --check    only say whether it is up to date (exit code 1 if not)
+"""The results of the main job as Markdown, from `benchmarks/results/r1_seeds.json`; `tools.update_docs` asks for it.
 
 The file is a JSON list with the `summary.json` of each run, one run a seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import sys
 from collections.abc import Sequence
 from math import isnan, nan
 from pathlib import Path
@@ -21,7 +15,6 @@ from typing import Any
 from benchmarks import bars
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results:start -->", "<!-- results:end -->"
 MODES = {
     "pretrained": "before training",
     "never": "direct",
@@ -117,7 +110,11 @@ def thinking(summaries: Sequence[Summary]) -> str:
 
 
 def section(results: Path) -> str:
-    """What stands between the markers."""
+    """All of it, or that no results are kept yet.
+
+    Args:
+        results: the file.
+    """
     name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
     if not results.exists():
         return f"No results are kept yet (`{name}`)."
@@ -129,43 +126,7 @@ def section(results: Path) -> str:
     beside = f", {at_once} of them side by side" if at_once > 1 else ""
     return (
         f"hit@1 on the test split; {of_seeds}; {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes a run"
-        f"{beside}. This table is generated from `{name}` by `tools/update_readme.py`."
+        f"{beside}. This table is generated from `{name}` by `tools/update_docs.py`."
         f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
         + f"\n\nWhat is asked of the main job (`python -m benchmarks.bars`):\n\n{bars.markdown(bars.judged(summaries))}"
     )
-
-
-def replaced(text: str, content: str) -> str:
-    """The page with the part between the markers replaced.
-
-    Raises:
-        ValueError: the page does not have each marker once, in order.
-    """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"README.md needs {START} and {END}, each once and in this order")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrites or checks the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "r1_seeds.json")
-    options = parser.parse_args(argv)
-    old = options.readme.read_text(encoding="utf-8")
-    new = replaced(old, section(options.results))
-    if old == new:
-        return 0
-    if options.check:
-        print("README.md does not show the kept results: run python -m tools.update_readme")
-        return 1
-    aside = options.readme.with_suffix(".md.part")
-    aside.write_text(new, encoding="utf-8")
-    os.replace(aside, options.readme)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Tables of results are made from the kept files, and a page that is out of date is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import r1_tables, result_tables, update_docs
+
+
+def summary(seed: int, hit: float, modes: tuple[str, ...] = ("never", "always_reason")) -> dict[str, Any]:
+    """A summary with one task."""
+    row = {
+        "hit@1": hit,
+        "think_rate": 0.0,
+        "tokens_per_query": 0.0,
+        "by_task": {"name": {"hit@1": hit, "n": 10, "candidates": 50, "chance": 0.02}},
+    }
+    return {"settings": {"seed": seed}, "modes": dict.fromkeys(modes, row), "versions": {}, "seconds": 60.0 * seed}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a README that has a table of the main job, an empty docs/ and the results of two runs."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("before\n<!-- table: r1 -->\nof yesterday\n<!-- end of table -->\nafter\n")
+    (tmp_path / "r1_seeds.json").write_text(json.dumps([summary(1, 0.5), summary(2, 0.7)]))
+    return tmp_path
+
+
+def update(project: Path, *more: str) -> int:
+    """Runs the tool on a project whose results lie beside its README."""
+    return update_docs.main(["--root", str(project), "--results", str(project), *more])
+
+
+def test_table_shows_mean_spread_and_chance(project: Path) -> None:
+    assert update(project) == 0
+    text = (project / "README.md").read_text()
+    assert "| task | candidates | chance | direct | reasoned |" in text
+    assert "| name | 50 | 0.020 | 0.600 ± 0.141 | 0.600 ± 0.141 |" in text
+    assert "seeds 1, 2" in text
+    assert "1 to 2 minutes" in text
+    assert "| `name`, better path: hit@1 | at least 0.6 | 0.600 ± 0.141 |" in text
+    assert "of yesterday" not in text
+    assert text.startswith("before\n<!-- table: r1 -->\n")
+    assert text.endswith("\n<!-- end of table -->\nafter\n")
+
+
+def test_check_names_the_stale_page_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (project / "README.md").read_text()
+    (project / "docs" / "plain.md").write_text("no table\n")
+    assert update(project, "--check") == 1
+    assert (project / "README.md").read_text() == before
+    assert capsys.readouterr().out.startswith("README.md does not show the kept results")
+    update(project)
+    assert update(project, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: r1 -->\n", "needs an `<!-- end of table -->`"),
+        ("<!-- end of table -->\n", "needs an `<!-- end of table -->`"),
+        ("<!-- table: r1 -->\n<!-- table: r1 -->\n<!-- end of table -->\n", "needs an `<!-- end of table -->`"),
+        ("<!-- table: r2 -->\n<!-- end of table -->\n", "there is no table r2; there are r1, "),
+    ],
+)
+def test_a_wrong_marker_is_named_with_its_page(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (project / "docs" / "page.md").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        update(project)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "docs/page.md: " in error
+    assert said in error
+
+
+def test_every_table_has_a_place() -> None:
+    shown = [name for page in update_docs.pages() for name in update_docs.names(page.read_text(encoding="utf-8"))]
+    assert sorted(shown) == sorted(update_docs.TABLES)
+
+
+def test_one_run_has_no_spread() -> None:
+    assert "| name | 50 | 0.020 | 0.500 | 0.500 |" in r1_tables.table([summary(1, 0.5)])
+
+
+def test_thinking_is_shown_by_task_beside_what_it_gains() -> None:
+    runs = [summary(1, 0.5, modes=("never", "always_reason", "rl")) for _ in range(2)]
+    for run, rate in zip(runs, (0.25, 0.75), strict=True):
+        row = {"hit@1": 0.9, "n": 10, "candidates": 50, "chance": 0.02, "think_rate": rate}
+        run["modes"]["always_reason"] = run["modes"]["rl"] = {**run["modes"]["rl"], "by_task": {"name": row}}
+    text = r1_tables.thinking(runs)
+    assert "| think rate of `rl` | 0.500 ± 0.354 |" in text
+    assert "| hit@1, reasoned - direct | 0.400 ± 0.000 |" in text
+    assert r1_tables.thinking([summary(1, 0.5)]) == ""
+
+
+def test_a_mode_of_some_runs_only_is_refused() -> None:
+    with pytest.raises(ValueError, match="'always_reason' is in 1 of 2 runs"):
+        r1_tables.table([summary(1, 0.5), summary(2, 0.5, modes=("never",))])
+
+
+def test_without_results_the_page_says_so(project: Path) -> None:
+    (project / "r1_seeds.json").unlink()
+    update(project)
+    assert "No results are kept yet" in (project / "README.md").read_text()
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    """A file of results with these rows, oldest first."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_newest_row_of_a_case_is_shown(tmp_path: Path) -> None:
+    row = {"batch": 64, "rival": "mmemb", "ratio_to_floor": 9.0, "peak_mb": 9.0, "note": None}
+    path = write(
+        tmp_path / "gradcache.jsonl",
+        {**row, "batch": 256, "ratio_to_floor": None, "peak_mb": None, "note": "does not fit in 4000 MB"},
+        row,
+        {**row, "ratio_to_floor": 1.256, "peak_mb": 201.6},
+        {**row, "rival": "plain", "ratio_to_floor": 1.0, "peak_mb": 300.0},
+    )
+    assert result_tables.gradcache(path).splitlines()[2:] == [
+        "| 64 | 1.26 (202 MB) | 1.00 (300 MB) |",
+        "| 256 | does not fit in 4000 MB |  |",
+    ]
+
+
+def test_phases_are_those_of_the_last_run(tmp_path: Path) -> None:
+    row = {"phase": "joint", "ratio_to_joint": 1.0, "peak_to_joint": 1.0}
+    path = write(
+        tmp_path / "phases.jsonl",
+        {**row, "phase": "of yesterday"},
+        {**row, "run": "a"},
+        {"phase": "control", "ratio_to_joint": 2.5, "peak_to_joint": 0.5, "run": "a"},
+    )
+    assert result_tables.phases(path).splitlines()[2:] == ["| joint | 1.00 | 1.00 |", "| control | 2.50 | 0.50 |"]
+
+
+def test_a_devices_table_has_only_its_rows(tmp_path: Path) -> None:
+    row = {
+        "backend": "cpu",
+        "rival": "mmemb",
+        "n": 8192,
+        "width": 256,
+        "dtype": "float32",
+        "symmetric": False,
+        "seconds": 1.0,
+        "ratio_to_floor": 1.25,
+        "extra_mb": 36.4,
+        "run": "a",
+        "device": "fast",
+        "threads": 2,
+    }
+    path = write(tmp_path / "infonce.jsonl", row, {**row, "device": "slow", "ratio_to_floor": 1.1})
+    assert "| one direction, 8192 x 256 | 1.25 (36) |  |" in result_tables.infonce(path, device="fast")
+    assert "time / floor | at most 1.12 | 1.10 | yes |" in result_tables.claims(path, device="slow")
+    assert "time / floor | at most 1.12 | 1.25 | no |" in result_tables.claims(path, device="fast")
+    assert "symmetric, 8192 x 256 float32: time / floor | at most 1.5 | not measured yet |  |" in result_tables.claims(
+        path, device="fast"
+    )

@@ -1,0 +1,154 @@
+"""Kept results of the benchmarks as Markdown tables; `tools.update_docs` asks for them.
+
+A case measured more than once is shown by its newest row, as in `benchmarks.claims`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import bars, harness
+from benchmarks import claims as asked
+
+Row = Mapping[str, Any]
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; no two heads are the same."""
+    return bars.markdown([dict(zip(heads, line, strict=True)) for line in lines])
+
+
+def newest(path: Path, key: Callable[[Row], Any]) -> dict[Any, Row]:
+    """The newest row of each case, in the order in which the cases first came."""
+    return {key(row): row for row in harness.read(path)}
+
+
+def infonce(path: Path, *, device: str) -> str:
+    """Time over the floor and, in brackets, extra MB, by case and rival, on devices with a text in their name."""
+    rivals = {
+        "mmemb": "mmemb",
+        "naive": "naive",
+        "gradcache-loss": "gradcache-loss",
+        "sentence-transformers-512": "sentence-transformers-512",
+        "sentence-transformers-32": "-32",
+    }
+    found = asked.read(path, device=device).newest
+    lines = []
+    for n, width, symmetric in ((8192, 256, False), (8192, 1024, False), (16384, 256, False), (8192, 256, True)):
+        rows = [found.get(("cpu", rival, n, width, "float32", symmetric)) for rival in rivals]
+        cells = ["" if row is None else f"{row['ratio_to_floor']:.2f} ({row['extra_mb']:.0f})" for row in rows]
+        lines.append([f"{'symmetric' if symmetric else 'one direction'}, {n} x {width}", *cells])
+    return markdown(["case", *rivals.values()], lines)
+
+
+def claims(path: Path, *, device: str) -> str:
+    """What is asked of the loss on a CPU and what a device's rows say."""
+    results = asked.read(path, device=device)
+    judged = [claim.judge(results) for claim in asked.CLAIMS if claim.text.startswith("CPU")]
+    lines = [[row["claim"], row["asked"], _number(row["measured"]), row["holds"] or ""] for row in judged]
+    return markdown(["claim", "asked", "measured", "holds"], lines)
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}" if value < 20 else f"{value:.0f}"
+
+
+def gradcache(path: Path) -> str:
+    """Time over the floor and, in brackets, the most resident MB, by batch and way."""
+    found = newest(path, lambda row: (row["batch"], row["rival"]))
+    ways = list(dict.fromkeys(rival for _, rival in found))
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        return row["note"] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
+
+    batches = sorted({batch for batch, _ in found})
+    return markdown(["pairs", *ways], ([str(b), *(cell(found.get((b, way))) for way in ways)] for b in batches))
+
+
+def phases(path: Path) -> str:
+    """Time and memory of a step of each phase over the joint phase's."""
+    run = harness.read(path)[-1]["run"]
+    rows = [row for row in harness.read(path) if row.get("run") == run]
+    return markdown(
+        ["step", "time", "memory"],
+        ([row["phase"], f"{row['ratio_to_joint']:.2f}", f"{row['peak_to_joint']:.2f}"] for row in rows),
+    )
+
+
+def inference(path: Path) -> str:
+    """Time over ours of each rival, and ours over the floor, by who thinks."""
+    found = newest(path, lambda row: (row["reason"], row["rival"]))
+    rivals = {
+        "row_read": "row by row, states read",
+        "row_reencode": "row by row, encoded again",
+        "batch_reencode": "batches, encoded again",
+        "batch_sorted": "the same, sorted by length",
+    }
+    lines = []
+    for reason, who in (("always", "all"), ("half", "half")):
+        times = [f"{found[reason, rival]['ratio_to_mmemb']:.1f}" for rival in rivals]
+        lines.append([who, *times, f"{found[reason, 'mmemb']['ratio_to_floor']:.2f}"])
+    return markdown(["who thinks", *rivals.values(), "ours / floor"], lines)
+
+
+def score(path: Path) -> str:
+    """Rows a second with the prompt encoded once over those with it encoded once an arm, by evaluator and task."""
+    found = newest(path, lambda row: (row["evaluator"], row["task"]))
+    tasks = list(dict.fromkeys(task for _, task in found))
+    evaluators = list(dict.fromkeys(evaluator for evaluator, _ in found))
+    lines = []
+    for name in evaluators:
+        rows = [found[name, task] for task in tasks]
+        arms = sorted({round(row["arms a pair"]) for row in rows})
+        cells = [f"{row['wall ratio']:.1f}" for row in rows]
+        lines.append([f"`{name}`", str(rows[0]["pairs"]), f"{arms[0]} to {arms[-1]}", *cells])
+    return markdown(["evaluator", "pairs", "arms a pair", *(f"`{task}`" for task in tasks)], lines)
+
+
+_KEPT = {
+    "keeps_good": "true kept",
+    "rejects_corrupted": "damaged rejected",
+    "rejects_empty_talk": "empty talk",
+    "rejects_wrong_entity": "another item's",
+    "rejects_shuffled": "shuffled",
+    "precision": "true among those chosen",
+    "recall": "chosen for",
+}
+
+
+def selection(path: Path) -> str:
+    """What `counterfactual` keeps and rejects by the scores of each evaluator, over all tasks, then by task."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    margins, tasks = results["settings"]["margins"], results["settings"]["tasks"]
+    rows = {
+        (row["evaluator"], row["task"]): row
+        for row in results["selection"]
+        if row["selector"] == "counterfactual" and row["task"] in ("all", *tasks)
+    }
+    lines = []
+    for name in sorted(margins, key=lambda name: rows[name, "all"]["rejects_corrupted"]):
+        for task in ("all", *tasks):
+            cells = [f"{100 * rows[name, task][key]:.1f} %" for key in _KEPT]
+            first = f"`{name}`, {margins[name]:g}" if task == "all" else ""
+            lines.append([first, "all" if task == "all" else f"`{task}`", *cells])
+    return markdown(["evaluator, margin", "task", *_KEPT.values()], lines)
+
+
+def selectors(path: Path) -> str:
+    """Hit@1 on the test split after training with each selector, by path and task."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    tasks = results["settings"]["tasks"]
+    lines = [
+        [
+            row["selector"] if row["selector"] == "none" else f"`{row['selector']}`",
+            row["path"],
+            *(row[task].replace("±", " ± ") for task in (*tasks, "all")),
+        ]
+        for row in results["hit@1"]
+    ]
+    return markdown(["selector", "path", *(f"`{task}`" for task in tasks), "mean"], lines)

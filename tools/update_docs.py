@@ -1,0 +1,99 @@
+"""Writes the tables of README.md and docs/ that show results, each between two markers, from `benchmarks/results/`.
+
+    python -m tools.update_docs            rewrite them
+    python -m tools.update_docs --check    only say which pages are out of date (exit code 1 if one is)
+
+A page holds a table where it says `<!-- table: NAME -->` and, further on, `<!-- end of table -->`; the names are those
+of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tools import r1_tables, result_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLES: Mapping[str, Callable[[Path], str]] = {
+    "r1": lambda results: r1_tables.section(results / "r1_seeds.json"),
+    "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device="Xeon"),
+    "infonce-epyc": lambda results: result_tables.infonce(results / "infonce.jsonl", device="EPYC"),
+    "claims-xeon": lambda results: result_tables.claims(results / "infonce.jsonl", device="Xeon"),
+    "claims-epyc": lambda results: result_tables.claims(results / "infonce.jsonl", device="EPYC"),
+    "gradcache": lambda results: result_tables.gradcache(results / "gradcache.jsonl"),
+    "phases": lambda results: result_tables.phases(results / "phases.jsonl"),
+    "inference": lambda results: result_tables.inference(results / "inference.jsonl"),
+    "score": lambda results: result_tables.score(results / "score.jsonl"),
+    "selection": lambda results: result_tables.selection(results / "selectors.json"),
+    "selectors": lambda results: result_tables.selectors(results / "selectors.json"),
+}
+"""What makes each table of the folder of results."""
+
+_MARKED = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<content>.*?)<!-- end of table -->", re.DOTALL)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The pages that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def names(text: str) -> list[str]:
+    """The tables of a page.
+
+    Raises:
+        ValueError: a marker has no partner.
+    """
+    found = [match["name"] for match in _MARKED.finditer(text)]
+    if not len(found) == text.count("<!-- table: ") == text.count("<!-- end of table -->"):
+        raise ValueError("every `<!-- table: NAME -->` needs an `<!-- end of table -->` after it, and each its own")
+    return found
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables as the results have them.
+
+    Raises:
+        ValueError: as `names`, or a table is none of `TABLES`.
+    """
+    unknown = sorted(set(names(text)) - TABLES.keys())
+    if unknown:
+        raise ValueError(f"there is no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    return _MARKED.sub(
+        lambda match: f"<!-- table: {match['name']} -->\n{TABLES[match['name']](results)}\n<!-- end of table -->", text
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrites or checks the pages; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/ (default: this project)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    options = parser.parse_args(argv)
+    stale = 0
+    for page in pages(options.root):
+        old = page.read_text(encoding="utf-8")
+        try:
+            new = filled(old, options.results)
+        except ValueError as error:
+            parser.error(f"{page}: {error}")
+        if new == old:
+            continue
+        if options.check:
+            stale += 1
+            print(f"{page.relative_to(options.root)} does not show the kept results: run python -m tools.update_docs")
+            continue
+        aside = page.with_suffix(".md.part")
+        aside.write_text(new, encoding="utf-8")
+        os.replace(aside, page)
+    return int(stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
