@@ -150,7 +150,8 @@ def test_another_backbone_is_refused_with_both_identities(tmp_path: Path) -> Non
     write_checkpoint(CONTENT, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="a.ckpt was written by the backbone 'tiny-1', but this run has 'tiny-2'"):
         read_checkpoint(tmp_path / "a.ckpt", identity="tiny-2")
-    refuse_other_backbone({}, identity="tiny-2")  # one that does not say is not refused
+    with pytest.raises(ValueError, match="a.ckpt has no 'backbone_identity', so another program wrote it"):
+        refuse_other_backbone({"state_dict": {}}, identity="tiny-2", path="a.ckpt")
 
 
 def test_lightning_reads_and_writes_through_it(tmp_path: Path) -> None:

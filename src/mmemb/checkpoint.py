@@ -145,13 +145,15 @@ def read_checkpoint(
 def refuse_other_backbone(
     checkpoint: Mapping[str, Any], *, identity: str, path: str | os.PathLike[str] = "the checkpoint"
 ) -> None:
-    """Refuses a checkpoint that another backbone wrote; one without an identity passes.
+    """Refuses a checkpoint that another backbone or another program wrote.
 
     Raises:
-        ValueError: the identities differ; the message has both.
+        ValueError: the identities differ, and the message has both; or it has none.
     """
     written = checkpoint.get(IDENTITY_KEY)
-    if written is not None and written != identity:
+    if written is None:
+        raise ValueError(f"{path} has no {IDENTITY_KEY!r}, so another program wrote it; give one of an mmemb training")
+    if written != identity:
         raise ValueError(
             f"{path} was written by the backbone {written!r}, but this run has {identity!r}; give the config that the "
             "checkpoint was trained with (config.yaml in its run folder), or another checkpoint"
