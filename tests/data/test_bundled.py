@@ -8,6 +8,7 @@ import sys
 from importlib import resources
 
 import pytest
+from PIL.Image import Transpose
 
 from mmemb.data import bundled
 from mmemb.data.bundled import SPLITS, TASKS, evaluation_tasks, load_pairs, open_picture, pictures
@@ -44,7 +45,7 @@ def test_every_entity_is_drawn_by_both_vendors_and_most_emoji_in_further_styles(
     assert set(pictures.picture_names()) == both | further
     assert {entities()[name.rpartition("/")[2]].kind for name in further} == {"emoji"}
     count = {style: sum(style in entity.styles for entity in entities().values()) for style in TRAINING_STYLES}
-    assert all(few >= least for few, least in zip(count.values(), (430, 300, 190), strict=True)), count
+    assert all(few >= least for few, least in zip(count.values(), (430, 300, 190, 430, 150), strict=True)), count
 
 
 def test_names_are_unique_short_and_plain() -> None:
@@ -111,9 +112,18 @@ def test_scene_shows_its_cells_in_reading_order() -> None:
         assert scene.crop((x, y, x + 64, y + 64)).tobytes() == open_picture(f"twemoji/{key}").tobytes()
 
 
-@pytest.mark.parametrize("name", ["noto/ffff", "apple/1f34e", "1f34e", "", "noto/scene/1f34e+1f34e+1f34e+ffff"])
+def test_mirrored_picture_has_left_and_right_exchanged() -> None:
+    picture, mirrored = open_picture("noto/1f34e"), open_picture("bundled:noto/mirrored/1f34e")
+    assert mirrored.tobytes() != picture.tobytes()
+    assert mirrored.transpose(Transpose.FLIP_LEFT_RIGHT).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["noto/ffff", "apple/1f34e", "1f34e", "", "noto/scene/1f34e+1f34e+1f34e+ffff", "noto/mirrored/ffff", "mirrored/1f34e"],
+)
 def test_unknown_picture_says_what_exists(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no bundled picture .*styles: noto, twemoji, fluent, emojione, fxemoji$"):
+    with pytest.raises(ValueError, match=r"no bundled picture .*styles: noto, twemoji, fluent, emojione, fxemoji, .*$"):
         open_picture(name)
 
 

@@ -30,8 +30,9 @@ def tool() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def drawn(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The SVG texts given to the renderer, which draws a purple picture of each."""
+    monkeypatch.setattr(tool, "MISNAMED", {("streamline", "cat")})
     texts: list[str] = []
 
     def svg_to_bytes(*, svg_string: str) -> bytes:
@@ -140,6 +141,9 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
             },
         },
         tool.STYLES["fxemoji"]: {"chars.json": {}, "icons.json": {"icons": {"horse": {"body": "<horse/>"}}}},
+        tool.STYLES["fluent-color"]: {"chars.json": {}, "icons.json": {"icons": {}}},
+        # This style's cat is known to show another thing.
+        tool.STYLES["streamline"]: {"chars.json": {}, "icons.json": {"icons": {"cat": {"body": "<cart/>"}}}},
     }
     for name, files in contents.items():
         pack(folder / archive(name, tool.PACKAGES[name]), files)

@@ -21,6 +21,7 @@ from mmemb.data.records import Source, read_pairs
 from mmemb.types import Image, Item, Pair
 
 HELD_OUT = ("control", "validation", "test")
+BY_NAME = {entity.name: entity for entity in entities().values()}
 SAMPLES = 6000
 
 
@@ -42,7 +43,7 @@ def sources(items: Iterable[Item]) -> Iterator[tuple[str, tuple[str, ...]]]:
             if isinstance(part, Image):
                 assert isinstance(part.source, str)
                 vendor, _, rest = part.source.removeprefix("bundled:").partition("/")
-                yield vendor, tuple(rest.removeprefix("scene/").split("+"))
+                yield vendor, tuple(rest.removeprefix("scene/").removeprefix("mirrored/").split("+"))
 
 
 def sides(found: Iterable[Pair]) -> Iterator[Item]:
@@ -201,6 +202,18 @@ def test_the_first_stage_shows_every_training_picture() -> None:
     shown = {(vendor, key) for vendor, keys in sources(first[i].query for i in range(SAMPLES)) for key in keys}
     wanted = {(style, key) for key, entity in entities().items() for style in entity.train_styles()}
     assert len(wanted - shown) < 0.2 * len(wanted)
+
+
+def test_half_of_the_emoji_of_pretraining_are_mirrored_and_no_flag(pretraining: list[Pair]) -> None:
+    found: dict[str, list[bool]] = {"emoji": [], "flag": []}
+    for pair in pretraining:
+        if pair.task == "picture":
+            (part,) = pair.query.parts
+            assert isinstance(part, Image)
+            found[BY_NAME[pair.positive.text].kind].append("/mirrored/" in str(part.source))
+    assert 0.4 < sum(found["emoji"]) / len(found["emoji"]) < 0.6
+    assert found["flag"]
+    assert not any(found["flag"])
 
 
 def test_text_scene_answers_are_neighbours_in_their_row(pretraining: list[Pair]) -> None:

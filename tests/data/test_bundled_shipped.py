@@ -13,6 +13,7 @@ import yaml
 
 from mmemb.components.backbones.tiny import FOLDER, TinyBackbone
 from mmemb.components.workers.metadata import MetadataWorker
+from mmemb.components.workers.model import ModelWorker
 from mmemb.data.bundled import load_pairs, probe_samples
 from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.data.pool import RationalePool
@@ -40,6 +41,11 @@ def test_the_pool_holds_candidates_of_both_workers(pool: RationalePool) -> None:
     pair = load_pairs("train", tasks=["flagattr"])[0]
     workers = {rationale.worker for rationale in pool.candidates(pair.id).rationales}
     assert workers == {"model", "metadata"}
+
+
+def test_the_pools_candidates_are_of_the_shipped_weights(pool: RationalePool) -> None:
+    workers = {worker["worker"]: worker for worker in pool.manifest.generation["workers"]}
+    assert workers["model"]["weights"] == ModelWorker(TinyBackbone()).settings["weights"]
 
 
 def test_counterfactual_selection_prefers_the_rationale_that_answers(pool: RationalePool) -> None:
