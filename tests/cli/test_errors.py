@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,44 @@ def test_a_mistake_found_in_a_loader_process_is_one_line_too(mistake: Mistake, m
     monkeypatch.setattr("mmemb.commands.errors._own_folders", lambda: (str(Path(__file__).parent),))
     line = mistake("--data.broken=3", "--data.num_workers=1")
     assert line == "row 3 is broken"
+
+
+def test_a_full_disk_met_by_tensorboards_writer_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    def writes() -> int:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        EventFileWriter(str(tmp_path))
+        return 0
+
+    assert guarded(writes) == 2
+    assert capsys.readouterr().err == (
+        "mmemb: error: No space left on device; make room where the run writes, and start it again\n"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_threads_other_errors_keep_their_traceback() -> None:
+    met: list[BaseException | None] = []
+    failing = threading.Thread(target=lambda: [][1])
+
+    def runs() -> int:
+        failing.start()
+        failing.join()
+        return 0
+
+    before, threading.excepthook = threading.excepthook, lambda failed: met.append(failed.exc_value)
+    try:
+        assert guarded(runs) == 0
+    finally:
+        threading.excepthook = before
+    assert [type(error) for error in met] == [IndexError]
 
 
 def test_a_defect_keeps_its_traceback(fit: Fit) -> None:

@@ -11,8 +11,10 @@ import errno
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmemb.registry import PluginError
@@ -96,6 +98,23 @@ def tell(message: str) -> None:
     print(f"mmemb: error: {message}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps a thread that hands its error on from printing it first: the next write to TensorBoard raises it."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs, /) -> None:
+        error = failed.exc_value
+        if error is None or getattr(failed.thread, "exception", None) is not error or explain(error) is None:
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def guarded(run: Callable[[], int], *, debug: bool = False, hint: str = "") -> int:
     """Runs a command and turns mistakes into one line and exit code 2, Ctrl-C into one line and exit code 130.
 
@@ -109,7 +128,10 @@ def guarded(run: Callable[[], int], *, debug: bool = False, hint: str = "") -> i
     """
     debug = debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
-        return run()
+        if debug:
+            return run()
+        with _told_once():
+            return run()
     except KeyboardInterrupt:
         if debug:
             raise
