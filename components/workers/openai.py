@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -88,10 +89,12 @@ class OpenAIWorker(Worker, name="openai"):
             raise ValueError(
                 f"openai worker: timeout is {timeout} and top_p {top_p}; expected timeout > 0 and 0 < top_p <= 1"
             )
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
+        given = base_url is not None
+        name, address = ("base_url", base_url) if given else ("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"))
+        if address and not address.startswith(("http://", "https://")):
             raise ValueError(
-                f"openai worker: base_url is {base_url!r}, expected an address with http:// or https:// in front, "
-                f"as in http://{base_url.rpartition('://')[2]}"
+                f"openai worker: {name} is {address!r}, expected an address with http:// or https:// in front, "
+                f"as in http://{address.rpartition('://')[2]}"
             )
         if cost_budget is not None and not (input_price or output_price):
             raise ValueError("openai worker: cost_budget needs input_price and output_price, of a million tokens each")

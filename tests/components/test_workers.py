@@ -219,3 +219,10 @@ def test_weights_count_the_same_at_another_precision_and_with_a_fresh_adapter() 
         return backbone
 
     assert module_digest(with_adapter(0)) == module_digest(with_adapter(1)) == module_digest(with_adapter(0).bfloat16())
+
+
+def test_an_address_of_the_environment_without_a_scheme_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "host:8000/v1")
+    with pytest.raises(ValueError, match=r"OPENAI_BASE_URL is 'host:8000/v1', expected .* as in http://host:8000/v1"):
+        create("worker", "openai", model="m")
+    create("worker", "openai", model="m", base_url="http://host:8000/v1")
