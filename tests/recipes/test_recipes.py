@@ -52,8 +52,9 @@ def test_the_first_line_runs_the_recipe(recipe: Path, monkeypatch: pytest.Monkey
 
 def test_the_main_job_caches_gradients_over_four_chunks_at_least() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "r1.yaml").read_text(encoding="utf-8"))
-    chunk = recipe["model"]["objective"]["init_args"]["chunk_size"]
-    assert recipe["data"]["batch_size"] >= 4 * chunk
+    settings, batch = recipe["model"]["objective"]["init_args"], recipe["data"]["batch_size"]
+    assert batch >= 4 * settings["chunk_size"]
+    assert settings["kept_graphs"] * settings["chunk_size"] < batch
 
 
 def test_the_baselines_train_as_long_as_the_main_job_before_its_control_phase() -> None:
