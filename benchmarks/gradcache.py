@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = harness.parser(str(__doc__))
     parser.add_argument("--batches", type=int, nargs="+", metavar="N", help=f"pairs of a step (default: {BATCHES})")
-    parser.add_argument("--chunk", type=int, default=32, help="pairs of one backward pass (default: %(default)s)")
+    parser.add_argument("--chunk", type=harness.count, help="pairs of one backward pass (default: 32; smoke: 4)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument(
         "--budget", type=float, default=4000.0, metavar="MB", help="memory a step may take (default: %(default)g)"
@@ -46,13 +46,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="time for a row's repetitions (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, default=300.0, help="longest process in seconds (default: %(default)g)")
+    parser.add_argument(
+        "--limit", type=harness.seconds, default=300.0, help="longest process in seconds (default: %(default)g)"
+    )
     options = parser.parse_args(argv)
-    if options.smoke:
-        options.chunk, options.batches = 4, options.batches or [8]
-    options.batches = options.batches or list(BATCHES)
+    options.chunk = options.chunk or (4 if options.smoke else 32)
+    options.batches = options.batches or ([2 * options.chunk] if options.smoke else list(BATCHES))
     wrong = [batch for batch in options.batches if batch < 1 or batch % options.chunk]
-    if options.chunk < 1 or wrong:
+    if wrong:
         parser.error(f"--batches {wrong} with --chunk {options.chunk}: a batch is a positive multiple of the chunk")
     return options
 
@@ -64,7 +65,7 @@ def in_a_process(task: Task, *, limit: float) -> dict[str, Any]:
         RuntimeError: our own way failed otherwise than by memory or time.
     """
     command = [sys.executable, "-m", "benchmarks.steps", json.dumps(dataclasses.asdict(task))]
-    return outcome(command, limit=limit, must_work=task.way == "mmemb")
+    return outcome(command, limit=limit, must_work=task.way.startswith("mmemb"))
 
 
 def outcome(command: Sequence[str], *, limit: float, must_work: bool) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def outcome(command: Sequence[str], *, limit: float, must_work: bool) -> dict[st
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         return {"note": f"took more than {limit:g} s (--limit)"}
-    if done.returncode < 0:
+    if done.returncode == -signal.SIGKILL or (done.returncode < 0 and not must_work):
         return {"note": f"ended by {signal.Signals(-done.returncode).name}, as a process out of memory is"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]

@@ -44,7 +44,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to measure (default: %(default)s)",
     )
-    made.add_argument("--repeats", type=_count, default=5, help="repetitions of every case (default: %(default)s)")
+    made.add_argument("--repeats", type=count, default=5, help="repetitions of every case (default: %(default)s)")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return made
 
@@ -212,7 +212,15 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _count(text: str) -> int:
+def seconds(text: str) -> float:
+    """A time above 0, for argparse."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value:g} given; it is a time above 0")
+    return value
+
+
+def count(text: str) -> int:
     """An integer of at least 1, for argparse."""
     value = int(text)
     if value < 1:

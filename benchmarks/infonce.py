@@ -115,6 +115,8 @@ class Course:
     def _refusal(self, rival: Rival, case: Case) -> str | None:
         if not rival.installed:
             return peers.INSTALL
+        if rival.cuda and self.device == "cpu":
+            return "needs a GPU"
         if case.symmetric and not rival.both:
             return "one direction only"
         megabytes = rival.matrices * case.n**2 * DTYPES[case.dtype].itemsize / 1e6
@@ -203,11 +205,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: both")
     ways = ["one", "symmetric"]
     parser.add_argument("--directions", nargs="+", choices=ways, default=ways, help="default: both")
-    parser.add_argument("--rivals", nargs="+", choices=names, default=names, help="default: all that suit the device")
+    parser.add_argument("--rivals", nargs="+", choices=names, help="default: all that suit the device")
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="for the repetitions of a row (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, help="longest call in seconds (default: 8; with --full 60)")
+    parser.add_argument("--limit", type=harness.seconds, help="longest call in seconds (default: 8; with --full 60)")
     options = parser.parse_args(argv)
     if options.full and options.cases:
         parser.error("--full and --cases: give one of them")
@@ -218,7 +220,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures; after each case its rows are printed and appended to ``infonce.jsonl``; draws ``infonce.png``."""
     options = parse(argv)
-    rivals = [rival for rival in RIVALS if rival.name in options.rivals and (options.device != "cpu" or not rival.cuda)]
+    suit = [rival.name for rival in RIVALS if options.device != "cpu" or not rival.cuda]
+    rivals = [rival for rival in RIVALS if rival.name in (options.rivals or suit)]
     wanted = cases(options)
     course = Course(
         device=options.device,

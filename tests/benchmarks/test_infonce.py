@@ -62,6 +62,12 @@ def test_error_sees_a_wrong_gradient() -> None:
     assert peers.error(replace(NAIVE, make=make), query, candidate, symmetric=False) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_rival_that_was_named_and_does_not_suit_the_device_is_a_row_that_says_so(tmp_path: Path) -> None:
+    infonce.main(["--smoke", "--device", "cpu", "--output", str(tmp_path), "--rivals", "torch.compile"])
+    rows = [json.loads(line) for line in (tmp_path / "infonce_smoke.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["note"] for row in rows} <= {"needs a GPU", peers.INSTALL}
+
+
 def test_a_smoke_run_appends_a_row_a_rival_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [rival.name for rival in HERE]
     argv = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--rivals", *names]

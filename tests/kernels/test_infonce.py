@@ -169,6 +169,8 @@ IDS = torch.tensor([0, 1])
         ({"candidate": torch.ones(4, 3, device="meta")}, "candidate is on meta and query on cpu"),
         ({"candidate": torch.ones(1, 3)}, "1 candidates for 2 queries; without positive="),
         ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
+        ({"temperature": torch.tensor(1.0, device="meta")}, "temperature is on meta, where it has no value"),
+        ({"temperature": torch.tensor([1.0]).to_sparse()}, "temperature has layout torch.sparse_coo"),
         ({"temperature": 0.0}, "temperature is 0.0; allowed are finite numbers above 0 whose reciprocal is one too"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -264,7 +266,8 @@ def test_float32_needs_no_float64(symmetric: bool, dims: list[int] | None) -> No
     given = [kwargs.pop(name) for name in ("positive", "query_id", "candidate_id", "weight")]
     with NoFloat64():
         query, candidate = torch.randn(6, 5), torch.randn(9, 5)
-        problem, weight = prepare(query, candidate, torch.tensor(0.1), *given, symmetric, "mean", dims=dims, **kwargs)
+        how: dict[str, Any] = {"symmetric": symmetric, "reduction": "mean", "dims": dims}
+        problem, weight = prepare(query, candidate, torch.tensor(0.1), *given, **how, **kwargs)
         solve(problem, coefficient=weight, symmetric=symmetric)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from mmemb.kernels import _tiles, infonce, infonce_with_grads
-from mmemb.kernels.problem import Columns, Merge, Peers, Problem
+from mmemb.kernels.problem import Columns, Merge, Peers, Problem, work_dtype
 from tests.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
 from tests.kernels.interpreted import interpreter, on_cuda
 
@@ -161,16 +161,20 @@ def test_gradcheck_in_the_interpreter(interpreted: Call, symmetric: bool, reduct
     assert interpreted(numerical, symmetric, reduction)
 
 
-def in_halves(margin: float | None) -> list[Tensor]:
-    """Losses and gradients of a symmetric problem and of its two halves of queries, joined by ``merge``, in float64."""
+def in_halves(margin: float | None, dtype: torch.dtype = torch.float64, share: float = 1.0) -> list[Tensor]:
+    """Losses and gradients of a symmetric problem and of its two halves of queries, joined by ``merge``.
+
+    The first half's coefficients are multiplied by ``share``.
+    """
     from mmemb.kernels import _infonce_triton as triton
 
     torch.manual_seed(0)
-    query, candidate = unit_rows(9, 5, torch.float64), unit_rows(11, 5, torch.float64)
-    positive, coefficient = torch.randperm(11)[:9], torch.rand(9, dtype=torch.float64)
+    query, candidate, work = unit_rows(9, 5, dtype), unit_rows(11, 5, dtype), work_dtype(dtype)
+    positive, coefficient = torch.randperm(11)[:9], torch.rand(9, dtype=work)
+    coefficient[:4] *= share
 
     def solve_rows(rows: slice, merge: Merge | None) -> tuple[Tensor, ...]:
-        scale = torch.tensor(20.0, dtype=torch.float64)
+        scale = torch.tensor(20.0, dtype=work)
         problem = Problem(query[rows], candidate, scale, positive[rows], None, None, 21.0, margin)
         losses, found = triton.symmetric(problem, coefficient=coefficient[rows], merge=merge)
         assert found is not None
@@ -209,6 +213,13 @@ def test_columns_joined_over_halves_of_the_queries_equal_the_whole(interpreted: 
     found = interpreted(in_halves, margin)
     for whole, joined in zip(found[:4], found[4:], strict=True):
         torch.testing.assert_close(joined, whole)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.0])
+def test_a_half_whose_weights_are_small_does_not_overflow_float16(interpreted: Call, share: float) -> None:
+    found = interpreted(in_halves, None, torch.float16, share)
+    for whole, joined in zip(found[:4], found[4:], strict=True):
+        assert float((joined - whole).norm()) <= 2e-3 * float(whole.norm())
 
 
 def test_no_queries_have_no_gradient(interpreted: Call) -> None:

@@ -43,9 +43,12 @@ WIDEST: dict[str, tuple[Any, dict[str, bool]]] = {
 """Each large kernel with all options that take registers."""
 
 
-def compiled(kernel: Any, flags: dict[str, Any], capability: int, size: int, tiles: Tiles) -> Any:
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Triton's name of an embedding's dtype -> its size."""
+
+
+def compiled(kernel: Any, flags: dict[str, Any], capability: int, element: str, tiles: Tiles) -> Any:
     """The kernel as the engine launches it: pointers, the width and a slab's rows are multiples of 16."""
-    element = {2: "bf16", 4: "fp32"}[size]
     shapes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "PARTS": tiles.parts, "GROUP": GROUP}
     ways = {"DESCRIPTORS": tiles.descriptors, "WIDEN": False, "PRECISION": tiles.precision}
     constants = {key: value for key, value in (shapes | ways | flags).items() if key in kernel.arg_names}
@@ -82,31 +85,27 @@ def report(binary: bytes, folder: Path) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def check(name: str, capability: int, size: int, line: str, folder: Path) -> None:
+def check(name: str, capability: int, element: str, folder: Path) -> None:
     kernel, flags = WIDEST[name]
+    line, size = f"sm_{capability}", BYTES[element]
     tiles = GRADIENT_TILES.get((line, size), TILES[line, size]) if name == "gradient" else TILES[line, size]
-    found = compiled(kernel, flags, capability, size, tiles)
+    found = compiled(kernel, flags, capability, element, tiles)
     used = report(found.asm["cubin"], folder)
     assert used["stack"] == 0, f"{name} spills: {used}"
     assert found.metadata.shared <= SHARED_BYTES[capability]
 
 
+@pytest.mark.parametrize("element", BYTES)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("name", WIDEST)
-def test_16_bit_kernels_fit(name: str, capability: int, tmp_path: Path) -> None:
-    check(name, capability, 2, f"sm_{capability}", tmp_path)
+def test_kernels_fit(name: str, capability: int, element: str, tmp_path: Path) -> None:
+    check(name, capability, element, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("element", BYTES)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-@pytest.mark.parametrize("name", WIDEST)
-def test_32_bit_kernels_fit(name: str, capability: int, tmp_path: Path) -> None:
-    check(name, capability, 4, f"sm_{capability}", tmp_path)
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_the_small_kernel_fits(capability: int, tmp_path: Path) -> None:
-    found = compiled(kernels.own_kernel, {"BM": 32, "BK": 128}, capability, 2, TILES["sm_80", 2])
+def test_the_small_kernel_fits(capability: int, element: str, tmp_path: Path) -> None:
+    found = compiled(kernels.own_kernel, {"BM": 32, "BK": 128}, capability, element, TILES["sm_80", BYTES[element]])
     assert report(found.asm["cubin"], tmp_path)["stack"] == 0
 
 
@@ -114,4 +113,4 @@ def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     # The whole tile's epilogue at once takes more registers than a thread has.
     kernel, flags = WIDEST["gradient"]
     greedy = Tiles(128, 256, 64, 8, 3)
-    assert report(compiled(kernel, flags, 80, 2, greedy).asm["cubin"], tmp_path)["stack"] > 0
+    assert report(compiled(kernel, flags, 80, "bf16", greedy).asm["cubin"], tmp_path)["stack"] > 0

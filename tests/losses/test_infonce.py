@@ -41,6 +41,29 @@ def test_a_temperature_that_left_its_range_is_clamped_and_can_come_back() -> Non
     assert float(loss.log_temperature.grad) < 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": [2.5]}, r"dims is \[2.5\]; allowed are ascending integers"),
+        ({"dims": [4, 2]}, r"dims is \[4, 2\]; allowed are ascending integers"),
+        ({"hardness": -1.0}, "hardness is -1"),
+        ({"margin": math.nan}, "margin is nan"),
+        ({"engine": "cuda"}, "engine is 'cuda'; allowed are 'triton', 'tiled' and None"),
+        ({"gather_dtype": "float16"}, "gather_dtype is 'float16'; allowed are 'bfloat16' and null"),
+        ({"workspace_mib": 0}, "workspace_mib is 0"),
+    ],
+)
+def test_what_no_embedding_could_satisfy_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InfoNCE(**options)
+
+
+def test_a_width_that_no_memory_holds_is_allowed_until_embeddings_are_seen() -> None:
+    loss = InfoNCE(dims=[2, 10**12])
+    with pytest.raises(ValueError, match="allowed are ascending integers from 1 to the width 3"):
+        loss(torch.eye(3), torch.eye(3))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
 def test_with_grads_equals_autograd(symmetric: bool, options: dict[str, Any]) -> None:
@@ -69,17 +92,6 @@ def test_every_option_of_the_op_is_one_of_the_module_or_of_a_call() -> None:
     of_a_call = set(inspect.signature(InfoNCE.forward).parameters)
     assert of_the_op - of_a_call - of_the_module == {"workspace_bytes"}  # in MiB, for people
     assert "workspace_mib" in of_the_module
-
-
-def test_what_no_embedding_could_satisfy_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"dims is \[4, 2\]; allowed are ascending integers"):
-        InfoNCE(dims=[4, 2])
-    with pytest.raises(ValueError, match="hardness is -1"):
-        InfoNCE(hardness=-1.0)
-    with pytest.raises(ValueError, match="margin is nan"):
-        InfoNCE(margin=math.nan)
-    with pytest.raises(ValueError, match="workspace_mib is 0"):
-        InfoNCE(workspace_mib=0)
 
 
 def test_a_symmetric_loss_with_several_rows_of_one_query_says_what_to_change() -> None:

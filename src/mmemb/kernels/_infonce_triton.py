@@ -42,10 +42,9 @@ from mmemb.kernels._triton_launch import FULL_ROW_SUMS, Launcher, aligned, block
 from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
 
 
-def supports(problem: Problem, *, symmetric: bool) -> bool:
-    """Whether this engine solves the problem: all but Matryoshka sums, and float64 only in the interpreter."""
-    query = problem.query
-    return problem.dims is None and _tiles.choose(query.device, query.dtype) is not None
+def supports(query: Tensor) -> bool:
+    """Whether this engine solves problems of such queries: float64 only in the interpreter."""
+    return _tiles.choose(query.device, query.dtype) is not None
 
 
 def one_direction(
@@ -106,7 +105,8 @@ def symmetric(
             return losses, None
         half = coefficient / 2
         totals = torch.logaddexp(row_others, own)
-        gradients = Sums(launcher, coefficient)
+        # A column's share may be another rank's, and larger than every coefficient here.
+        gradients = Sums(launcher, torch.cat([coefficient, 2 * columns.share]))
         gradients.add_main(half, totals, columns)
         gradients.add_positives(-half * (row_excess.sigmoid() + column_excess.sigmoid()))
         # A further negative counts in both losses: exp(z - total) + exp(z - column's total).

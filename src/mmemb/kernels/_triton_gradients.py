@@ -23,9 +23,14 @@ POSITIVE_ROWS = 4096
 
 
 class Sums:
-    """The gradients while they are summed up, as of c * dot times `boost`; ``slope`` is sum(G * z) for negatives z."""
+    """The gradients while they are summed up, as of c * dot times `boost`; ``slope`` is sum(G * z) for negatives z.
 
-    def __init__(self, launcher: Launcher, coefficient: Tensor) -> None:
+    Args:
+        launcher: of the problem.
+        largest: numbers of which one is at least as large as any |G|.
+    """
+
+    def __init__(self, launcher: Launcher, largest: Tensor) -> None:
         self.launcher = launcher
         problem, query = launcher.problem, launcher.query
         tiles = _tiles.choose_for_gradient(query.device, query.dtype)
@@ -36,8 +41,8 @@ class Sums:
         self.peers = None if problem.peers is None else launcher.empty(len(problem.peers.query), query.shape[1]).zero_()
         self.slope = launcher.empty(1).zero_()[0]
         self.boost = torch.ones_like(self.slope)
-        if launcher.dtype == torch.float16 and len(coefficient):
-            self.boost = (HALF_PEAK - coefficient.abs().amax().clamp_min(2.0**-100).log2()).floor().exp2()
+        if launcher.dtype == torch.float16 and len(largest):
+            self.boost = (HALF_PEAK - largest.abs().amax().clamp_min(2.0**-100).log2()).floor().exp2()
 
     def add_main(self, share: Tensor, totals: Tensor, columns: Columns | None = None) -> None:
         self._add(self.launcher.main, self.query, self.candidate, share, totals, columns)

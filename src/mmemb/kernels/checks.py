@@ -64,8 +64,11 @@ def check_form(
         raise ValueError(f"query is {query.shape[1]} wide and candidate {candidate.shape[1]}; the widths must be equal")
     if query.dtype != candidate.dtype:
         raise ValueError(f"query is {query.dtype} and candidate {candidate.dtype}; the dtypes must be equal")
+    _check_plain("temperature", temperature)
     if temperature.numel() != 1:
         raise ValueError(f"temperature has shape {tuple(temperature.shape)}; allowed is one number")
+    if temperature.is_meta and not query.is_meta:
+        raise ValueError(f"temperature is on {temperature.device}, where it has no value; query is on {query.device}")
     if positive is None and m < n:
         raise ValueError(
             f"{m} candidates for {n} queries; without positive= every query needs the candidate of its own row"
@@ -124,9 +127,9 @@ def prepare(
     query_id: Tensor | None,
     candidate_id: Tensor | None,
     weight: Tensor | None,
+    *,
     symmetric: bool,
     reduction: str,
-    *,
     margin: float | None = None,
     peers: Peers | None = None,
     candidate_negatives: bool = False,

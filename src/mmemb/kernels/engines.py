@@ -6,13 +6,12 @@ An engine is a module with
     symmetric(problem, *, coefficient, merge, workspace_bytes) -> the same
 
 An engine but the tiled one sees no ``dims``: it is called once for each of them.
-What the Triton engine does not support, as its ``supports(problem, *, symmetric) -> bool`` says, goes to the tiled one.
+What the Triton engine does not support, as its ``supports(query) -> bool`` says, goes to the tiled one.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Literal, TypeAlias, get_args
@@ -35,16 +34,25 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(problem: Problem, *, symmetric: bool, engine: str | None = None) -> ModuleType:
-    """The module that solves a problem.
+def check_name(engine: str | None) -> None:
+    """Refuses an engine that there is not.
 
     Raises:
-        ValueError: no such engine; or an engine was asked for that cannot solve this problem on this machine.
+        ValueError: as said.
     """
-    tiled = import_module(TILED)
     if engine not in (None, *ENGINES):
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(map(repr, ENGINES))} and None, by device")
-    if engine == "tiled" or (engine is None and problem.query.device.type != "cuda"):
+
+
+def choose(query: Tensor, *, engine: str | None = None) -> ModuleType:
+    """The module that solves problems of such queries.
+
+    Raises:
+        ValueError: no such engine; or an engine was asked for that cannot solve them on this machine.
+    """
+    check_name(engine)
+    tiled = import_module(TILED)
+    if engine == "tiled" or (engine is None and query.device.type != "cuda"):
         return tiled
     try:
         triton = import_module(TRITON)
@@ -52,15 +60,17 @@ def choose(problem: Problem, *, symmetric: bool, engine: str | None = None) -> M
         if engine is None:
             return tiled
         raise ValueError(f"engine 'triton' cannot be loaded: {error}; install triton or leave engine out") from error
-    if engine == "triton" and problem.query.device.type != "cuda" and not interpreted():
+    if engine == "triton" and query.device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"engine 'triton' needs a CUDA device and query is on {problem.query.device}; "
+            f"engine 'triton' needs a CUDA device and query is on {query.device}; "
             "leave engine out, or set TRITON_INTERPRET=1 before the start to run its interpreter"
         )
-    if triton.supports(replace(problem, dims=None), symmetric=symmetric):
+    if triton.supports(query):
         return triton
     if engine == "triton":
-        raise ValueError("engine 'triton' does not support this problem; leave engine out to fall back to 'tiled'")
+        raise ValueError(
+            f"engine 'triton' does not support {query.dtype} there; leave engine out to fall back to 'tiled'"
+        )
     return tiled
 
 
@@ -86,7 +96,7 @@ def solve(
     Raises:
         ValueError: see `choose`.
     """
-    module = choose(problem, symmetric=symmetric, engine=engine)
+    module = choose(problem.query, engine=engine)
 
     def one(problem: Problem) -> tuple[Tensor, Gradients | None]:
         if symmetric:

@@ -179,8 +179,8 @@ def _prepare(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Problem, Tenso
     own = torch.arange(len(query), device=query.device)
     return prepare(
         *tensors,
-        symmetric,
-        reduction,
+        symmetric=symmetric,
+        reduction=reduction,
         margin=margin,
         peers=Peers(query, own, query_id) if query_negatives else None,
         candidate_negatives=candidate_negatives,

@@ -181,8 +181,8 @@ def distributed_infonce_with_grads(
         query_id,
         candidate_ids,
         weight,
-        symmetric,
-        "mean",
+        symmetric=symmetric,
+        reduction="mean",
         margin=margin,
         peers=peers,
         candidate_negatives=candidate_negatives,
@@ -226,7 +226,8 @@ def _gather_rounded(local: Tensor, counts: list[int], dtype: torch.dtype | None)
 
 def _merge_columns(columns: Columns) -> Columns:
     """The columns [M] over the queries of all ranks; each column has its own query on one rank at most."""
-    others = columns.others.new_empty(world_size() * len(columns.others))
-    dist.all_gather_into_tensor(others, columns.others)
-    own, share = all_sum(torch.stack([columns.own, columns.share]))
-    return Columns(others.view(world_size(), -1).logsumexp(0), own, share)
+    highest = columns.others.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    highest = highest.where(highest != -torch.inf, 0)  # a column without negatives
+    own, share, power = all_sum(torch.stack([columns.own, columns.share, (columns.others - highest).exp()]))
+    return Columns(highest + power.log(), own, share)

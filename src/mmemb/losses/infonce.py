@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmemb.kernels import InfoNCEResult, infonce
 from mmemb.kernels.checks import check_form
-from mmemb.kernels.engines import Engine
+from mmemb.kernels.engines import Engine, check_name
 from mmemb.kernels.problem import work_dtype
 from mmemb.losses.distributed import distributed_infonce_with_grads
 
@@ -80,10 +80,14 @@ class InfoNCE(nn.Module):
             "workspace_bytes": None if workspace_mib is None else workspace_mib * 2**20,
             "engine": engine,
         }
+        if gather_dtype not in (None, "bfloat16"):
+            raise ValueError(f"gather_dtype is {gather_dtype!r}; allowed are 'bfloat16' and null")
         if workspace_mib is not None and workspace_mib < 1:
             raise ValueError(f"workspace_mib is {workspace_mib}; allowed are integers of at least 1, and null")
         # What the op would refuse at the first step is refused when settings are read.
-        rows = torch.ones(1, max([1, *(dims or [])]))
+        check_name(engine)
+        widths = [dim for dim in dims or [] if isinstance(dim, int)]
+        rows = torch.ones(1, 1).expand(1, max([1, *widths]))
         nothing = (None, None, None, None)
         check_form(rows, rows, torch.ones(()), *nothing, "mean", margin=margin, hardness=hardness, dims=dims)
         value = torch.tensor(math.log(temperature))
