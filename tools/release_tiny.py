@@ -108,9 +108,9 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
         "",
         f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by {recipes} on the "
         f"bundled data (see NOTICE for its sources), next-token loss: {trained}. "
-        "Shipped in half precision. It names pictures, recalls facts about countries, captions scenes of the bundled "
-        "kind, wholly or up to a thing asked for, and says, of a caption in text, who stands left or right of whom, in "
-        "lower-case English; it knows nothing else. It was never shown a withheld picture, scene or "
+        "Shipped in half precision. It was taught to name pictures, recall facts about countries, caption scenes of "
+        "the bundled kind, wholly or up to a thing asked for, and say, of a caption in text, who stands left or right "
+        "of whom, in lower-case English (how well, the table says), and nothing else. It was never shown a withheld picture, scene or "
         "phrasing, nor a flag together with its country's attributes, nor asked who stands beside whom in a picture "
         "(a caption that ends at a thing does name its left neighbour just before).",
         "",
