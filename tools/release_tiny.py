@@ -110,9 +110,9 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
         f"bundled data (see NOTICE for its sources), next-token loss: {trained}. "
         "Shipped in half precision. It was taught to name pictures, recall facts about countries, caption scenes of "
         "the bundled kind, wholly or up to a thing asked for, and say, of a caption in text, who stands left or right "
-        "of whom, in lower-case English (how well, the table says), and nothing else. It was never shown a withheld picture, scene or "
-        "phrasing, nor a flag together with its country's attributes, nor asked who stands beside whom in a picture "
-        "(a caption that ends at a thing does name its left neighbour just before).",
+        "of whom, in lower-case English (how well, the table says), and nothing else. It was never shown a withheld "
+        "picture, scene or phrasing, nor a flag together with its country's attributes, nor asked who stands beside "
+        "whom in a picture (a caption that ends at a thing does name its left neighbour just before).",
         "",
         "Share of greedy answers that are right to the word, as shipped "
         "(`python -m tools.release_tiny`; a prompt as in pretraining, a held-out input):",

@@ -199,7 +199,7 @@ def test_tasks_choose_what_is_drawn() -> None:
 
 def test_the_first_stage_shows_every_training_picture() -> None:
     first = PretrainingSamples(5, tasks=["picture", "scene", "fact", "text_scene"])
-    shown = {(vendor, key) for vendor, keys in sources(first[i].query for i in range(SAMPLES)) for key in keys}
+    shown = {(vendor, key) for vendor, keys in sources(first[i].query for i in range(2 * SAMPLES)) for key in keys}
     wanted = {(style, key) for key, entity in entities().items() for style in entity.train_styles()}
     assert len(wanted - shown) < 0.2 * len(wanted)
 

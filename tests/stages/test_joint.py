@@ -34,6 +34,11 @@ def pairs() -> list:
     return found[:7] + found[-6:]
 
 
+def apart(pairs: list) -> list:
+    """One pair a positive."""
+    return list({pair.positive_id: pair for pair in pairs}.values())
+
+
 def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
     """The objective written down in one piece: one chunk, autograd through everything."""
     (chunk,) = batch.chunks
@@ -151,7 +156,7 @@ def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_agains
 
 
 def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
-    rows = pairs[:4]
+    rows = apart(pairs)[:4]
     texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
 
     def weighted(heavy: float) -> Choose:
@@ -167,7 +172,7 @@ def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
 
 
 def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: list) -> None:
-    rows = pairs[:4]
+    rows = apart(pairs)[:4]
     texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
     several = [[(texts[0], 0.25), (texts[0], 0.75)], [], [(texts[2], 1.0)], [(texts[3], 1.0)]]
     single = [[(texts[0], 1.0)], *several[1:]]
