@@ -27,6 +27,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^<!-- test: (?P<how>.*?) -->\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,8 +57,18 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(match["language"], match["code"], plain, options, line)
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of `mmemb` and `python`; on Linux they need not start from nothing."""
+    if sys.platform != "linux":
+        yield Path(sys.executable).parent
+        return
+    with warm.commands(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
 @pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def clone(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the root of a clone and for the home folder, as the working directory."""
     from PIL import Image
 
@@ -67,7 +79,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.new("RGB", (64, 64), (60 * number, 120, 200 - 60 * number)).save(tmp_path / "pictures" / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
 
 
@@ -79,7 +91,7 @@ def run_block(block: Block, clone: Path) -> None:
         path.write_text(block.code, encoding="utf-8")
     elif block.language in ("bash", "python"):
         # Python too runs in a process of its own: a page's components must not stay registered for other tests.
-        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else ["python", "-c"]
         done = subprocess.run([*command, block.code], cwd=clone, capture_output=True, text=True, check=False)
         printed = done.stdout + done.stderr
         assert done.returncode == int(block.options.get("exit", 0)), f"line {block.line}:\n{printed[-3000:]}"

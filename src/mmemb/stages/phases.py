@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from mmemb.stages.objective import Objective
 
@@ -89,6 +88,8 @@ def scheduler(optimizer: torch.optim.Optimizer, spans: Sequence[Span]) -> Lambda
 
 def _factor(span: Span) -> Callable[[int], float]:
     """The library's schedule as a function of the step, for a learning rate of 1."""
+    from transformers import get_scheduler  # loads peft and bitsandbytes, seconds that only a training should take
+
     one = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     made = get_scheduler(
         span.schedule, one, num_warmup_steps=min(span.warmup_steps, span.steps), num_training_steps=max(span.steps, 1)
