@@ -105,7 +105,8 @@ def _told_once() -> Iterator[None]:
 
     def hook(failed: threading.ExceptHookArgs, /) -> None:
         error = failed.exc_value
-        if error is None or getattr(failed.thread, "exception", None) is not error or explain(error) is None:
+        mistake = error is not None and explain(error) is not None
+        if not mistake or getattr(failed.thread, "exception", None) is not error:
             before(failed)
 
     threading.excepthook = hook
