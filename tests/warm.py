@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "lightning", "transformers", "mmemb.cli", "mmemb.stages.module", "mmemb.inference")
@@ -93,19 +93,18 @@ def answer(caller: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def become(asked: dict[str, object], streams: Sequence[int]) -> NoReturn:
+def become(asked: dict[str, Any], streams: Sequence[int]) -> NoReturn:
     """Turns this process into the one asked for and ends it as that one ends."""
     for stream, number in zip(streams, (0, 1, 2), strict=True):
         os.dup2(stream, number)
         os.close(stream)
-    os.chdir(str(asked["folder"]))
+    os.chdir(asked["folder"])
     os.environ.clear()
-    os.environ.update(asked["environment"])  # type: ignore[call-overload]
+    os.environ.update(asked["environment"])
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    words: list[str] = list(asked["words"])  # type: ignore[call-overload]
     code: object = 0
     try:
-        run(str(asked["command"]), words)
+        run(asked["command"], asked["words"])
     except SystemExit as stop:
         code = stop.code
     except BaseException:
