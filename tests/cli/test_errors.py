@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from standins import StandInModule
 
 from mmemb.commands.errors import UsageError, explain, guarded
 from mmemb.commands.messages import condense
 from mmemb.commands.parser import CommandParser
 from mmemb.data.datamodule import PairDataModule
+from mmemb.losses.infonce import InfoNCE
 
 Mistake = Callable[..., str]
 Fit = Callable[..., int]
@@ -34,6 +36,7 @@ def config(**content: Any) -> str:
         (["--model.selector=random", "--model.selector.seed=abc"], ["model.selector.seed: expected int, got 'abc'"]),
         (["--model.selector=random", "--model.selector.sed=4"], ["no argument 'sed'; did you mean 'seed'?"]),
         (["--model.selector.seed=3"], ["model.selector: say first which one", "mmemb components"]),
+        (["--model.selector=counterfactual", "--model.selector.temperature=-1"], ["temperature is -1.0, expected > 0"]),
         (["--model.selector=none.Such"], ["'none.Such' cannot be imported", "PYTHONPATH"]),
         (["--model.width=wide"], ["model.width: expected int, got 'wide'"]),
         (["--model.widht=3"], ["there is no option '--model.widht'; did you mean '--model.width'?"]),
@@ -182,6 +185,22 @@ def test_only_what_our_code_refused_is_a_mistake(tmp_path: Path) -> None:
         "a.jsonl: there is no such file"
     )
     assert explain(raised_at(tmp_path / "library.py", ConnectionRefusedError(111, "Connection refused"))) is None
+
+
+class _Holder:
+    """A part that holds another, which may be left out: what the other refuses comes wrapped twice."""
+
+    def __init__(self, infonce: InfoNCE | None = None) -> None:
+        self.infonce = infonce
+
+
+def test_what_a_part_within_a_part_refuses_is_a_mistake(capfd: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--holder", type=_Holder | None)
+    inner = {"class_path": "mmemb.losses.infonce.InfoNCE", "init_args": {"temperature": -1.0}}
+    given = parser.parse_object({"holder": {"class_path": f"{__name__}._Holder", "init_args": {"infonce": inner}}})
+    assert guarded(lambda: parser.instantiate_classes(given) and 0) == 2
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_a_mistake_found_in_a_loader_process_is_one_line_too(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,11 @@ def _raised_by_us(error: BaseException) -> bool:
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_own_folders())
 
 
+def _raised_in(package: str, error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and package in Path(frames[-1].filename).parts
+
+
 def _from_worker(message: str) -> str | None:
     """The one line of an error that our code raised in a data-loader worker; None for anything else."""
     if not _WORKER.match(message):
@@ -69,11 +74,21 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, OSError):
         message = _explain_os(error)
     elif isinstance(error, ValueError):
-        message = str(error) if _raised_by_us(error) else _from_worker(str(error))
+        message = _explain_value(error)
     elif type(error).__name__ == "MisconfigurationException":
         # Lightning's word for settings that this machine cannot do; compared by name, for Lightning imports slowly
         message = f"{error} (a setting of the trainer)"
     return one_line(message) if message is not None else None
+
+
+def _explain_value(error: ValueError) -> str | None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ValueError) and _raised_by_us(cause):
+            return str(cause)
+        # A part within a part that refuses its arguments comes wrapped in what jsonargparse says of each of its types.
+        cause = (cause.__cause__ or cause.__context__) if _raised_in("jsonargparse", cause) else None
+    return _from_worker(str(error))
 
 
 def _explain_os(error: OSError) -> str | None:
