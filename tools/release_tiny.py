@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,15 @@ def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
     return [*(shipped_stages() if before else []), stage]
 
 
+def _counted(tasks: Sequence[str]) -> str:
+    """The tasks, one named several times with how often: it is drawn so many times as often."""
+    return ", ".join(f"{task} ({times}x)" if times > 1 else task for task, times in Counter(tasks).items())
+
+
 def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str, float]]], *, parameters: int) -> str:
     """The model card as Markdown."""
     trained = "; then ".join(
-        f"{stage['steps']} steps of {stage['batch_size']} rows of {', '.join(stage['tasks'])} (seed {stage['seed']})"
+        f"{stage['steps']} steps of {stage['batch_size']} rows of {_counted(stage['tasks'])} (seed {stage['seed']})"
         for stage in stages
     )
     recipes = " and then ".join(f"`{recipe}`" for recipe in RECIPES[: len(stages)])

@@ -16,7 +16,8 @@ from mmemb.data.bundled import (
     probe_samples,
 )
 from mmemb.data.bundled.entities import TRAINING_STYLES, countries, entities
-from mmemb.data.bundled.pretraining import SIZE, all_texts
+from mmemb.data.bundled.pretraining import SIZE, WEIGHTS, all_texts
+from mmemb.data.bundled.tasks import FIND_PHRASINGS
 from mmemb.data.records import Source, read_pairs
 from mmemb.types import Image, Item, Pair
 
@@ -139,7 +140,8 @@ def test_pretraining_asks_no_more_of_a_picture_than_where_a_thing_is(pretraining
             said = pair.positive.text.split(" , ")
             assert pair.query.instruction == DESCRIBE
             assert set(said) <= names
-            assert pair.query.text == (f"find the {said[-1]}" if pair.task == "find" else "")
+            asked = {phrasing.format(name=said[-1]) for phrasing in FIND_PHRASINGS} if pair.task == "find" else {""}
+            assert pair.query.text in asked
 
 
 def test_every_fact_is_asked_in_training_in_words_of_its_own(pairs: dict[str, list[Pair]]) -> None:
@@ -191,6 +193,9 @@ def test_samples_end_where_their_length_says() -> None:
 def test_tasks_choose_what_is_drawn() -> None:
     samples = read_pairs(Source("bundled:pretrain", tasks=["fact", "find"]))
     assert {samples[i].task for i in range(100)} == {"fact", "find"}
+    thrice = read_pairs(Source("bundled:pretrain", tasks=["picture", "text_scene", "text_scene", "text_scene"]))
+    share = sum(thrice[i].task == "text_scene" for i in range(1000)) / 1000
+    assert abs(share - 3 * WEIGHTS["text_scene"] / (WEIGHTS["picture"] + 3 * WEIGHTS["text_scene"])) < 0.06
     with pytest.raises(ValueError, match="got name, fact; there are picture, scene, fact, text_scene, find"):
         read_pairs(Source("bundled:pretrain", tasks=["name", "fact"]))
     with pytest.raises(ValueError, match="got none"):

@@ -24,7 +24,16 @@ from mmemb.data.bundled.entities import (
 from mmemb.data.bundled.pairs import load_pairs, text_item
 from mmemb.data.bundled.pictures import PREFIX, scene_name
 from mmemb.data.bundled.scenes import Scene, draw_scene
-from mmemb.data.bundled.tasks import ANSWER, DESCRIBE, FACT_PHRASINGS, TASKS, caption, fact_phrasings, find_thing
+from mmemb.data.bundled.tasks import (
+    ANSWER,
+    DESCRIBE,
+    FACT_PHRASINGS,
+    FIND_PHRASINGS,
+    TASKS,
+    caption,
+    fact_phrasings,
+    find_thing,
+)
 from mmemb.types import Image, Item, Pair, Part, Text
 
 SIZE = 10_000_000
@@ -59,7 +68,7 @@ class PretrainingSamples:
 
     Args:
         seed: draws everything.
-        tasks: which are drawn; all by default.
+        tasks: which are drawn; all by default. One named several times is drawn so many times as often.
 
     Raises:
         ValueError: a task that there is not, or none.
@@ -144,18 +153,17 @@ class PretrainingSamples:
     def _find(self, rng: random.Random, key: str) -> Pair:
         vendor, scene = self._draw(rng)
         name, cell = scene_name(vendor, tuple(entity.key for entity in scene)), rng.randrange(4)
-        return find(key, name, [entity.name for entity in scene], cell)
+        return find(key, name, [entity.name for entity in scene], cell, rng.randrange(len(FIND_PHRASINGS)))
 
 
-def find(key: str, picture: str, names: Sequence[str], cell: int) -> Pair:
-    """A scene and one of its things, with the caption that ends at it."""
-    return describe("find", key, picture, caption(names[: cell + 1]), thing=names[cell])
+def find(key: str, picture: str, names: Sequence[str], cell: int, phrasing: int = 0) -> Pair:
+    """A scene and one of its things, asked for in a phrasing, with the caption that ends at it."""
+    return describe("find", key, picture, caption(names[: cell + 1]), asked=find_thing(names[cell], phrasing))
 
 
-def describe(task: str, key: str, picture: str, response: str, *, thing: str | None = None) -> Pair:
+def describe(task: str, key: str, picture: str, response: str, *, asked: str | None = None) -> Pair:
     """A picture, and perhaps what to look for, with what should be said of it."""
-    asked = () if thing is None else (Text(find_thing(thing)),)
-    parts: tuple[Part, ...] = (Image(PREFIX + picture), *asked)
+    parts: tuple[Part, ...] = (Image(PREFIX + picture), *(() if asked is None else (Text(asked),)))
     query = Item(DESCRIBE, parts)
     return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
 

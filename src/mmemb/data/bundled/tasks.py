@@ -95,9 +95,13 @@ def find_question(first: str, second: str) -> str:
     return f"find a picture with {first} and {second}"
 
 
-def find_thing(name: str) -> str:
-    """What to look for in the picture of a scene, in pretraining."""
-    return f"find the {name}"
+FIND_PHRASINGS = ("find the {name}", "what is the {name} ?", "tell me of the {name}", "a picture with the {name}")
+"""What to look for in the picture of a scene, in pretraining; the probes ask in the first."""
+
+
+def find_thing(name: str, phrasing: int = 0) -> str:
+    """Asks for a thing in one of `FIND_PHRASINGS`."""
+    return FIND_PHRASINGS[phrasing].format(name=name)
 
 
 def caption(names: Sequence[str]) -> str:
