@@ -18,7 +18,7 @@ run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on
 	$(BIN)/mmemb fit --config recipes/r1.yaml
 
 test: $(VENV)/.installed-dev ## set up .venv, then run every test with coverage, a file a core
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Before any test imports the libraries that read these once.
@@ -20,6 +21,21 @@ _AT_ONCE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _AT_ONCE > 1:  # tests side by side share the cores, or their threads wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _AT_ONCE)))
 
+_HERE = Path(__file__).resolve().parent
+_LONG = (
+    "integration/test_bad_input.py",
+    "test_docs.py",
+    "kernels/test_infonce_triton.py",
+    "integration/test_resume.py",
+    "stages/test_refresh.py",
+    "integration/test_commands.py",
+    "commands/test_rationales.py",
+    "stages/test_control.py",
+)
+"""Files that take a minute and more, the longest first. They begin first, so that no process is left with one of them
+at the end, and coverage is not taken of them: tracing doubles their time, and others reach most of their lines.
+"""
+
 _LOOPBACK = {"localhost", "::1", "0.0.0.0", "::"}
 
 
@@ -32,7 +48,12 @@ class Ran(NamedTuple):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where there is no CUDA device."""
+    """Puts the long files first, without coverage; skips tests marked ``gpu`` where there is no CUDA device."""
+    place = {_HERE / name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))  # stable: the order within a file stays
+    for item in items:
+        if item.path in place and item.config.pluginmanager.hasplugin("pytest_cov"):
+            item.add_marker("no_cover")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from torch import Tensor
 def _start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    if "coverage" in sys.modules:  # tracing would double the time of what is interpreted Python through and through
+        tracer = sys.modules["coverage"].Coverage.current()
+        if tracer is not None:
+            tracer.stop()
 
 
 @contextmanager
