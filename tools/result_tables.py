@@ -70,6 +70,23 @@ def gradcache(path: Path) -> str:
     return markdown(["pairs", *ways], ([str(b), *(cell(found.get((b, way))) for way in ways)] for b in batches))
 
 
+def precision(path: Path) -> str:
+    """Relative errors of the embeddings' gradients and of the temperature's, by dtype, mean cosine and rival."""
+    found = newest(path, lambda row: (row["dtype"], row["cosine"], row["rival"]))
+    rivals = list(dict.fromkeys(rival for _, _, rival in found))
+    lines = []
+    for dtype, cosine in dict.fromkeys((dtype, cosine) for dtype, cosine, _ in found):
+        rows = [found[dtype, cosine, rival] for rival in rivals]
+        errors = [f"{_power(row['embedding_error'])}, {_power(row['temperature_error'])}" for row in rows]
+        lines.append([f"{dtype}, {cosine:g}", *errors])
+    return markdown(["dtype, mean cosine", *(f"`{rival}`" for rival in rivals)], lines)
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{value:.0f}" if value >= 1 else f"{mantissa}e{int(exponent)}"
+
+
 def phases(path: Path) -> str:
     """Time and memory of a step of each phase over the joint phase's."""
     run = harness.read(path)[-1]["run"]

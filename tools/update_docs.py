@@ -27,6 +27,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "claims-xeon": lambda results: result_tables.claims(results / "infonce.jsonl", device="Xeon"),
     "claims-epyc": lambda results: result_tables.claims(results / "infonce.jsonl", device="EPYC"),
     "gradcache": lambda results: result_tables.gradcache(results / "gradcache.jsonl"),
+    "precision": lambda results: result_tables.precision(results / "precision.jsonl"),
     "phases": lambda results: result_tables.phases(results / "phases.jsonl"),
     "inference": lambda results: result_tables.inference(results / "inference.jsonl"),
     "score": lambda results: result_tables.score(results / "score.jsonl"),
