@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from mmemb.kernels import infonce_with_grads, reference
 TEMPERATURE = 0.05
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COSINES = (0.9, 0.99, 0.999)
-RIVALS = ("tiled", "triton", "naive")
+Rival: TypeAlias = Literal["tiled", "triton", "naive"]
+RIVALS: tuple[Rival, ...] = get_args(Rival)
 
 
 def rows(n: int, width: int, cosine: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def gradients(query: Tensor, candidate: Tensor, *, symmetric: bool) -> list[Tens
     return list(torch.autograd.grad(loss, leaves))
 
 
-def measure(rival: str, dtype: str, cosine: float, *, n: int, width: int, draws: int, device: str) -> dict[str, Any]:
+def measure(rival: Rival, dtype: str, cosine: float, *, n: int, width: int, draws: int, device: str) -> dict[str, Any]:
     """The largest relative errors of one rival; n rows of a width, ``draws`` times."""
     worst = [0.0, 0.0]
     for draw, symmetric in product(range(draws), (False, True)):

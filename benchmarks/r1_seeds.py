@@ -94,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options, extra = parser.parse_known_args(argv)
     one = functools.partial(run, folder=options.folder, at_once=options.at_once, extra=extra)
-    with ThreadPoolExecutor(options.at_once) as pool:
-        summaries = list(pool.map(one, options.seeds))
+    try:
+        with ThreadPoolExecutor(options.at_once) as pool:
+            summaries = list(pool.map(one, options.seeds))
+    except subprocess.CalledProcessError as error:  # it has said why itself
+        print(f"r1_seeds: a run ended with exit code {error.returncode}; the same command goes on", file=sys.stderr)
+        return 1
     options.output.mkdir(parents=True, exist_ok=True)
     aside = options.output / "r1_seeds.json.part"
     aside.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,9 @@ class Ran(NamedTuple):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the long files first, without coverage; skips tests marked ``gpu`` where there is no CUDA device."""
+    """Puts the long files first; skips tests marked ``gpu`` where there is no CUDA device."""
     place = {_HERE / name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path, len(place)))  # stable: the order within a file stays
-    for item in items:
-        if item.path in place and item.config.pluginmanager.hasplugin("pytest_cov"):
-            item.add_marker("no_cover")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -62,6 +59,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Takes no coverage of the long files. (The marker ``no_cover`` of pytest-cov does nothing under xdist.)"""
+    if "coverage" not in sys.modules or item.path not in {_HERE / name for name in _LONG}:
+        return (yield)
+    coverage, stopped = sys.modules["coverage"].Coverage, []
+    while (tracer := coverage.current()) is not None:  # a process of xdist has two, one within the other
+        tracer.stop()
+        stopped.append(tracer)
+    try:
+        return (yield)
+    finally:
+        for tracer in reversed(stopped):
+            tracer.start()
 
 
 def _is_local(address: Any) -> bool:

@@ -109,6 +109,16 @@ def thinking(summaries: Sequence[Summary]) -> str:
     )
 
 
+def _alone(path: Path) -> str:
+    """What the recipe as it is took, with nothing beside it, and what it reached."""
+    summary: Summary = json.loads(path.read_text(encoding="utf-8"))
+    direct, reasoned = (summary["modes"][mode]["hit@1"] for mode in ("never", "always_reason"))
+    return (
+        f" `make run`, whose order of the training data is another, took {summary['seconds'] / 60:.0f} minutes by "
+        f"itself (installation apart) and reached {direct:.3f} direct, {reasoned:.3f} reasoned (`{path.name}`)."
+    )
+
+
 def section(results: Path) -> str:
     """All of it, or that no results are kept yet.
 
@@ -123,10 +133,12 @@ def section(results: Path) -> str:
     of_seeds = f"seeds {seeds}: mean ± sample standard deviation" if len(summaries) > 1 else f"seed {seeds}"
     minutes = sorted({f"{summary['seconds'] / 60:.0f}" for summary in summaries}, key=int)
     at_once = max(summary["settings"].get("runs_at_once", 1) for summary in summaries)
+    alone = results.with_name("r1_alone.json")
+    of_one = _alone(alone) if alone.exists() else ""
     beside = f", {at_once} of them side by side" if at_once > 1 else ""
     return (
         f"hit@1 on the test split; {of_seeds}; {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes a run"
-        f"{beside}. This table is generated from `{name}` by `tools/update_docs.py`."
+        f"{beside}.{of_one} This table is generated from `{name}` by `tools/update_docs.py`."
         f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
         + f"\n\nWhat is asked of the main job (`python -m benchmarks.bars`):\n\n{bars.markdown(bars.judged(summaries))}"
     )

@@ -159,7 +159,8 @@ def release(run: Path) -> list[dict[str, Any]]:
         {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     )
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    stages, before = stages_of(config, steps=checkpoint["global_step"]), weights_digest()
+    stages = stages_of(config, steps=checkpoint["global_step"])
+    before = weights_digest() if (FOLDER / "model.safetensors").is_file() else None  # from random weights there is none
     with tempfile.TemporaryDirectory() as folder:
         trained.save(Path(folder) / "tiny")
         pack(Path(folder) / "tiny", FOLDER)

@@ -44,10 +44,10 @@ def infonce(path: Path, *, device: str) -> str:
     return markdown(["case", *rivals.values()], lines)
 
 
-def claims(path: Path, *, device: str) -> str:
-    """What is asked of the loss on a CPU and what a device's rows say."""
+def claims(path: Path, *, backend: str, device: str = "") -> str:
+    """What is asked of the loss on a ``CPU`` or a ``GPU``, and what rows of devices with a text in their name say."""
     results = asked.read(path, device=device)
-    judged = [claim.judge(results) for claim in asked.CLAIMS if claim.text.startswith("CPU")]
+    judged = [claim.judge(results) for claim in asked.CLAIMS if claim.text.startswith(backend)]
     lines = [[row["claim"], row["asked"], _number(row["measured"]), row["holds"] or ""] for row in judged]
     return markdown(["claim", "asked", "measured", "holds"], lines)
 
@@ -68,6 +68,15 @@ def gradcache(path: Path) -> str:
 
     batches = sorted({batch for batch, _ in found})
     return markdown(["pairs", *ways], ([str(b), *(cell(found.get((b, way))) for way in ways)] for b in batches))
+
+
+def generate(path: Path) -> str:
+    """Samples a second of the newest run, and how many times those of one at a time."""
+    pool, one = (newest(path, lambda row: row["rival"])[rival] for rival in ("pool", "one_at_a_time"))
+    cells = [f"{row['samples_per_wall_second']:.0f}" for row in (pool, one)]
+    return markdown(
+        ["samples a second", "one at a time", "times as many"], [[*cells, f"{one['wall_ratio_to_pool']:.1f}"]]
+    )
 
 
 def precision(path: Path) -> str:

@@ -57,6 +57,17 @@ def test_an_interrupted_seed_resumes(tmp_path: Path, commands: list[list[str]]) 
     assert commands[0][-2:] == ["--ckpt_path", str(last)]
 
 
+def test_a_run_that_ends_early_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(130, command)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    assert r1_seeds.main(["--seeds", "1", "--folder", str(tmp_path), "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "r1_seeds: a run ended with exit code 130; the same command goes on\n"
+
+
 def test_a_run_of_other_settings_is_another_run(
     tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,8 +58,10 @@ def test_counterfactual_selection_prefers_the_rationale_that_answers(pool: Ratio
     assert right >= 0.8 * len(pairs)
 
 
-def test_weights_and_pool_stay_small() -> None:
+def test_weights_and_data_stay_small() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 10 * MEGABYTE
+    data = FOLDER.parents[2] / "src" / "mmemb" / "data" / "bundled"
+    assert sum((data / name).stat().st_size for name in ("entities.json", "pictures.zip", "pool.parquet")) <= 5e6
 
 
 def test_tasks_steps_and_seeds_of_the_weights_are_those_of_the_recipes() -> None:
@@ -116,6 +118,10 @@ def test_a_run_that_is_released_twice_is_one_stage(tmp_path: Path, monkeypatch: 
     assert once[:-1] == before
     assert once[-1]["steps"] == 2
     assert release(tmp_path) == once == shipped_stages()
+    config["model"]["backbone"]["init_args"]["weights"] = "random"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    weights.unlink()  # as docs/backbones.md says, before a tokenizer is made
+    assert release(tmp_path) == shipped_stages() == [once[-1]]
     weights.write_bytes(b"others")
     with pytest.raises(ValueError, match=r"training\.json: of other weights"):
         shipped_stages()
