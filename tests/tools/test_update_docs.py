@@ -163,5 +163,8 @@ def test_a_devices_table_has_only_its_rows(tmp_path: Path) -> None:
     assert "time / floor | at most 1.12 | 1.10 | yes |" in result_tables.claims(path, backend="CPU", device="slow")
     assert "time / floor | at most 1.12 | 1.25 | no |" in result_tables.claims(path, backend="CPU", device="fast")
     assert "symmetric, 8192 x 256 float32: time / floor | at most 1.5 | not measured yet |  |" in result_tables.claims(
-        path, device="fast"
+        path, backend="CPU", device="fast"
+    )
+    assert "GPU, 32768 x 1024 bfloat16: symmetric / one direction | at most 1.5 | not measured yet |  |" in (
+        result_tables.claims(path, backend="GPU")
     )
