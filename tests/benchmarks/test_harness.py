@@ -77,6 +77,8 @@ def test_a_script_adds_its_options_to_the_shared_ones(capsys: pytest.CaptureFixt
 
 
 def test_a_missing_distribution_has_no_version() -> None:
-    assert harness.version("torch") == torch.__version__
+    version = harness.version("torch")
+    assert version is not None
+    assert version.partition("+")[0] == torch.__version__.partition("+")[0]  # a CUDA build names itself in one of them
     assert harness.version("no-such-distribution") is None
     assert harness.available_megabytes("cpu") > 100
