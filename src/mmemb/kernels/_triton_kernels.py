@@ -256,7 +256,8 @@ def gradient_kernel(
                 values += terms
             at = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride + inner[None, :]
             tl.store(gradient + at, _narrow(values, gradient.dtype.element_ty, WIDEN), here[:, None] & there[None, :])
-        tl.store(temperature + tile, tl.sum(slopes, 0) * LN2)
+        # As a matrix of one column: Triton 3.7 fails at the sum of a vector beside sm_100's tensor cores.
+        tl.store(temperature + tile + tl.arange(0, 1), tl.sum(slopes[:, None], 0) * LN2)
 
 
 @triton.jit
