@@ -17,7 +17,7 @@ help: ## list the commands
 run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on the bundled data
 	$(BIN)/mmemb fit --config recipes/r1.yaml
 
-test: $(VENV)/.installed-dev ## set up .venv, then run every test with coverage, a file a core
+test: $(VENV)/.installed-dev ## set up .venv, then run every test, a file a core, with coverage of all but the longest files
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree
