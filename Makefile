@@ -17,8 +17,10 @@ help: ## list the commands
 run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on the bundled data
 	$(BIN)/mmemb fit --config recipes/r1.yaml
 
+# From Python 3.12 on, coverage may ask the interpreter (sys.monitoring) instead of tracing every line, which costs less.
 test: $(VENV)/.installed-dev ## set up .venv, then run every test, a file a core, with coverage of all but the longest files
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """A whole optimiser step of the bundled tiny model: gradient cache, plain backward, sentence-transformers' cached loss.
 
-    python -m benchmarks.gradcache                                       global batches 64 ... 8192 in chunks of 32
+    python -m benchmarks.gradcache                                       global batches 64 ... 8192 in chunks of 32 rows
     python -m benchmarks.gradcache --batches 256 --ways mmemb plain --budget 2000
 
 Every way and batch is measured in a process of its own, which may take --budget MB: one that does not fit is a row, not
@@ -38,7 +38,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = harness.parser(str(__doc__))
     parser.add_argument("--batches", type=int, nargs="+", metavar="N", help=f"pairs of a step (default: {BATCHES})")
-    parser.add_argument("--chunk", type=harness.count, help="pairs of one backward pass (default: 32; smoke: 4)")
+    parser.add_argument(
+        "--chunk", type=harness.count, help="queries or targets of one backward pass (default: 32; smoke: 4)"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument(
         "--budget", type=float, default=4000.0, metavar="MB", help="memory a step may take (default: %(default)g)"

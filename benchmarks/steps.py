@@ -4,7 +4,8 @@ Run by `benchmarks.gradcache` in a process of its own, so that running out of me
 
     python -m benchmarks.steps '{"way": "mmemb", "batch": 64, ...}'      the fields of `Task`; prints JSON
 
-Legend: N pairs of the batch, C pairs of a chunk, D embedding width.
+Legend: N pairs of the batch, C rows of a chunk, D embedding width. A chunk of the cached ways is C queries or C
+targets, never both, so that every one of them holds the graph of as many rows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Task:
     Attributes:
         way: one of `WAYS`.
         batch: pairs of a step, a multiple of ``chunk``.
-        chunk: pairs of one backward pass (of the plain step: all).
+        chunk: rows of one backward pass, of one side (of the plain step: all rows of both).
         device: ``cpu`` or ``cuda``.
         repeats: most repetitions.
         seconds: time for the repetitions; at least one is made.
@@ -101,7 +102,7 @@ class Bench:
         if way == "floor":
             return lambda: self._floor(chunks)
         if way in ("mmemb", "mmemb-kept"):
-            return lambda: self._cached(chunks, kept_graphs=len(chunks) if way == "mmemb-kept" else 1)
+            return lambda: self._cached(chunks, kept_graphs=2 * len(chunks) if way == "mmemb-kept" else 1)
         if way == "plain":
             query, target = self._prepare("query", 0, batch), self._prepare("positive", 0, batch)
             return lambda: full_matrix(self.encode(query), self.encode(target)).backward()
@@ -136,14 +137,17 @@ class Bench:
             full_matrix(self.query(number), self.target(number)).backward()
 
     def _cached(self, chunks: range, kept_graphs: int) -> None:
-        def forward(number: int, final: bool) -> ChunkOutput:
-            return ChunkOutput({"query": self.query(number), "target": self.target(number)})
+        sides = {"query": self.query, "target": self.target}
+
+        def forward(chunk: tuple[str, int], final: bool) -> ChunkOutput:
+            side, number = chunk
+            return ChunkOutput({side: sides[side](number)})
 
         def all_rows(embeddings: dict[str, Tensor]) -> CachedLoss:
             result = self.loss.with_grads(embeddings["query"], embeddings["target"])
             return CachedLoss(result.loss, {"query": result.query_grad, "target": result.candidate_grad})
 
-        cached_step(chunks, forward, all_rows, kept_graphs=kept_graphs)
+        cached_step([(side, number) for side in sides for number in chunks], forward, all_rows, kept_graphs=kept_graphs)
 
     def _cached_multiple_negatives(self, batch: int) -> Callable[[], None]:
         """sentence-transformers' loss around the same model: its cache, its loss, its second pass.
