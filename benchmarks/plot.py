@@ -27,11 +27,13 @@ CHARACTERS = 11
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The newest measured row of each rival and case on the device that was measured last."""
-    measured = [row for row in rows if row["tflops"] is not None]
+    """The newest measured row of each rival and case on the device with most of them."""
     case = ("rival", "n", "width", "dtype", "symmetric")
-    of_device = [row for row in measured if row["device"] == measured[-1]["device"]]
-    return list({tuple(row[name] for name in case): row for row in of_device}.values())
+    by_device: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["tflops"] is not None:
+            by_device.setdefault(row["device"], {})[tuple(row[name] for name in case)] = row
+    return list(max(by_device.values(), key=len, default={}).values())
 
 
 def draw(results: Path) -> Path:

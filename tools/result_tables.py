@@ -57,17 +57,24 @@ def _number(value: float | str) -> str:
 
 
 def gradcache(path: Path) -> str:
-    """Time over the floor and, in brackets, the most resident MB, by batch and way."""
-    found = newest(path, lambda row: (row["batch"], row["rival"]))
+    """Time over the floor and, in brackets, the most resident MB, by batch and way, on the device measured last."""
+    device = harness.read(path)[-1]["device"]
+    of_device = {key: row for key, row in newest(path, _step).items() if row["device"] == device}
+    found = {(batch, rival): row for (_, batch, rival), row in of_device.items()}
     ways = list(dict.fromkeys(rival for _, rival in found))
 
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        return row["note"] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
+        # "not tried: ..." repeats the reason above it.
+        return (row["note"] or "").split(":")[0] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
 
     batches = sorted({batch for batch, _ in found})
     return markdown(["pairs", *ways], ([str(b), *(cell(found.get((b, way))) for way in ways)] for b in batches))
+
+
+def _step(row: Row) -> tuple[str, int, str]:
+    return row["device"], row["batch"], row["rival"]
 
 
 def generate(path: Path) -> str:

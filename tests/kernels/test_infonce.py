@@ -168,7 +168,7 @@ IDS = torch.tensor([0, 1])
         ({"candidate": torch.ones(4, 3).half()}, "query is torch.float32 and candidate torch.float16"),
         ({"candidate": torch.ones(4, 3, device="meta")}, "candidate is on meta and query on cpu"),
         ({"candidate": torch.ones(1, 3)}, "1 candidates for 2 queries; without positive="),
-        ({"temperature": torch.ones(2)}, r"temperature has shape \(2,\)"),
+        ({"temperature": torch.ones(2)}, r"temperature is torch.float32 of shape \(2,\)"),
         ({"temperature": torch.tensor(1.0, device="meta")}, "temperature is on meta, where it has no value"),
         ({"temperature": torch.tensor([1.0]).to_sparse()}, "temperature has layout torch.sparse_coo"),
         ({"temperature": 0.0}, "temperature is 0.0; allowed are finite numbers above 0 whose reciprocal is one too"),
@@ -195,7 +195,18 @@ IDS = torch.tensor([0, 1])
         ({"weight": torch.tensor([1.0, float("nan")])}, "weight has minimum nan"),
         ({"reduction": "sum"}, "reduction is 'sum'; allowed are 'mean' and 'none'"),
         ({"margin": float("nan")}, "margin is nan; allowed are finite numbers, and None"),
+        ({"margin": "x"}, "margin is x; allowed are finite numbers, and None"),
         ({"hardness": -1.0}, "hardness is -1.0; allowed are finite numbers of at least 0"),
+        ({"hardness": None}, "hardness is None; allowed are finite numbers of at least 0"),
+        ({"temperature": None}, "temperature is a NoneType; allowed is a number or a tensor"),
+        ({"temperature": "0.1"}, "temperature is a str; allowed is a number or a tensor"),
+        (
+            {"temperature": torch.tensor(1j)},
+            "temperature is torch.complex64 of .*; allowed is one real number",
+        ),
+        ({"symmetric": "no"}, "symmetric is 'no'; allowed are True and False"),
+        ({"query_negatives": 1}, "query_negatives is 1; allowed are True and False"),
+        ({"dims": 2}, "dims is 2; allowed are ascending integers from 1 to the width 3"),
         ({"hardness": 1e38}, "logits may reach"),
         ({"dims": []}, r"dims is \[\]; allowed are ascending integers from 1 to the width 3"),
         ({"dims": [2, 1]}, r"dims is \[2, 1\]"),
@@ -222,6 +233,12 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
                 **{k: v for k, v in arguments.items() if k not in ("query", "candidate")},
             )
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32"], ids=str)
+def test_gradients_are_floating_point(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="grad_dtype is .*; allowed are floating point dtypes, and None"):
+        infonce_with_grads(torch.eye(3), torch.eye(3), temperature=0.1, grad_dtype=dtype)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

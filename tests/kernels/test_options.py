@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks import harness
 from mmemb.kernels import _infonce_tiled as tiled
 from mmemb.kernels import infonce, infonce_with_grads, reference
 from mmemb.kernels._prefixes import by_dimension
+from mmemb.kernels._stripes import CHUNK_BYTES
 from mmemb.kernels.checks import prepare
 from mmemb.kernels.problem import Gradients, Peers, Problem
 from tests.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
@@ -113,6 +115,17 @@ def test_copies_of_the_positive_are_kept_at_margin_0(options: dict[str, Any], sy
         assert float(losses.min()) > 0.69 * len(options.get("dims", "1"))  # log 2: a negative that is the positive
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_long_row_does_not_widen_the_margin_of_the_others(symmetric: bool) -> None:
+    query, candidate = unit_rows(64, 16, torch.float32), unit_rows(64, 16, torch.float32)
+    query[-1] *= 1000
+    candidate[-1] *= 1000
+    how: dict[str, Any] = {"temperature": 1.0, "margin": 0.1, "symmetric": symmetric, "reduction": "none"}
+    given = infonce(query, candidate, **how)
+    expected = reference.infonce(query.double(), candidate.double(), **how)
+    assert error(given[:-1], expected[:-1]) < 1e-5
+
+
 def test_in_the_other_direction_the_margin_is_that_of_the_candidates_own_query() -> None:
     query = torch.tensor([[1.0, 0.0], [0.4, 0.0]])
     candidate = torch.tensor([[0.5, 0.0], [1.0, 0.0]])  # dot products .5 1 / .2 .4; positives .5 and .4
@@ -204,3 +217,28 @@ def test_an_engine_without_dims_is_called_once_for_each(shortest: float, symmetr
     assert expected is not None
     for name in ("query", "candidate", "temperature", "peers"):
         torch.testing.assert_close(getattr(gradients, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"symmetric": True},
+        {"margin": 0.1, "symmetric": True},
+        {"dims": [4, 8]},
+        {"query_negatives": True, "candidate_negatives": True},
+    ],
+    ids=str,
+)
+def test_memory_is_the_workspace_and_no_matrix(options: dict[str, Any], dtype: torch.dtype) -> None:
+    query, candidate = unit_rows(4096, 8, dtype), unit_rows(4096, 8, dtype)
+    workspace = 2 * 2**20
+
+    def run() -> None:
+        infonce_with_grads(query, candidate, temperature=0.05, workspace_bytes=workspace, **options)
+
+    of_embeddings = 4 * 4096 * 8
+    most = 1e6 * harness.peak_megabytes(run, device="cpu")
+    # Beside it a few chunks; the matrix would be 64 MiB.
+    assert most < workspace + 4 * CHUNK_BYTES + 20 * of_embeddings

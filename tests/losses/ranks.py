@@ -166,6 +166,10 @@ def losses(world: int, rank: int) -> dict[str, Any]:
     result["rounded"] = list(distributed_infonce_with_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
     half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in local.items()}
     result["half"] = list(distributed_infonce_with_grads(**half, temperature=0.1, averaged=False))
+    single = {name: x.float() if x.is_floating_point() else x for name, x in local.items()}
+    for symmetric in (False, True):
+        grads = distributed_infonce_with_grads(**single, temperature=0.1, averaged=False, symmetric=symmetric)
+        result[f"float32 {symmetric}"] = list(grads)
     diagonal = {name: local[name] for name in ("query", "candidate")}
     result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
     # One rank without queries, and one whose weights are all 0.
@@ -184,6 +188,8 @@ def losses(world: int, rank: int) -> dict[str, Any]:
     result["errors"].append(
         refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, workspace_bytes=0))
     )
+    broken = local | {"query": local["query"] * (torch.nan if rank == 0 else 1.0)}
+    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
     result["sum"] = all_sum(torch.tensor(float(rank + 1)))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmemb.kernels import infonce_with_grads, reference
 from mmemb.losses import gradient_hold
 from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
+from tests.kernels.cases import error
 from tests.losses.ranks import (
     CANDIDATES,
     MOST,
@@ -91,6 +92,17 @@ def test_ranks_equal_one_process_with_every_option(
     torch.testing.assert_close(sum(temperature), world * expected.temperature_grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranks_equal_one_process_in_float32(ranks: list[dict[str, Any]], world: int, symmetric: bool) -> None:
+    expected = infonce_with_grads(**joined_positive(batch(world), world), temperature=0.1, symmetric=symmetric)
+    loss, query, candidate, temperature = by_field(ranks, f"float32 {symmetric}")
+    for value in loss:
+        assert error(value, expected.loss) < 1e-5
+    assert error(torch.cat(query), expected.query_grad) < 1e-5
+    assert error(torch.cat(candidate), expected.candidate_grad) < 1e-5
+    assert error(torch.stack(temperature).sum(), expected.temperature_grad) < 1e-5
+
+
 def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], world: int) -> None:
     values = joined_positive(batch(world), world)
     rounded = values | {"candidate": values["candidate"].bfloat16().double()}
@@ -158,6 +170,12 @@ def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, A
     assert {rank["errors"][2] for rank in ranks} == {
         "workspace_bytes is 0; allowed are integers of at least 1, and None"
     }
+
+
+def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]]) -> None:
+    first, *others = (rank["errors"][3] for rank in ranks)
+    assert first == "query has a row of norm nan in torch.float64; its values are not finite or too large"
+    assert set(others) == {"another rank refused its queries or candidates; its own message says why"}
 
 
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], world: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import normalize
 
 from mmemb.kernels import infonce_with_grads
@@ -276,6 +277,24 @@ def test_what_graphs_hold_is_flat_in_the_number_of_chunks(cached: bool) -> None:
         assert max(most) <= 1.1 * most[0]
     else:
         assert most[2] > 10 * most[0]
+
+
+def test_an_embedding_that_is_a_view_keeps_no_chunk_in_memory() -> None:
+    weight = nn.Parameter(torch.ones(8))
+    states: list[StorageWeakRef] = []
+
+    def forward(rows: slice, final: bool) -> ChunkOutput:
+        hidden = weight * torch.ones(rows.stop - rows.start, 50, 8)
+        states.append(StorageWeakRef(hidden.untyped_storage()))
+        return ChunkOutput({"query": hidden[:, -1]})
+
+    def loss(embeddings: dict[str, Tensor]) -> CachedLoss:
+        assert sum(not state.expired() for state in states) == 1  # of the chunk whose graph is kept
+        return CachedLoss(embeddings["query"].sum(), {"query": torch.ones_like(embeddings["query"])})
+
+    cached_step([slice(row, row + 1) for row in range(6)], forward, loss)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.full((8,), 6.0))
 
 
 def test_a_name_without_gradient_and_chunks_without_own_loss() -> None:

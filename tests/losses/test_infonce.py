@@ -41,10 +41,31 @@ def test_a_temperature_that_left_its_range_is_clamped_and_can_come_back() -> Non
     assert float(loss.log_temperature.grad) < 0
 
 
+@pytest.mark.parametrize("learnable", [True, False])
+def test_in_a_16_bit_model_the_temperature_stays_float32(learnable: bool) -> None:
+    loss = InfoNCE(temperature=0.05, learnable=learnable).to(torch.bfloat16)
+    assert float(loss.temperature) == pytest.approx(0.05, rel=1e-6)
+    assert loss.half().log_temperature.dtype == torch.float32
+    assert loss.double().log_temperature.dtype == torch.float64
+    assert loss.to("meta").log_temperature.is_meta
+
+
+def test_the_temperature_of_a_16_bit_model_learns() -> None:
+    loss = InfoNCE(temperature=0.05).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
+    rows = torch.eye(3, dtype=torch.bfloat16)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(rows.roll(1, 0), rows).backward()  # wrong answers: a higher temperature lowers the loss
+        optimizer.step()
+    assert float(loss.temperature) > 0.0502
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dims": [2.5]}, r"dims is \[2.5\]; allowed are ascending integers"),
+        ({"dims": 3}, "dims is 3; allowed are ascending integers"),
         ({"dims": [4, 2]}, r"dims is \[4, 2\]; allowed are ascending integers"),
         ({"hardness": -1.0}, "hardness is -1"),
         ({"margin": math.nan}, "margin is nan"),

@@ -353,3 +353,10 @@ def test_two_ranks_take_the_control_steps_of_one(tmp_path: Path) -> None:
     moved = largest_difference(start, one)
     assert moved > 1e-4
     assert largest_difference(one, two) <= 1e-3 * moved
+
+
+def test_a_batch_moves_to_the_device_without_its_chunks() -> None:
+    rows = pairs()
+    batch = control(rows).collate(parts(), rows, 0).to("meta")
+    assert batch.query_id.is_meta
+    assert not any(inputs.emb_position.is_meta for chunk in batch.chunks for inputs in chunk)

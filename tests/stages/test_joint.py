@@ -220,3 +220,11 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     moved = largest_difference(start, weights(one))
     assert moved > 1e-3
     assert largest_difference(weights(one), weights(two)) <= 1e-5 * max(1.0, moved)
+
+
+def test_a_batch_moves_to_the_device_without_its_chunks(pairs: list) -> None:
+    module = small_module()
+    batch = module.objective.collate(module.parts, pairs, 0).to("meta")
+    assert batch.query_id.is_meta
+    assert batch.positive.is_meta
+    assert not any(chunk.target.emb_position.is_meta or chunk.query.rows.is_meta for chunk in batch.chunks)

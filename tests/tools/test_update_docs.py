@@ -118,17 +118,20 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_the_newest_row_of_a_case_is_shown(tmp_path: Path) -> None:
-    row = {"batch": 64, "rival": "mmemb", "ratio_to_floor": 9.0, "peak_mb": 9.0, "note": None}
+    row = {"batch": 64, "rival": "mmemb", "ratio_to_floor": 9.0, "peak_mb": 9.0, "note": None, "device": "a CPU"}
     path = write(
         tmp_path / "gradcache.jsonl",
+        {**row, "batch": 1024, "device": "another"},
         {**row, "batch": 256, "ratio_to_floor": None, "peak_mb": None, "note": "does not fit in 4000 MB"},
         row,
         {**row, "ratio_to_floor": 1.256, "peak_mb": 201.6},
         {**row, "rival": "plain", "ratio_to_floor": 1.0, "peak_mb": 300.0},
+        {**row, "batch": 1024, "note": "not tried: 256 pairs: does not fit in 4000 MB"},
     )
     assert result_tables.gradcache(path).splitlines()[2:] == [
         "| 64 | 1.26 (202 MB) | 1.00 (300 MB) |",
         "| 256 | does not fit in 4000 MB |  |",
+        "| 1024 | not tried |  |",
     ]
 
 

@@ -97,6 +97,7 @@ class _BothDirections:
         if coefficient is not None:
             self.share[self.problem.positive] = coefficient / 2
         self.limits = stripes.limits()
+        self.column_limits = self._column_limits()
         self.shared = self.problem.bound <= SAFE_LOGIT and self.limits is None
         self.second = self.main.columns.new_empty(stripes.chunk, m)
         # The last stripe of the first pass is still there when the second begins, and so are those kept beside it.
@@ -112,7 +113,6 @@ class _BothDirections:
         stripes, own = self.stripes, self.stripes.own
         m = len(self.share)
         column_own = [own.new_zeros(m).index_copy_(0, self.problem.positive, level) for level in own]
-        column_limits = self._column_limits(column_own)
         others = own.new_full((stripes.levels, m), 0.0 if self.shared else -torch.inf)
         rows, extra = torch.full_like(own, -torch.inf), torch.full_like(own, -torch.inf)
         for number, part in enumerate(self.parts):
@@ -121,7 +121,7 @@ class _BothDirections:
                 block.load(part)
             for level in range(stripes.levels):
                 for chunk in stripes.chunks(part):
-                    by_row, by_column = self._logits(level, part, chunk, column_limits)
+                    by_row, by_column = self._logits(level, part, chunk)
                     if self.shared:
                         by_row.exp_()
                         rows[level, within(part, chunk)] = by_row.sum(1).log_()
@@ -150,7 +150,6 @@ class _BothDirections:
         # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where it is all masked.
         column_sums = torch.stack([torch.logaddexp(c.others, c.own).where(share != 0, torch.inf) for c in columns])
         own_column_sums = column_sums[:, problem.positive]
-        column_limits = self._column_limits([c.own for c in columns], merged=True)
         at_positive = -half * (row_excess.sigmoid() + column_excess.sigmoid())
         lower = torch.minimum(row_sums, own_column_sums)
         factors = half * ((lower - row_sums).exp_() + (lower - own_column_sums).exp_())
@@ -171,7 +170,7 @@ class _BothDirections:
                         torch.mul(wide, column_weights[level], out=second)
                         torch.addcmul(second, wide, row_weights[level, rows, None], out=wide)
                     else:
-                        _, by_column = self._logits(level, part, chunk, column_limits)
+                        _, by_column = self._logits(level, part, chunk)
                         torch.sub(by_column, column_sums[level], out=second).exp_().mul_(share)
                         wide.sub_(row_sums[level, rows, None]).exp_().mul_(half[rows, None]).add_(second)
                     for block in self.extra:
@@ -185,25 +184,23 @@ class _BothDirections:
             sums.add(part, [[None for _ in levels]] + [of_extra for _ in self.extra])
         return sums.result()
 
-    def _logits(self, level: int, part: slice, chunk: slice, column_limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _logits(self, level: int, part: slice, chunk: slice) -> tuple[Tensor, Tensor]:
         """A chunk of logits as the rows see it, in ``wide``, and as the columns do: the same without a margin."""
         logits = self.main.logits(level, part, chunk, None)
-        if self.limits is None or column_limits is None:
+        if self.limits is None or self.column_limits is None:
             return logits, logits
         by_column = self.second[: len(logits)].copy_(logits)
-        leave_out_(by_column, over=column_limits[level], mask=self.main.mask)
+        leave_out_(by_column, over=self.column_limits[level], mask=self.main.mask)
         leave_out_(logits, over=self.limits[level, within(part, chunk), None], mask=self.main.mask)
         return logits, by_column
 
-    def _column_limits(self, own: list[Tensor], *, merged: bool = False) -> Tensor | None:
-        """[T, M] logits above which a column's negatives are left out; None without a margin."""
-        problem = self.problem
-        if problem.margin is None:
+    def _column_limits(self) -> Tensor | None:
+        """[T, M] logits above which a column's negatives are left out: its query's; None without a margin."""
+        if self.limits is None:
             return None
-        if not merged:
-            none = torch.full_like(self.share, -torch.inf)
-            own = [self.merge(Columns(none, each, self.share)).own for each in own]
-        return problem.limits(torch.stack(own))
+        none = torch.full_like(self.share, -torch.inf)
+        limits = [torch.zeros_like(self.share).index_copy_(0, self.problem.positive, level) for level in self.limits]
+        return torch.stack([self.merge(Columns(none, each, self.share)).own for each in limits])
 
 
 def exponentials_(

@@ -88,10 +88,11 @@ def symmetric(
         shares = torch.zeros_like(column_own)
         if coefficient is not None:
             shares[positive] = coefficient / 2
-        limits_own = column_own
-        if problem.margin is not None and merge is not None:
-            limits_own = merge(Columns(torch.full_like(column_own, -torch.inf), column_own, shares)).own
-        launcher.main = replace(launcher.main, column_limit=problem.limits(limits_own))
+        if launcher.main.limit is not None:
+            limit = torch.zeros_like(column_own).index_copy_(0, positive, launcher.main.limit)
+            if merge is not None:
+                limit = merge(Columns(torch.full_like(limit, -torch.inf), limit, shares)).own
+            launcher.main = replace(launcher.main, column_limit=limit)
         row_others, column_others = launcher.sums(launcher.main, columns=True)
         if extra is not None:
             row_others = torch.logaddexp(row_others, extra)

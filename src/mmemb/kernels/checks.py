@@ -65,8 +65,10 @@ def check_form(
     if query.dtype != candidate.dtype:
         raise ValueError(f"query is {query.dtype} and candidate {candidate.dtype}; the dtypes must be equal")
     _check_plain("temperature", temperature)
-    if temperature.numel() != 1:
-        raise ValueError(f"temperature has shape {tuple(temperature.shape)}; allowed is one number")
+    if temperature.numel() != 1 or temperature.is_complex():
+        raise ValueError(
+            f"temperature is {temperature.dtype} of shape {tuple(temperature.shape)}; allowed is one real number"
+        )
     if temperature.is_meta and not query.is_meta:
         raise ValueError(f"temperature is on {temperature.device}, where it has no value; query is on {query.device}")
     if positive is None and m < n:
@@ -89,9 +91,9 @@ def check_form(
     for name, other in {"candidate": candidate, "weight": weight, **integers}.items():
         if other is not None and other.device != query.device:
             raise ValueError(f"{name} is on {other.device} and query on {query.device}; all must be on one device")
-    if margin is not None and not math.isfinite(margin):
+    if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
         raise ValueError(f"margin is {margin}; allowed are finite numbers, and None to keep every negative")
-    if not 0 <= hardness < math.inf:
+    if not (_is_number(hardness) and 0 <= hardness < math.inf):
         raise ValueError(f"hardness is {hardness}; allowed are finite numbers of at least 0")
     if dims is not None:
         _check_dims(dims, query.shape[1])
@@ -99,11 +101,27 @@ def check_form(
         raise ValueError(f"workspace_bytes is {workspace_bytes}; allowed are integers of at least 1, and None")
 
 
+def check_choices(*, grad_dtype: torch.dtype | None = None, **flags: bool) -> None:
+    """Checks what chooses between ways to compute, or what is computed.
+
+    Raises:
+        ValueError: a flag is no bool, or gradients are asked for in a dtype that is not floating point.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} is {flag!r}; allowed are True and False")
+    if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
+        raise ValueError(f"grad_dtype is {grad_dtype!r}; allowed are floating point dtypes, and None for the input's")
+
+
 def _check_plain(name: str, tensor: object) -> None:
-    if tensor is None and name not in ("query", "candidate"):
+    if tensor is None and name not in ("query", "candidate", "temperature"):
         return
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}; allowed is a tensor, which torch.as_tensor makes")
+        number = "a number or " if name == "temperature" else ""
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}; allowed is {number}a tensor, which torch.as_tensor makes"
+        )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}; allowed is torch.strided, which its to_dense() gives")
 
@@ -112,11 +130,15 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
 def _check_dims(dims: Sequence[int], width: int) -> None:
-    whole = all(_is_integer(dim) for dim in dims)
+    whole = isinstance(dims, Sequence) and len(dims) > 0 and all(_is_integer(dim) for dim in dims)
     ascending = whole and all(a < b for a, b in zip(dims, dims[1:], strict=False))
-    if not (len(dims) and ascending and dims[0] >= 1 and dims[-1] <= width):
-        raise ValueError(f"dims is {list(dims)}; allowed are ascending integers from 1 to the width {width}")
+    if not (ascending and dims[0] >= 1 and dims[-1] <= width):
+        raise ValueError(f"dims is {dims!r}; allowed are ascending integers from 1 to the width {width}")
 
 
 def prepare(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmemb.kernels.checks import Reduction, Tensors, check_form, prepare
+from mmemb.kernels.checks import Reduction, Tensors, check_choices, check_form, prepare
 from mmemb.kernels.engines import Engine, solve
 from mmemb.kernels.op import infonce_op
 
@@ -132,6 +132,7 @@ def infonce_with_grads(
     ``grad_dtype`` or the embeddings' dtype. What a gradient scaler multiplies afterwards should be asked for in
     float32: in float16 gradients below 6e-8 vanish, and a mean over many queries has such.
     """
+    check_choices(grad_dtype=grad_dtype)
     found = _call(
         (query, candidate, _as_tensor(temperature), positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
@@ -143,7 +144,8 @@ def infonce_with_grads(
 
 def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The operator, after the checks that it could not make before it is dispatched by device."""
-    margin, _, _, hardness, dims, _, reduction = options
+    margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction = options
+    check_choices(query_negatives=query_negatives, candidate_negatives=candidate_negatives, symmetric=symmetric)
     check_form(*tensors, reduction, margin=margin, hardness=hardness, dims=dims, workspace_bytes=how[1])
     margin = None if margin is None else float(margin)
     dims = None if dims is None else list(dims)
@@ -152,4 +154,6 @@ def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> t
 
 def _as_tensor(temperature: Tensor | float) -> Tensor:
     """A number stays on the CPU, whatever the embeddings' device: not every device knows float64."""
-    return temperature if isinstance(temperature, Tensor) else torch.tensor(float(temperature), dtype=torch.float64)
+    if isinstance(temperature, (int, float)):
+        return torch.tensor(float(temperature), dtype=torch.float64)
+    return temperature  # what is no tensor either is refused by `check_form`

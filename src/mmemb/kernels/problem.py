@@ -93,16 +93,28 @@ class Problem:
         return self.scale + self.hardness
 
     def limits(self, own: Tensor) -> Tensor | None:
-        """Logits above which negatives are left out, for positives' logits ``own`` of any shape; None without a margin.
+        """Logits above which a query's negatives are left out; None without a margin.
 
         A copy of the positive is kept at margin 0, although its logit comes from a sum in another order.
+
+        Args:
+            own: [..., N] the positives' logits p; the limits have its shape.
         """
         if self.margin is None:
             return None
-        # In eps of the bound. Two orders on a CPU differed by 5.5 at most (D = 32 to 4096); tensor cores truncate a sum
-        # once in 16 terms.
-        slack = max(8.0, self.query.shape[1] / 16) * torch.finfo(self.work_dtype).eps * self.bound
-        return (own / self.scale + self.margin) * self.negative_scale + slack
+        # In eps of the pair's lengths: a copy has them too. Two orders on a CPU differed by 5.5 at most (D = 32 to
+        # 4096); tensor cores truncate a sum once in 16 terms.
+        slack = max(8.0, self.query.shape[1] / 16) * torch.finfo(self.work_dtype).eps * self._pair_lengths()
+        return (own / self.scale + self.margin + slack) * self.negative_scale
+
+    def _pair_lengths(self) -> Tensor | float:
+        """[N] length of every query times that of its positive; 1 with ``dims``, which normalise."""
+        if self.dims is not None:
+            return 1.0
+        query, candidate = (
+            torch.linalg.vector_norm(rows, dim=1, dtype=self.work_dtype) for rows in (self.query, self.candidate)
+        )
+        return query * candidate[self.positive]
 
 
 @dataclass(frozen=True, slots=True)

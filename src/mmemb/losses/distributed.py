@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmemb.kernels.checks import prepare
+from mmemb.kernels.checks import check_choices, prepare
 from mmemb.kernels.engines import Engine, solve
 from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads
-from mmemb.kernels.problem import Columns, Peers
+from mmemb.kernels.problem import Columns, Peers, work_dtype
 
 
 def world_size() -> int:
@@ -135,9 +135,15 @@ def distributed_infonce_with_grads(
         gradient travel and are summed in float32 (float64), and the sum alone is rounded.
 
     Raises:
-        ValueError: as `mmemb.kernels.infonce`, about this rank's rows. A rank that raises leaves the others waiting in
-        a collective.
+        ValueError: as `mmemb.kernels.infonce`. What is wrong with the rows of one rank is told there; the others say
+            that a rank refused its own.
     """
+    check_choices(
+        grad_dtype=grad_dtype,
+        query_negatives=query_negatives,
+        candidate_negatives=candidate_negatives,
+        symmetric=symmetric,
+    )
     if world_size() == 1:
         return infonce_with_grads(
             query,
@@ -173,29 +179,29 @@ def distributed_infonce_with_grads(
         peers = Peers(_gather_rounded(query, query_counts, gather_dtype), own, peer_ids)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
-    problem, weights = prepare(
-        query,
-        candidates,
-        temperature,
-        positive + offset,
-        query_id,
-        candidate_ids,
-        weight,
-        symmetric=symmetric,
-        reduction="mean",
-        margin=margin,
-        peers=peers,
-        candidate_negatives=candidate_negatives,
-        hardness=hardness,
-        dims=dims,
-        workspace_bytes=workspace_bytes,
-        own=range(offset, offset + len(candidate)),
-    )
-    weights = problem.scale.new_ones(n) if weights is None else weights
-    total = all_sum(weights.sum())
-    if not total > 0:
-        raise ValueError("the weights of all ranks' queries sum to 0; at least one query needs a weight above 0")
-    weights = weights / total
+    try:
+        problem, weights = prepare(
+            query,
+            candidates,
+            temperature,
+            positive + offset,
+            query_id,
+            candidate_ids,
+            weight,
+            symmetric=symmetric,
+            reduction="mean",
+            margin=margin,
+            peers=peers,
+            candidate_negatives=candidate_negatives,
+            hardness=hardness,
+            dims=dims,
+            workspace_bytes=workspace_bytes,
+            own=range(offset, offset + len(candidate)),
+        )
+    except ValueError:
+        all_sum(torch.full((), torch.nan, dtype=work_dtype(query.dtype), device=query.device))  # the others wait for it
+        raise
+    weights = _of_all_ranks(problem.scale.new_ones(n) if weights is None else weights)
     losses, gradients = solve(
         problem,
         coefficient=weights,
@@ -217,6 +223,20 @@ def distributed_infonce_with_grads(
         candidate_grad=(candidate_grad * factor).to(grad_dtype or query.dtype),
         temperature_grad=temperature_grad,
     )
+
+
+def _of_all_ranks(weights: Tensor) -> Tensor:
+    """This rank's weights over the sum of all ranks'.
+
+    Raises:
+        ValueError: that is 0; or not a number, as from a rank that refused its input.
+    """
+    total = all_sum(weights.sum())
+    if total.isnan():
+        raise ValueError("another rank refused its queries or candidates; its own message says why")
+    if not total > 0:
+        raise ValueError("the weights of all ranks' queries sum to 0; at least one query needs a weight above 0")
+    return weights / total
 
 
 def _gather_rounded(local: Tensor, counts: list[int], dtype: torch.dtype | None) -> Tensor:

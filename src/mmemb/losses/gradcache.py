@@ -156,8 +156,9 @@ def cached_step(
             kept[index] = output
         rows.append({name: len(embedding) for name, embedding in output.embeddings.items()})
         for name, embedding in output.embeddings.items():
-            detached.setdefault(name, []).append(embedding.detach())
-    embeddings = {name: torch.cat(parts) for name, parts in detached.items()}
+            # A copy: a view (`hidden[:, -1]`) would keep all that it was cut from until the step ends.
+            detached.setdefault(name, []).append(embedding.detach().clone())
+    embeddings = {name: torch.cat(detached.pop(name)) for name in list(detached)}
     cached = loss(embeddings)
     after = _RandomState.now()
     gradients = _split(cached.gradients, embeddings, rows)

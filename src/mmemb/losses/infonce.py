@@ -6,6 +6,7 @@ N queries   M candidates   D width, all of this rank
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from mmemb.losses.distributed import distributed_infonce_with_grads
 
 
 class InfoNCE(nn.Module):
-    """Contrastive loss with a learnable or fixed temperature, stored as its logarithm.
+    """Contrastive loss with a learnable or fixed temperature, stored as its logarithm; float32 in a 16-bit model too.
 
     Args:
         temperature: initial value.
@@ -86,15 +87,24 @@ class InfoNCE(nn.Module):
             raise ValueError(f"workspace_mib is {workspace_mib}; allowed are integers of at least 1, and null")
         # What the op would refuse at the first step is refused when settings are read.
         check_name(engine)
-        widths = [dim for dim in dims or [] if isinstance(dim, int)]
+        widths = [dim for dim in dims if isinstance(dim, int)] if isinstance(dims, list) else []
         rows = torch.ones(1, 1).expand(1, max([1, *widths]))
         nothing = (None, None, None, None)
         check_form(rows, rows, torch.ones(()), *nothing, "mean", margin=margin, hardness=hardness, dims=dims)
-        value = torch.tensor(math.log(temperature))
+        value = torch.tensor(math.log(temperature), dtype=torch.float32)
         if learnable:
             self.log_temperature = nn.Parameter(value)
         else:
             self.register_buffer("log_temperature", value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InfoNCE:
+        """Moves as any module, and keeps its precision: in 16 bits steps of an optimiser would round to nothing."""
+
+        def moved(value: Tensor) -> Tensor:
+            found = fn(value)
+            return value.to(found.device) if found.dtype.itemsize < value.dtype.itemsize else found
+
+        return super()._apply(moved, recurse)
 
     @property
     def temperature(self) -> Tensor:

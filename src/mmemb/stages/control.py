@@ -296,7 +296,7 @@ class Control(Objective):
         if reference is not None:
             with reference.model(parts.backbone) as model:
                 plan.references = [
-                    replay(model, prompt, rollouts, rows, source, pool=None).log_prob
+                    replay(model, prompt.to(device), rollouts, rows, source, pool=None).log_prob
                     for (prompt, _), (_, rows, source) in zip(batch.chunks, plan.spans(batch), strict=True)
                 ]
         return plan
@@ -329,7 +329,7 @@ class Control(Objective):
                 differentiable(parts.backbone, parts.pooler),
             ):
                 pool = Pool(parts.pooler, [pair.query for pair in batch.pairs[queries]]) if anchored else None
-                found = replay(parts.backbone, prompt, rollouts, rows, source, pool=pool)
+                found = replay(parts.backbone, prompt.to(sums.device), rollouts, rows, source, pool=pool)
                 mine = slice(queries.start * group, queries.stop * group)
                 own = slice(thoughts, thoughts + len(rows))
                 decision = self._decision(plan, found.decision_logits, mine, decision_size)
@@ -393,4 +393,5 @@ class Control(Objective):
 
 
 def _embed(parts: Parts, inputs: ModelInputs) -> Tensor:
+    inputs = inputs.to(parts.backbone.device)
     return parts.pooler(parts.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)

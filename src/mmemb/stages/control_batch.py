@@ -19,7 +19,8 @@ class ControlBatch:
     Args:
         pairs: the N queries, chunk after chunk.
         seeds: one a query.
-        chunks: (prompts without ``<emb>``, targets followed by hard negatives) of one backward pass each.
+        chunks: (prompts without ``<emb>``, targets followed by hard negatives) of one backward pass each; they stay
+            where they were made, and a step moves each when it is its turn.
         query_id: [N] int64.
         candidate_id: [M] int64.
         positive: [N] int64, row of each query's positive among the targets.
@@ -42,11 +43,11 @@ class ControlBatch:
         self.positive = positive
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ControlBatch:
-        """Moves every tensor; returns a new object."""
+        """Moves every tensor but the chunks'; returns a new object."""
         return ControlBatch(
             self.pairs,
             self.seeds,
-            [(prompt.to(device, non_blocking), target.to(device, non_blocking)) for prompt, target in self.chunks],
+            self.chunks,
             self.query_id.to(device, non_blocking=non_blocking),
             self.candidate_id.to(device, non_blocking=non_blocking),
             self.positive.to(device, non_blocking=non_blocking),

@@ -75,12 +75,15 @@ class Joint(Objective):
         return joint_batch(parts, pairs, seed, choose=self._choose, chunk_size=self.chunk_size, augment=self.augment)
 
     def step(self, parts: Parts, batch: TrainBatch, engine: Engine) -> dict[str, Tensor]:
-        total = all_sum(torch.stack([chunk.query.written() for chunk in batch.chunks]).sum()).clamp(min=1)
+        device = batch.query_id.device
+        tokens = torch.stack([chunk.query.written() for chunk in batch.chunks]).sum()
+        total = all_sum(tokens.to(device)).clamp(min=1)
         # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
         token_scale = self.next_token_weight * world_size() / total
-        written = torch.zeros((), device=total.device)
+        written = torch.zeros((), device=device)
 
         def forward(chunk: TrainChunk, final: bool) -> ChunkOutput:
+            chunk = chunk.to(device, non_blocking=True)
             query = chunk.query.encode(parts, write=final and bool(self.next_token_weight))
             target = parts.backbone(chunk.target)
             embeddings = {
@@ -119,6 +122,6 @@ class Joint(Objective):
         weight = torch.cat([chunk.reasoned_weight for chunk in batch.chunks])
         paths = [
             Path("direct", "query", self.direct_weight, torch.arange(len(embeddings["query"]), device=device)),
-            Path("reasoned", "reasoned", self.reasoned_weight, rows, weight),
+            Path("reasoned", "reasoned", self.reasoned_weight, rows.to(device), weight.to(device)),
         ]
         return contrast(self.infonce, embeddings, batch, paths)

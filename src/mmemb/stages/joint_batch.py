@@ -44,7 +44,8 @@ class TrainBatch:
     """A global batch cut into chunks, with the identities that mask false negatives.
 
     Attributes:
-        chunks: the rows, in order.
+        chunks: the rows, in order; they stay where they were made, and a step moves each when it is its turn: the
+            pictures of a large batch would not fit beside the model.
         query_id: [N] int64, identity of each query's positive.
         candidate_id: [M] int64, identity of each candidate, in chunk order (positives, then hard negatives).
         positive: [N] int64, row of each query's positive among the M candidates.
@@ -58,9 +59,9 @@ class TrainBatch:
     tasks: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Moves every tensor; returns a new object."""
+        """Moves every tensor but the chunks'; returns a new object."""
         return TrainBatch(
-            chunks=[chunk.to(device, non_blocking) for chunk in self.chunks],
+            chunks=self.chunks,
             query_id=self.query_id.to(device, non_blocking=non_blocking),
             candidate_id=self.candidate_id.to(device, non_blocking=non_blocking),
             positive=self.positive.to(device, non_blocking=non_blocking),

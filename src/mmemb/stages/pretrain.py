@@ -20,13 +20,13 @@ from mmemb.types import ModelInputs, Pair
 
 @dataclass
 class ResponseBatch:
-    """Prompts with responses, cut into chunks."""
+    """Prompts with responses, cut into chunks; a step moves each when it is its turn."""
 
     chunks: list[ModelInputs]
 
     def to(self, device: torch.device) -> ResponseBatch:
-        """Moves every chunk."""
-        return ResponseBatch([chunk.to(device) for chunk in self.chunks])
+        """Itself: without this a trainer would move every chunk at once."""
+        return self
 
 
 class NextToken(Objective):
@@ -63,12 +63,14 @@ class NextToken(Objective):
     def step(self, parts: Parts, batch: ResponseBatch, engine: Engine) -> dict[str, Tensor]:
         counts = torch.stack([(chunk.labels[:, 1:] != -100).sum() for chunk in batch.chunks])
         # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
-        total = all_sum(counts.sum()).clamp(min=1)
+        device = parts.backbone.device
+        total = all_sum(counts.sum().to(device)).clamp(min=1)
         scale = world_size() / total
-        loss = torch.zeros((), device=counts.device)
+        loss = torch.zeros((), device=device)
         for number, chunk in enumerate(batch.chunks):
             last = number == len(batch.chunks) - 1
             with nullcontext() if last else engine.no_sync():
+                chunk = chunk.to(device, non_blocking=True)
                 part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
                 engine.backward(part * scale)
             loss += part.detach()
