@@ -47,6 +47,7 @@ def test_in_a_16_bit_model_the_temperature_stays_float32(learnable: bool) -> Non
     assert float(loss.temperature) == pytest.approx(0.05, rel=1e-6)
     assert loss.half().log_temperature.dtype == torch.float32
     assert loss.double().log_temperature.dtype == torch.float64
+    assert loss.half().log_temperature.dtype == torch.float32
     assert loss.to("meta").log_temperature.is_meta
 
 
@@ -69,6 +70,7 @@ def test_the_temperature_of_a_16_bit_model_learns() -> None:
         ({"dims": [4, 2]}, r"dims is \[4, 2\]; allowed are ascending integers"),
         ({"hardness": -1.0}, "hardness is -1"),
         ({"margin": math.nan}, "margin is nan"),
+        ({"symmetric": "no"}, "symmetric is 'no'; allowed are True and False"),
         ({"engine": "cuda"}, "engine is 'cuda'; allowed are 'triton', 'tiled' and None"),
         ({"gather_dtype": "float16"}, "gather_dtype is 'float16'; allowed are 'bfloat16' and null"),
         ({"workspace_mib": 0}, "workspace_mib is 0"),

@@ -6,14 +6,14 @@ N queries   M candidates   D width, all of this rank
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmemb.kernels import InfoNCEResult, infonce
-from mmemb.kernels.checks import check_form
+from mmemb.kernels.checks import check_choices, check_form
 from mmemb.kernels.engines import Engine, check_name
 from mmemb.kernels.problem import work_dtype
 from mmemb.losses.distributed import distributed_infonce_with_grads
@@ -87,7 +87,8 @@ class InfoNCE(nn.Module):
             raise ValueError(f"workspace_mib is {workspace_mib}; allowed are integers of at least 1, and null")
         # What the op would refuse at the first step is refused when settings are read.
         check_name(engine)
-        widths = [dim for dim in dims if isinstance(dim, int)] if isinstance(dims, list) else []
+        check_choices(symmetric=symmetric, query_negatives=query_negatives, candidate_negatives=candidate_negatives)
+        widths = [dim for dim in dims if isinstance(dim, int)] if isinstance(dims, Sequence) else []
         rows = torch.ones(1, 1).expand(1, max([1, *widths]))
         nothing = (None, None, None, None)
         check_form(rows, rows, torch.ones(()), *nothing, "mean", margin=margin, hardness=hardness, dims=dims)
@@ -98,11 +99,11 @@ class InfoNCE(nn.Module):
             self.register_buffer("log_temperature", value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InfoNCE:
-        """Moves as any module, and keeps its precision: in 16 bits steps of an optimiser would round to nothing."""
+        """Moves as any module, but not below float32: in 16 bits an optimiser's steps would round to nothing."""
 
         def moved(value: Tensor) -> Tensor:
             found = fn(value)
-            return value.to(found.device) if found.dtype.itemsize < value.dtype.itemsize else found
+            return found if found.dtype.itemsize >= 4 else value.to(found.device, torch.float32)
 
         return super()._apply(moved, recurse)
 
