@@ -6,7 +6,7 @@
 
 Each rival takes turns with the floor: the three matrix products S, dQ and dK (the symmetric loss needs a fourth and is
 measured against the same floor), in stripes, into buffers that exist already. Prints and appends to `infonce.jsonl` one
-row a rival and case, and draws `infonce.png` of the newest rows of this device. What the columns mean:
+row a rival and case, and draws `infonce.png` of the newest rows of the device that has most. What the columns mean:
 docs/benchmarks.md.
 """
 

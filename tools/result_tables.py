@@ -44,6 +44,23 @@ def infonce(path: Path, *, device: str) -> str:
     return markdown(["case", *rivals.values()], lines)
 
 
+def infonce_sizes(path: Path, *, device: str) -> str:
+    """Our time over the floor and, in brackets, extra MB, by N, D and direction, float32, on such devices."""
+    found = [
+        row
+        for (_, rival, _, _, dtype, _), row in asked.read(path, device=device).newest.items()
+        if rival == "mmemb" and dtype == "float32" and row["ratio_to_floor"] is not None
+    ]
+    cells = {
+        (row["n"], row["width"], row["symmetric"]): f"{row['ratio_to_floor']:.2f} ({row['extra_mb']:.0f})"
+        for row in found
+    }
+    columns = sorted({(width, symmetric) for _, width, symmetric in cells})
+    heads = [f"D = {width}, {'symmetric' if symmetric else 'one direction'}" for width, symmetric in columns]
+    lines = [[str(n), *(cells.get((n, *column), "") for column in columns)] for n in sorted({n for n, _, _ in cells})]
+    return markdown(["N", *heads], lines)
+
+
 def claims(path: Path, *, backend: str, device: str = "") -> str:
     """What is asked of the loss on a ``CPU`` or a ``GPU``, and what rows of devices with a text in their name say."""
     results = asked.read(path, device=device)

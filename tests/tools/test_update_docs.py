@@ -163,6 +163,15 @@ def test_a_devices_table_has_only_its_rows(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "infonce.jsonl", row, {**row, "device": "slow", "ratio_to_floor": 1.1})
     assert "| one direction, 8192 x 256 | 1.25 (36) |  |" in result_tables.infonce(path, device="fast")
+    wide = {**row, "n": 2048, "width": 1024, "symmetric": True, "device": "slow"}
+    others = [{**wide, "rival": "naive"}, {**wide, "dtype": "bfloat16"}]
+    sized = write(tmp_path / "sizes.jsonl", row, {**row, "device": "slow", "ratio_to_floor": 1.1}, *others, wide)
+    assert result_tables.infonce_sizes(sized, device="slow").splitlines() == [
+        "| N | D = 256, one direction | D = 1024, symmetric |",
+        "| --- | --- | --- |",
+        "| 2048 |  | 1.25 (36) |",
+        "| 8192 | 1.10 (36) |  |",
+    ]
     assert "time / floor | at most 1.12 | 1.10 | yes |" in result_tables.claims(path, backend="CPU", device="slow")
     assert "time / floor | at most 1.12 | 1.25 | no |" in result_tables.claims(path, backend="CPU", device="fast")
     assert "symmetric, 8192 x 256 float32: time / floor | at most 1.5 | not measured yet |  |" in result_tables.claims(
