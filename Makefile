@@ -19,7 +19,7 @@ run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on
 
 # From Python 3.12 on, coverage may ask the interpreter (sys.monitoring) instead of tracing every line, which costs less.
 test: $(VENV)/.installed-dev ## set up .venv, then run every test, a file a core, with coverage of all but the longest files
-	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+	$$($(BIN)/python -c 'import sys; print("env COVERAGE_CORE=sysmon" if sys.version_info >= (3, 12) else "")') \
 	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree

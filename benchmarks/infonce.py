@@ -6,7 +6,7 @@
 
 Each rival takes turns with the floor: the three matrix products S, dQ and dK (the symmetric loss needs a fourth and is
 measured against the same floor), in stripes, into buffers that exist already. Prints and appends to `infonce.jsonl` one
-row a rival and case, and draws `infonce.png` of the newest rows of the device that has most. What the columns mean:
+row a rival and case, and draws `infonce.png` of the newest rows of this device. What the columns mean:
 docs/benchmarks.md.
 """
 
@@ -240,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found, output=options.output, name="infonce", smoke=options.smoke, device=options.device
             )
             print(f"\n{case}", harness.table(found, columns=COLUMNS), sep="\n", flush=True)
-    print(f"appended to {path}", f"drawn to {draw(path)}", sep="\n")
+    drawn = draw(path, device=harness.read(path)[-1]["device"])
+    print(f"appended to {path}", f"drawn to {drawn}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot [results/infonce.jsonl]
 
-draws it again from the rows there are.
+draws it again from the rows there are, of the device with most of them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ CHARACTERS = 11
 """Of the title that an inch takes."""
 
 
-def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The newest measured row of each rival and case on the device with most of them."""
+def newest(rows: Sequence[Mapping[str, Any]], *, device: str | None = None) -> list[Mapping[str, Any]]:
+    """The newest measured row of each rival and case on a device; None: on the one with most of them."""
     case = ("rival", "n", "width", "dtype", "symmetric")
     by_device: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
     for row in rows:
-        if row["tflops"] is not None:
+        if row["tflops"] is not None and device in (None, row["device"]):
             by_device.setdefault(row["device"], {})[tuple(row[name] for name in case)] = row
     return list(max(by_device.values(), key=len, default={}).values())
 
 
-def draw(results: Path) -> Path:
+def draw(results: Path, *, device: str | None = None) -> Path:
     """Draws a column of panels a width and dtype, a line a rival: solid one direction, dashed and hollow symmetric.
 
     Args:
         results: rows of `benchmarks.infonce`, of which the `newest` are drawn.
+        device: see `newest`.
 
     Returns:
         A PNG beside the results, replaced whole.
     """
-    path, measured = results.with_suffix(".png"), newest(read(results))
+    path, measured = results.with_suffix(".png"), newest(read(results), device=device)
     columns = sorted({(row["dtype"], row["width"]) for row in measured}, reverse=True) or [("nothing", 0)]
     colours = {name: f"C{number % 10}" for number, name in enumerate(dict.fromkeys(row["rival"] for row in measured))}
     figure = Figure(figsize=(1.5 + 3.6 * len(columns), 7), layout="constrained")

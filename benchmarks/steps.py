@@ -215,7 +215,13 @@ def _bounded(step: Callable[[], None], task: Task) -> tuple[float, float]:
         allowed = torch.cuda.memory_reserved() + task.budget_mb * 1e6
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / torch.cuda.mem_get_info()[1]))
     seconds: list[float] = []
-    peak = harness.peak_megabytes(lambda: seconds.append(harness.timed(step, device=task.device)), device=task.device)
+    try:
+        peak = harness.peak_megabytes(
+            lambda: seconds.append(harness.timed(step, device=task.device)), device=task.device
+        )
+    finally:
+        if task.device != "cpu":
+            torch.cuda.set_per_process_memory_fraction(1.0)
     return peak, seconds[0]
 
 

@@ -19,7 +19,8 @@ mkdir -p "$3/bin" && cp "$PWD/inner" "$3/bin/python" && cp "$PWD/inner" "$3/bin/
 """
 INNER = """#!/usr/bin/env bash
 [ "$*" = "-m pip --version" ] && exit 0
-echo "$(basename "$0") $*" >> log
+[ "$1" = "-c" ] && exec "$REAL" -c "import sys; sys.version_info = $VERSION; $2"
+echo "$(basename "$0") $*${COVERAGE_CORE:+ with $COVERAGE_CORE}" >> log
 [[ "$*" != *install* ]] || [ ! -e broken ]
 """
 
@@ -41,9 +42,12 @@ def python(folder: Path, version: tuple[int, ...]) -> None:
     file.chmod(0o755)
 
 
-def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs make there; what an outer make has set does not leak in."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+def make(folder: Path, *words: str, version: tuple[int, ...] = (3, 11, 4)) -> subprocess.CompletedProcess[str]:
+    """Runs make there; what an outer make has set does not leak in. The environment's Python says it is ``version``."""
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "COVERAGE"))
+    }
+    environment |= {"REAL": sys.executable, "VERSION": repr(version)}
     return subprocess.run(
         ["make", "PYTHON=./python", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -68,7 +72,12 @@ def test_test_installs_the_development_tools_and_measures_coverage(clone: Path) 
     install, tests = log(clone)
     assert install.endswith("-c constraints.txt -e .[dev]")
     assert tests.startswith("python -m pytest")
-    assert "--cov" in tests
+    assert tests.endswith("--cov --cov-report=term")
+
+
+def test_from_python_3_12_on_coverage_asks_the_interpreter(clone: Path) -> None:
+    assert make(clone, "test", version=(3, 12, 1)).returncode == 0
+    assert log(clone)[-1].endswith("--cov --cov-report=term with sysmon")
 
 
 def test_failed_install_is_repeated(clone: Path) -> None:

@@ -73,25 +73,21 @@ def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.2f}" if value < 20 else f"{value:.0f}"
 
 
-def gradcache(path: Path) -> str:
-    """Time over the floor and, in brackets, the most resident MB, by batch and way, on the device measured last."""
-    device = harness.read(path)[-1]["device"]
-    of_device = {key: row for key, row in newest(path, _step).items() if row["device"] == device}
-    found = {(batch, rival): row for (_, batch, rival), row in of_device.items()}
+def gradcache(path: Path, *, device: str) -> str:
+    """Time over the floor and, in brackets, the most resident MB, by batch and way, on such devices."""
+    rows = (row for row in harness.read(path) if device in row["device"])
+    found = {(row["batch"], row["rival"]): row for row in rows}
     ways = list(dict.fromkeys(rival for _, rival in found))
 
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        # "not tried: ..." repeats the reason above it.
-        return (row["note"] or "").split(":")[0] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
+        if str(row["note"]).startswith("not tried"):
+            return "not tried"  # for the reason above it
+        return row["note"] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
 
     batches = sorted({batch for batch, _ in found})
     return markdown(["pairs", *ways], ([str(b), *(cell(found.get((b, way))) for way in ways)] for b in batches))
-
-
-def _step(row: Row) -> tuple[str, int, str]:
-    return row["device"], row["batch"], row["rival"]
 
 
 def generate(path: Path) -> str:

@@ -29,7 +29,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "claims-epyc": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device="EPYC"),
     "claims-gpu": lambda results: result_tables.claims(results / "infonce.jsonl", backend="GPU"),
     "generate": lambda results: result_tables.generate(results / "generate.jsonl"),
-    "gradcache": lambda results: result_tables.gradcache(results / "gradcache.jsonl"),
+    "gradcache": lambda results: result_tables.gradcache(results / "gradcache.jsonl", device="EPYC"),
     "precision": lambda results: result_tables.precision(results / "precision.jsonl"),
     "phases": lambda results: result_tables.phases(results / "phases.jsonl"),
     "inference": lambda results: result_tables.inference(results / "inference.jsonl"),

@@ -19,8 +19,10 @@ def row(**changes: Any) -> dict[str, Any]:
 
 def test_the_newest_measured_row_of_each_rival_and_case_is_drawn() -> None:
     kept = [row(n=8192), row(symmetric=True), row(rival="naive"), row(commit="two")]
-    others = [row(device="another", n=64), row()]
-    assert plot.newest([*others, *kept, row(tflops=None)]) == [kept[3], *kept[:3]]
+    another = row(device="another", n=64)
+    rows = [row(), *kept, row(tflops=None), another]
+    assert plot.newest(rows) == [kept[3], *kept[:3]]
+    assert plot.newest(rows, device="another") == [another]
     assert plot.newest([row(tflops=None)]) == []
 
 

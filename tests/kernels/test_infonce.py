@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -199,6 +200,7 @@ IDS = torch.tensor([0, 1])
         ({"hardness": -1.0}, "hardness is -1.0; allowed are finite numbers of at least 0"),
         ({"hardness": None}, "hardness is None; allowed are finite numbers of at least 0"),
         ({"temperature": None}, "temperature is a NoneType; allowed is a number or a tensor"),
+        ({"temperature": True}, "temperature is a bool; allowed is a number or a tensor"),
         ({"temperature": "0.1"}, "temperature is a str; allowed is a number or a tensor"),
         (
             {"temperature": torch.tensor(1j)},
@@ -233,6 +235,12 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
                 **{k: v for k, v in arguments.items() if k not in ("query", "candidate")},
             )
         assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rows = unit_rows(4, 3, torch.float32)
+    given = infonce(rows, rows, temperature=np.float32(0.5), margin=np.float32(0.25), hardness=np.int64(1))
+    torch.testing.assert_close(given, infonce(rows, rows, temperature=0.5, margin=0.25, hardness=1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32"], ids=str)

@@ -199,7 +199,7 @@ def in_halves(margin: float | None, dtype: torch.dtype = torch.float64, share: f
 
         return asked, [solve_half(0, slice(0, 4)), solve_half(1, slice(4, 9))]
 
-    # With a margin the columns' own logits are merged first, and the sums depend on them: a round for each, and one.
+    # With a margin the columns' limits are merged first, and the sums depend on them: a round for each, and one.
     known: list[list[Columns]] = [[], []]
     for _ in range(3):
         known, (first, second) = solve_halves(known)

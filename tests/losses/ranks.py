@@ -190,6 +190,8 @@ def losses(world: int, rank: int) -> dict[str, Any]:
     )
     broken = local | {"query": local["query"] * (torch.nan if rank == 0 else 1.0)}
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
+    short = local | {"candidate_id": local["candidate_id"][: -1 if rank == 0 else None]}
+    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**short, temperature=0.1)))
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
     result["sum"] = all_sum(torch.tensor(float(rank + 1)))

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmemb.kernels import infonce_with_grads, reference
 from mmemb.losses import gradient_hold
-from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
+from mmemb.losses.distributed import ANOTHER_REFUSED, all_sum, distributed_infonce_with_grads, gather_rows
 from tests.kernels.cases import error
 from tests.losses.ranks import (
     CANDIDATES,
@@ -172,10 +172,13 @@ def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, A
     }
 
 
-def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]]) -> None:
-    first, *others = (rank["errors"][3] for rank in ranks)
-    assert first == "query has a row of norm nan in torch.float64; its values are not finite or too large"
-    assert set(others) == {"another rank refused its queries or candidates; its own message says why"}
+@pytest.mark.parametrize(
+    ("number", "message"), [(3, "query has a row of norm nan in torch.float64"), (4, "candidate_id is torch.int64 of")]
+)
+def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], number: int, message: str) -> None:
+    first, *others = (rank["errors"][number] for rank in ranks)
+    assert first.startswith(message)
+    assert set(others) == {ANOTHER_REFUSED}
 
 
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], world: int) -> None:

@@ -74,6 +74,8 @@ def test_the_temperature_of_a_16_bit_model_learns() -> None:
         ({"engine": "cuda"}, "engine is 'cuda'; allowed are 'triton', 'tiled' and None"),
         ({"gather_dtype": "float16"}, "gather_dtype is 'float16'; allowed are 'bfloat16' and null"),
         ({"workspace_mib": 0}, "workspace_mib is 0"),
+        ({"workspace_mib": 2.5}, "workspace_mib is 2.5; allowed are integers of at least 1, and null"),
+        ({"learnable": "no"}, "learnable is 'no'; allowed are True and False"),
     ],
 )
 def test_what_no_embedding_could_satisfy_is_refused_at_once(options: dict[str, Any], message: str) -> None:

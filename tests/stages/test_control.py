@@ -22,7 +22,7 @@ from mmemb.stages.module import EmbeddingModule
 from mmemb.stages.objective import Engine, Parts
 from mmemb.stages.phases import Phase
 from mmemb.stages.rewards import Outcome, Retrieval, Reward, Utility
-from mmemb.types import THINK, EvaluationTask, Item, Pair, Text
+from mmemb.types import THINK, EvaluationTask, Item, ModelInputs, Pair, Text
 from tests.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 from tests.stages.small import largest_difference, small_data, small_module, small_trainer, weights
 
@@ -360,3 +360,26 @@ def test_a_batch_moves_to_the_device_without_its_chunks() -> None:
     batch = control(rows).collate(parts(), rows, 0).to("meta")
     assert batch.query_id.is_meta
     assert not any(inputs.emb_position.is_meta for chunk in batch.chunks for inputs in chunk)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_a_step_moves_prompts_and_targets_when_it_is_their_turn(
+    kl_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pairs()
+    made, own, moved = control(rows, grpo=GRPO(kl_weight=kl_weight), chunk_size=3), parts(), []
+    batch = made.collate(own, rows, 0)
+    of_class = ModelInputs.to
+    named = {
+        id(inputs): (number, side) for number, chunk in enumerate(batch.chunks) for side, inputs in enumerate(chunk)
+    }
+
+    def to(inputs: ModelInputs, device: torch.device, non_blocking: bool = False) -> ModelInputs:
+        if id(inputs) in named:
+            moved.append(named[id(inputs)])
+        return of_class(inputs, device, non_blocking)
+
+    monkeypatch.setattr(ModelInputs, "to", to)
+    made.step(own, batch, Engine(steps=10))
+    prompts = [(0, 0), (1, 0)]
+    assert moved == [(0, 1), (1, 1), *(prompts if kl_weight else []), (0, 0), (0, 1), (1, 0), (1, 1)]

@@ -14,7 +14,7 @@ from mmemb.components.poolers.mean import Mean
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.bundled import load_pairs
 from mmemb.kernels import infonce
-from mmemb.stages.joint_batch import TrainBatch
+from mmemb.stages.joint_batch import TrainBatch, TrainChunk
 from mmemb.stages.objective import Choose, Engine, next_token_loss
 from mmemb.stages.query_paths import SeparatePaths, SharedPrompts
 from mmemb.types import Rationale
@@ -228,3 +228,32 @@ def test_a_batch_moves_to_the_device_without_its_chunks(pairs: list) -> None:
     assert batch.query_id.is_meta
     assert batch.positive.is_meta
     assert not any(chunk.target.emb_position.is_meta or chunk.query.rows.is_meta for chunk in batch.chunks)
+
+
+def test_a_step_moves_each_chunk_to_the_batchs_device_when_it_is_its_turn(
+    pairs: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, moved = small_module(), []
+    batch = module.objective.collate(module.parts, pairs, 0)
+    of_class = TrainChunk.to
+
+    def to(chunk: TrainChunk, device: torch.device) -> TrainChunk:
+        moved.append((batch.chunks.index(chunk), device))
+        return of_class(chunk, device)
+
+    monkeypatch.setattr(TrainChunk, "to", to)
+    monkeypatch.setattr(TrainChunk, "__eq__", object.__eq__)  # by identity: tensors have no one answer
+    module.objective.step(module.parts, batch, Engine())
+    assert [number for number, _ in moved] == [0, 1, 2, 3, 0, 1, 2]  # the last keeps its graph
+    assert {device for _, device in moved} == {batch.query_id.device}
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_has_the_loss_of_the_cpu(pairs: list) -> None:
+    logs = []
+    for device in ("cpu", "cuda"):
+        module = small_module().to(device)
+        batch = module.objective.collate(module.parts, pairs, 0).to(device)
+        logs.append(module.objective.step(module.parts, batch, Engine()))
+    for name, value in logs[0].items():
+        torch.testing.assert_close(logs[1][name].cpu(), value, rtol=1e-3, atol=1e-4)

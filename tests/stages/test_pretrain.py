@@ -13,7 +13,7 @@ from mmemb.data.bundled import PretrainingSamples
 from mmemb.stages.joint import Joint
 from mmemb.stages.objective import Engine, Parts
 from mmemb.stages.pretrain import NextToken
-from mmemb.types import Pair
+from mmemb.types import ModelInputs, Pair
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,22 @@ def test_augmentation_follows_the_row_not_the_chunk(parts: Parts, pairs: list[Pa
     losses = {step(parts, pairs, chunk_size=size, augment=PictureAugment())[0] for size in (2, 7)}
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) != step(parts, pairs, chunk_size=7)[0]
+
+
+def test_chunks_stay_until_a_step_moves_each(parts: Parts, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, moved = NextToken(chunk_size=3), []
+    batch = objective.collate(parts, pairs, 3)
+    assert batch.to(torch.device("meta")) is batch
+    assert not any(chunk.labels.is_meta for chunk in batch.chunks)
+    of_class = ModelInputs.to
+
+    def to(inputs: ModelInputs, device: torch.device) -> ModelInputs:
+        moved.append((id(inputs), device))
+        return of_class(inputs, device)
+
+    monkeypatch.setattr(ModelInputs, "to", to)
+    objective.step(parts, batch, Engine())
+    assert moved == [(id(chunk), parts.backbone.device) for chunk in batch.chunks]
 
 
 @pytest.mark.parametrize("objective", [NextToken, Joint])

@@ -6,9 +6,10 @@ N queries   M candidates   L peers   D width
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -37,9 +38,13 @@ def check_form(
     hardness: float = 0.0,
     dims: Sequence[int] | None = None,
     workspace_bytes: int | None = None,
-    may_be_empty: bool = False,
+    may_be_empty: Sequence[str] = (),
 ) -> None:
     """Checks all that shapes, dtypes, devices and plain numbers show.
+
+    Args:
+        query: and the rest as in `mmemb.kernels.infonce`.
+        may_be_empty: which of ``query`` and ``candidate`` may have no rows.
 
     Raises:
         ValueError: an argument is not what `mmemb.kernels.infonce` allows; the message names what was given and what is
@@ -52,7 +57,7 @@ def check_form(
     for name, tensor in {**rows, **integers, "weight": weight}.items():
         _check_plain(name, tensor)
     for name, tensor in rows.items():
-        empty = len(tensor) == 0 and not (may_be_empty and name == "query") if tensor.ndim else True
+        empty = len(tensor) == 0 and name not in may_be_empty if tensor.ndim else True
         if tensor.ndim != 2 or tensor.shape[1] == 0 or empty:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; allowed is [rows, width] with at least one of each"
@@ -101,17 +106,26 @@ def check_form(
         raise ValueError(f"workspace_bytes is {workspace_bytes}; allowed are integers of at least 1, and None")
 
 
-def check_choices(*, grad_dtype: torch.dtype | None = None, **flags: bool) -> None:
+def as_temperature(temperature: Tensor | float) -> Tensor:
+    """A number as a tensor on the CPU, whatever the embeddings' device: not every device knows float64.
+
+    What is neither number nor tensor comes back as it is; `check_form` refuses it.
+    """
+    return torch.tensor(float(temperature), dtype=torch.float64) if _is_number(temperature) else temperature
+
+
+def check_choices(*, dtypes: Mapping[str, torch.dtype | None] | None = None, **flags: bool) -> None:
     """Checks what chooses between ways to compute, or what is computed.
 
     Raises:
-        ValueError: a flag is no bool, or gradients are asked for in a dtype that is not floating point.
+        ValueError: a flag is no bool, or a dtype is not floating point (or None, which leaves the input's).
     """
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}; allowed are True and False")
-    if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
-        raise ValueError(f"grad_dtype is {grad_dtype!r}; allowed are floating point dtypes, and None for the input's")
+    for name, dtype in (dtypes or {}).items():
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{name} is {dtype!r}; allowed are floating point dtypes, and None for the input's")
 
 
 def _check_plain(name: str, tensor: object) -> None:
@@ -130,8 +144,9 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_integer(value)
+def _is_number(value: object) -> TypeGuard[float]:
+    """Of numpy's numbers too."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_dims(dims: Sequence[int], width: int) -> None:
@@ -184,7 +199,7 @@ def prepare(
         hardness=hardness,
         dims=dims,
         workspace_bytes=workspace_bytes,
-        may_be_empty=own is not None,
+        may_be_empty=() if own is None else ("query",),
     )
     work = work_dtype(query.dtype)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmemb.kernels.checks import Reduction, Tensors, check_choices, check_form, prepare
+from mmemb.kernels.checks import Reduction, Tensors, as_temperature, check_choices, check_form, prepare
 from mmemb.kernels.engines import Engine, solve
 from mmemb.kernels.op import infonce_op
 
@@ -95,7 +95,7 @@ def infonce(
         ValueError: what is said above does not hold, or a value is not finite; the message names what was given and
         what is allowed.
     """
-    temperature = _as_tensor(temperature)
+    temperature = as_temperature(temperature)
     leaves = (query, candidate, temperature)
     wanted = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in leaves)  # not checked yet
     return _call(
@@ -132,9 +132,9 @@ def infonce_with_grads(
     ``grad_dtype`` or the embeddings' dtype. What a gradient scaler multiplies afterwards should be asked for in
     float32: in float16 gradients below 6e-8 vanish, and a mean over many queries has such.
     """
-    check_choices(grad_dtype=grad_dtype)
+    check_choices(dtypes={"grad_dtype": grad_dtype})
     found = _call(
-        (query, candidate, _as_tensor(temperature), positive, query_id, candidate_id, weight),
+        (query, candidate, as_temperature(temperature), positive, query_id, candidate_id, weight),
         (margin, query_negatives, candidate_negatives, hardness, dims, symmetric, reduction),
         (True, workspace_bytes, engine),
     )
@@ -150,10 +150,3 @@ def _call(tensors: Tensors, options: tuple[Any, ...], how: tuple[Any, ...]) -> t
     margin = None if margin is None else float(margin)
     dims = None if dims is None else list(dims)
     return infonce_op(*tensors, margin, *options[1:3], float(hardness), dims, *options[5:], *how)
-
-
-def _as_tensor(temperature: Tensor | float) -> Tensor:
-    """A number stays on the CPU, whatever the embeddings' device: not every device knows float64."""
-    if isinstance(temperature, (int, float)):
-        return torch.tensor(float(temperature), dtype=torch.float64)
-    return temperature  # what is no tensor either is refused by `check_form`

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmemb.kernels.checks import check_choices, prepare
+from mmemb.kernels.checks import as_temperature, check_choices, check_form, prepare
 from mmemb.kernels.engines import Engine, solve
 from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads
 from mmemb.kernels.problem import Columns, Peers, work_dtype
+
+ANOTHER_REFUSED = "another rank refused its queries or candidates; its own message says why"
 
 
 def world_size() -> int:
@@ -36,7 +38,7 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 def row_counts(rows: int, *, device: torch.device) -> list[int]:
-    """Every rank's row count, in rank order."""
+    """Every rank's row count, in rank order; -1 may stand for a rank that gives up."""
     if world_size() == 1:
         return [rows]
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
@@ -135,11 +137,12 @@ def distributed_infonce_with_grads(
         gradient travel and are summed in float32 (float64), and the sum alone is rounded.
 
     Raises:
-        ValueError: as `mmemb.kernels.infonce`. What is wrong with the rows of one rank is told there; the others say
-            that a rank refused its own.
+        ValueError: as `mmemb.kernels.infonce`. What is wrong with the input of one rank is told there; the others say
+            that a rank refused its own. (Not seen are widths and dtypes that differ between ranks.)
     """
     check_choices(
-        grad_dtype=grad_dtype,
+        dtypes={"grad_dtype": grad_dtype, "gather_dtype": gather_dtype},
+        averaged=averaged,
         query_negatives=query_negatives,
         candidate_negatives=candidate_negatives,
         symmetric=symmetric,
@@ -163,10 +166,32 @@ def distributed_infonce_with_grads(
             engine=engine,
             grad_dtype=grad_dtype,
         )
+    temperature = as_temperature(temperature)
+    try:
+        check_form(
+            query,
+            candidate,
+            temperature,
+            positive,
+            query_id,
+            candidate_id,
+            weight,
+            "mean",
+            margin=margin,
+            hardness=hardness,
+            dims=dims,
+            workspace_bytes=workspace_bytes,
+            may_be_empty=("query", "candidate"),
+        )
+    except ValueError:
+        row_counts(-1, device=query.device)  # the others wait for it
+        raise
     n = len(query)
     if positive is None:
         positive = torch.arange(n, device=query.device)
     counts = row_counts(len(candidate), device=query.device)
+    if min(counts) < 0:
+        raise ValueError(ANOTHER_REFUSED)
     offset = sum(counts[: dist.get_rank()])
     candidates = _gather_rounded(candidate, counts, gather_dtype)
     candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
@@ -177,8 +202,6 @@ def distributed_infonce_with_grads(
         own = torch.arange(n, device=query.device) + sum(query_counts[: dist.get_rank()])
         peer_ids = None if query_id is None else gather_rows(query_id, counts=query_counts)
         peers = Peers(_gather_rounded(query, query_counts, gather_dtype), own, peer_ids)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=torch.float64)
     try:
         problem, weights = prepare(
             query,
@@ -199,7 +222,8 @@ def distributed_infonce_with_grads(
             own=range(offset, offset + len(candidate)),
         )
     except ValueError:
-        all_sum(torch.full((), torch.nan, dtype=work_dtype(query.dtype), device=query.device))  # the others wait for it
+        # The others wait for the sum of weights.
+        all_sum(torch.full((), torch.nan, dtype=work_dtype(query.dtype), device=query.device))
         raise
     weights = _of_all_ranks(problem.scale.new_ones(n) if weights is None else weights)
     losses, gradients = solve(
@@ -233,7 +257,7 @@ def _of_all_ranks(weights: Tensor) -> Tensor:
     """
     total = all_sum(weights.sum())
     if total.isnan():
-        raise ValueError("another rank refused its queries or candidates; its own message says why")
+        raise ValueError(ANOTHER_REFUSED)
     if not total > 0:
         raise ValueError("the weights of all ranks' queries sum to 0; at least one query needs a weight above 0")
     return weights / total

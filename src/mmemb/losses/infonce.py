@@ -83,11 +83,17 @@ class InfoNCE(nn.Module):
         }
         if gather_dtype not in (None, "bfloat16"):
             raise ValueError(f"gather_dtype is {gather_dtype!r}; allowed are 'bfloat16' and null")
-        if workspace_mib is not None and workspace_mib < 1:
+        is_whole = isinstance(workspace_mib, int) and not isinstance(workspace_mib, bool)
+        if workspace_mib is not None and not (is_whole and workspace_mib >= 1):
             raise ValueError(f"workspace_mib is {workspace_mib}; allowed are integers of at least 1, and null")
         # What the op would refuse at the first step is refused when settings are read.
         check_name(engine)
-        check_choices(symmetric=symmetric, query_negatives=query_negatives, candidate_negatives=candidate_negatives)
+        check_choices(
+            learnable=learnable,
+            symmetric=symmetric,
+            query_negatives=query_negatives,
+            candidate_negatives=candidate_negatives,
+        )
         widths = [dim for dim in dims if isinstance(dim, int)] if isinstance(dims, Sequence) else []
         rows = torch.ones(1, 1).expand(1, max([1, *widths]))
         nothing = (None, None, None, None)

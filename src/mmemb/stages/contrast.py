@@ -71,10 +71,14 @@ def contrast(
     terms: list[Tensor] = []
     logs: dict[str, float | Tensor] = {}
     for path in paths:
-        # Every rank must take part in a path's collectives, also one that has no row of it.
-        if not path.scale or int(all_sum(torch.tensor(len(path.rows), device=target.device))) == 0:
+        if not path.scale:
             continue
-        if infonce.options["symmetric"] and len(path.rows.unique()) < len(path.rows):
+        # Every rank must take part in a path's collectives, also one that has no row of it, and learn of a refusal.
+        count, repeated = len(path.rows), len(path.rows) - len(path.rows.unique())
+        count, repeated = all_sum(torch.tensor([count, repeated], device=target.device)).tolist()
+        if count == 0:
+            continue
+        if infonce.options["symmetric"] and repeated:
             raise ValueError(
                 f"infonce.symmetric is true and several rows of the {path.label} path are one query's and share its "
                 "positive; set symmetric to false or, in the joint phase, take a selector that chooses one rationale a "

@@ -83,7 +83,7 @@ class Joint(Objective):
         written = torch.zeros((), device=device)
 
         def forward(chunk: TrainChunk, final: bool) -> ChunkOutput:
-            chunk = chunk.to(device, non_blocking=True)
+            chunk = chunk.to(device)
             query = chunk.query.encode(parts, write=final and bool(self.next_token_weight))
             target = parts.backbone(chunk.target)
             embeddings = {

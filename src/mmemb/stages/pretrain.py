@@ -70,7 +70,7 @@ class NextToken(Objective):
         for number, chunk in enumerate(batch.chunks):
             last = number == len(batch.chunks) - 1
             with nullcontext() if last else engine.no_sync():
-                chunk = chunk.to(device, non_blocking=True)
+                chunk = chunk.to(device)
                 part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
                 engine.backward(part * scale)
             loss += part.detach()
