@@ -107,11 +107,16 @@ def check_form(
 
 
 def as_temperature(temperature: Tensor | float) -> Tensor:
-    """A number as a tensor on the CPU, whatever the embeddings' device: not every device knows float64.
+    """A tensor as it is; a number as one on the CPU, whatever the embeddings' device: not every device knows float64.
 
-    What is neither number nor tensor comes back as it is; `check_form` refuses it.
+    Raises:
+        ValueError: it is neither.
     """
-    return torch.tensor(float(temperature), dtype=torch.float64) if _is_number(temperature) else temperature
+    if isinstance(temperature, Tensor):
+        return temperature
+    if not _is_number(temperature):
+        raise ValueError(f"temperature is a {type(temperature).__name__}; allowed is a number or a tensor of one")
+    return torch.tensor(float(temperature), dtype=torch.float64)
 
 
 def check_choices(*, dtypes: Mapping[str, torch.dtype | None] | None = None, **flags: bool) -> None:
@@ -129,13 +134,10 @@ def check_choices(*, dtypes: Mapping[str, torch.dtype | None] | None = None, **f
 
 
 def _check_plain(name: str, tensor: object) -> None:
-    if tensor is None and name not in ("query", "candidate", "temperature"):
+    if tensor is None and name not in ("query", "candidate"):
         return
     if not isinstance(tensor, Tensor):
-        number = "a number or " if name == "temperature" else ""
-        raise ValueError(
-            f"{name} is a {type(tensor).__name__}; allowed is {number}a tensor, which torch.as_tensor makes"
-        )
+        raise ValueError(f"{name} is a {type(tensor).__name__}; allowed is a tensor, which torch.as_tensor makes")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}; allowed is torch.strided, which its to_dense() gives")
 
