@@ -53,5 +53,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
+        # A dry run (fast_dev_run) leaves nothing behind, as with Lightning's.
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.save_last and not dry and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

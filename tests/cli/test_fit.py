@@ -55,6 +55,11 @@ def test_fit_evaluates_on_the_test_split_unless_told_not_to(fit: Fit) -> None:
     assert not module().tested
 
 
+def test_a_dry_run_leaves_no_checkpoint(fit: Fit) -> None:
+    assert fit("--trainer.fast_dev_run", "true") == 0
+    assert list(Path().rglob("*.ckpt")) == []
+
+
 def test_a_config_overrides_the_default_checkpointing(fit: Fit) -> None:
     callback = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
