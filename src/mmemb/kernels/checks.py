@@ -107,7 +107,9 @@ def check_form(
 
 
 def as_temperature(temperature: Tensor | float) -> Tensor:
-    """A tensor as it is; a number as one (0-d, float64) on the CPU, whatever the embeddings' device: not every device knows float64.
+    """A tensor as it is; a number as one, 0-d float64 on the CPU, whatever the embeddings' device.
+
+    Not every device knows float64.
 
     Raises:
         ValueError: it is neither.
