@@ -151,10 +151,10 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
-def losses(world: int, rank: int) -> dict[str, Any]:
+def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     """The loss across ranks in every form."""
     result: dict[str, Any] = {}
-    local = share(batch(world), world, rank)
+    local = {name: value.to(device) for name, value in share(batch(world), world, rank).items()}
     for averaged in (True, False):
         for symmetric in (False, True):
             grads = distributed_infonce_with_grads(**local, temperature=0.1, averaged=averaged, symmetric=symmetric)
@@ -188,13 +188,34 @@ def losses(world: int, rank: int) -> dict[str, Any]:
     result["errors"].append(
         refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, workspace_bytes=0))
     )
+    result["errors"].append(
+        refusal(
+            lambda: distributed_infonce_with_grads(**local, temperature=0.1, symmetric="no" if rank == 0 else False)
+        )  # type: ignore[arg-type]
+    )
     broken = local | {"query": local["query"] * (torch.nan if rank == 0 else 1.0)}
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
     short = local | {"candidate_id": local["candidate_id"][: -1 if rank == 0 else None]}
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**short, temperature=0.1)))
+    differing: dict[str, dict[str, Any]] = {
+        "width": {name: local[name][:, : 5 if rank == 0 else 6] for name in ("query", "candidate")},
+        "dtype": {
+            name: local[name].to(half["query"] if rank == 0 else local["query"]) for name in ("query", "candidate")
+        },
+        "temperature": {"temperature": 0.2 if rank == 0 else 0.1},
+        "candidate_id": {"query_id": None, "candidate_id": None} if rank == 0 else {},
+        "margin": {"margin": 0.1 if rank == 0 else None},
+        "query_negatives": {"query_negatives": rank == 0},
+        "dims": {"dims": [2, 6] if rank == 0 else [3, 6]},
+        "gather_dtype": {"gather_dtype": torch.bfloat16 if rank == 0 else None},
+    }
+    result["differing"] = {
+        name: refusal(lambda given=given: distributed_infonce_with_grads(**{**local, "temperature": 0.1, **given}))  # type: ignore[misc]
+        for name, given in differing.items()
+    }
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
-    result["sum"] = all_sum(torch.tensor(float(rank + 1)))
+    result["sum"] = all_sum(torch.tensor(float(rank + 1), device=device))
     return result
 
 
@@ -310,3 +331,13 @@ def worker(rank: int, folder: str) -> None:
             torch.save(found, f"{folder}/{world}-{rank}.pt")
         finally:
             dist.destroy_process_group()
+
+
+def nccl_worker(rank: int, folder: str) -> None:
+    """Joins a group of two GPUs and writes what it found."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        torch.save(losses(2, rank, f"cuda:{rank}"), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()

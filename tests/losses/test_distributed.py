@@ -25,6 +25,7 @@ from tests.losses.ranks import (
     Whole,
     batch,
     joined_positive,
+    nccl_worker,
     own_queries,
     plain_gradients,
     train,
@@ -173,12 +174,42 @@ def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(3, "query has a row of norm nan in torch.float64"), (4, "candidate_id is torch.int64 of")]
+    ("number", "message"),
+    [
+        (3, "symmetric is 'no'; allowed are"),
+        (4, "query has a row of norm nan in torch.float64"),
+        (5, "candidate_id is torch.int64 of"),
+    ],
 )
 def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], number: int, message: str) -> None:
     first, *others = (rank["errors"][number] for rank in ranks)
     assert first.startswith(message)
     assert set(others) == {ANOTHER_REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "other"),
+    [
+        ("width", "5", "6"),
+        ("dtype", "torch.bfloat16", "torch.float64"),
+        ("temperature", "0.2", "0.1"),
+        ("candidate_id", "not given", "given"),
+        ("margin", "0.1", "None"),
+        ("query_negatives", "True", "False"),
+        ("dims", "[2, 6]", "[3, 6]"),
+        ("gather_dtype", "torch.bfloat16", "None"),
+    ],
+)
+def test_what_differs_between_ranks_is_told_on_every_rank(
+    ranks: list[dict[str, Any]], world: int, name: str, first: str, other: str
+) -> None:
+    rest = ", ".join(map(str, range(1, world)))
+    assert ranks[0]["differing"][name] == (
+        f"{name} is {first} on rank 0 and another on rank {rest}; all ranks need the same"
+    )
+    for number, rank in enumerate(ranks[1:], start=1):
+        expected = f"{name} is {other} on rank {number} and another on rank 0; all ranks need the same"
+        assert rank["differing"][name] == expected
 
 
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], world: int) -> None:
@@ -188,6 +219,24 @@ def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], worl
     expected = reference.infonce(values["query"], values["candidate"], temperature=0.1, positive=positive)
     for rank in ranks:
         torch.testing.assert_close(rank["diagonal"][0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_two_gpus_over_nccl_find_what_gloo_finds(found: Found, tmp_path: Path) -> None:
+    mp.spawn(nccl_worker, args=(str(tmp_path),), nprocs=2)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int64: 0.0}
+    for rank, expected in enumerate(found[2]):
+        given = torch.load(tmp_path / f"{rank}.pt", weights_only=True, map_location="cpu")
+        assert (given["errors"], given["differing"]) == (expected["errors"], expected["differing"])
+        for name in given.keys() - {"errors", "differing"}:
+            pairs = (
+                zip(given[name], expected[name], strict=True)
+                if isinstance(given[name], list)
+                else [(given[name], expected[name])]
+            )
+            for ours, theirs in pairs:
+                torch.testing.assert_close(ours, theirs, rtol=tolerance[ours.dtype], atol=tolerance[ours.dtype] / 100)
 
 
 def plain_step(world: int) -> dict[str, Tensor]:

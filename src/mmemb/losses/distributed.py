@@ -9,7 +9,9 @@ the collectives alone. Works on gloo and NCCL; without a process group, or with 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,23 @@ from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads
 from mmemb.kernels.problem import Columns, Peers, work_dtype
 
 ANOTHER_REFUSED = "another rank refused its queries or candidates; its own message says why"
+
+
+class _Form(NamedTuple):
+    """What all ranks must have in common."""
+
+    width: int
+    dtype: torch.dtype
+    temperature: float
+    candidate_id: str
+    margin: float | None
+    query_negatives: bool
+    candidate_negatives: bool
+    hardness: float
+    dims: list[int] | None
+    symmetric: bool
+    averaged: bool
+    gather_dtype: torch.dtype | None
 
 
 def world_size() -> int:
@@ -38,7 +57,7 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 def row_counts(rows: int, *, device: torch.device) -> list[int]:
-    """Every rank's row count, in rank order; -1 may stand for a rank that gives up."""
+    """Every rank's row count, in rank order."""
     if world_size() == 1:
         return [rows]
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
@@ -104,7 +123,8 @@ def distributed_infonce_with_grads(
 ) -> InfoNCEResult:
     """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
 
-    Every rank must call it, with the same optional arguments.
+    Every rank must call it, with the same optional arguments (but for ``engine``, ``workspace_bytes``, ``grad_dtype``
+    and rows of its own).
 
     Args:
         query: [n, D] this rank's queries; a rank may have none.
@@ -138,16 +158,10 @@ def distributed_infonce_with_grads(
 
     Raises:
         ValueError: as `mmemb.kernels.infonce`. What is wrong with the input of one rank is told there; the others say
-            that a rank refused its own. (Not seen are widths and dtypes that differ between ranks.)
+            that a rank refused its own. Or widths, dtypes or options differ between ranks; every rank names them.
     """
-    check_choices(
-        dtypes={"grad_dtype": grad_dtype, "gather_dtype": gather_dtype},
-        averaged=averaged,
-        query_negatives=query_negatives,
-        candidate_negatives=candidate_negatives,
-        symmetric=symmetric,
-    )
     if world_size() == 1:
+        check_choices(dtypes={"gather_dtype": gather_dtype}, averaged=averaged)
         return infonce_with_grads(
             query,
             candidate,
@@ -166,8 +180,15 @@ def distributed_infonce_with_grads(
             engine=engine,
             grad_dtype=grad_dtype,
         )
-    temperature = as_temperature(temperature)
     try:
+        check_choices(
+            dtypes={"grad_dtype": grad_dtype, "gather_dtype": gather_dtype},
+            averaged=averaged,
+            query_negatives=query_negatives,
+            candidate_negatives=candidate_negatives,
+            symmetric=symmetric,
+        )
+        temperature = as_temperature(temperature)
         check_form(
             query,
             candidate,
@@ -184,21 +205,31 @@ def distributed_infonce_with_grads(
             may_be_empty=("query", "candidate"),
         )
     except ValueError:
-        row_counts(-1, device=query.device)  # the others wait for it
+        _agree(None, rows=(0, 0), device=query.device if isinstance(query, Tensor) else torch.device("cpu"))
         raise
     n = len(query)
+    form = _Form(
+        width=query.shape[1],
+        dtype=query.dtype,
+        temperature=float(temperature),
+        candidate_id="not given" if candidate_id is None else "given",
+        margin=None if margin is None else float(margin),
+        query_negatives=query_negatives,
+        candidate_negatives=candidate_negatives,
+        hardness=float(hardness),
+        dims=None if dims is None else list(dims),
+        symmetric=symmetric,
+        averaged=averaged,
+        gather_dtype=gather_dtype,
+    )
+    query_counts, counts = _agree(form, rows=(n, len(candidate)), device=query.device)
     if positive is None:
         positive = torch.arange(n, device=query.device)
-    counts = row_counts(len(candidate), device=query.device)
-    if min(counts) < 0:
-        raise ValueError(ANOTHER_REFUSED)
     offset = sum(counts[: dist.get_rank()])
     candidates = _gather_rounded(candidate, counts, gather_dtype)
     candidate_ids = None if candidate_id is None else gather_rows(candidate_id, counts=counts)
-    query_counts: list[int] = []
     peers = None
     if query_negatives:
-        query_counts = row_counts(n, device=query.device)
         own = torch.arange(n, device=query.device) + sum(query_counts[: dist.get_rank()])
         peer_ids = None if query_id is None else gather_rows(query_id, counts=query_counts)
         peers = Peers(_gather_rounded(query, query_counts, gather_dtype), own, peer_ids)
@@ -247,6 +278,34 @@ def distributed_infonce_with_grads(
         candidate_grad=(candidate_grad * factor).to(grad_dtype or query.dtype),
         temperature_grad=temperature_grad,
     )
+
+
+def _agree(form: _Form | None, *, rows: tuple[int, int], device: torch.device) -> tuple[list[int], list[int]]:
+    """Every rank's ``rows``, in rank order: of queries and of candidates. One collective, the first of a call.
+
+    Args:
+        form: None tells the others that this rank gives up.
+        rows: queries and candidates of this rank.
+        device: where the embeddings are.
+
+    Raises:
+        ValueError: ``form`` is not None, and a rank gave up or has another form.
+    """
+    digests = [0] * len(_Form._fields) if form is None else [zlib.crc32(repr(value).encode()) for value in form]
+    mine = torch.tensor([int(form is None), *rows, *digests], device=device)
+    gave_up, queries, candidates, *digests_by_name = gather_rows(mine[None], counts=[1] * world_size()).T.tolist()
+    if form is None:
+        return queries, candidates
+    if any(gave_up):
+        raise ValueError(ANOTHER_REFUSED)
+    for (name, value), own, found in zip(form._asdict().items(), digests, digests_by_name, strict=True):
+        others = [str(rank) for rank, digest in enumerate(found) if digest != own]
+        if others:
+            raise ValueError(
+                f"{name} is {value} on rank {dist.get_rank()} and another on rank {', '.join(others)}; "
+                "all ranks need the same"
+            )
+    return queries, candidates
 
 
 def _of_all_ranks(weights: Tensor) -> Tensor:
