@@ -12,7 +12,10 @@ import torch
 
 from tests.integration.small import ROOT
 
-pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="torch knows one device beside the CPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="torch knows one device beside the CPU"),
+]
 
 
 @pytest.fixture(scope="module")
