@@ -1,7 +1,8 @@
 """A device that is not the CPU, though it computes there, for machines without a GPU.
 
 What would fail on a GPU because tensors of two devices meet, fails on it; what only a GPU can show (its kernels, its
-memory, the order of its work) it does not see. `install` makes it known to this process as `NAME`, for good.
+memory, the order of its work) it does not see, nor a number (a 0-d tensor of the CPU) where a GPU wants a tensor of its
+own. `install` makes it known to this process as `NAME`, for good.
 """
 
 from __future__ import annotations

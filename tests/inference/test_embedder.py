@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,13 @@ def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Pat
         Embedder.from_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         Embedder.from_checkpoint(tmp_path / "none.ckpt")
+    for age, name in enumerate(("version_10", "version_9")):
+        last = tmp_path / "runs" / name / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.touch()
+        os.utime(last, (0, 1000 - age))
+    with pytest.raises(FileNotFoundError, match=r"its newest run is .*version_10$"):
+        Embedder.from_checkpoint(tmp_path / "runs")
     path, whole = tmp_path / "a.ckpt", checkpoint(parts)
     write_checkpoint({**whole, "hyper_parameters": {}}, path)
     with pytest.raises(ValueError, match="settings of backbone and pooler are not in it"):

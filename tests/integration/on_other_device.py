@@ -25,7 +25,7 @@ POOL = {
     "candidates": 1,
     "evaluator": "retrieval",
 }
-EMBED = ("embed", "--input", "pictures", "--side", "query", "--reason", "always")
+EMBED = ("embed", "--input", "pictures", "--output", "found.parquet", "--side", "query", "--reason", "always")
 
 
 def commands(folder: Path, device: str) -> dict[str, int]:
@@ -37,24 +37,11 @@ def commands(folder: Path, device: str) -> dict[str, int]:
     words = write_settings(folder, {"model": {"pool": POOL}, "trainer": {"accelerator": device, "strategy": strategy}})
     run = ("--checkpoint", "runs/r1+small/version_0", "--device", device)
     mmemb.commands.rationales._device = lambda _: device
-    embed = (
-        "embed",
-        "--input",
-        "pictures",
-        "--side",
-        "query",
-        "--reason",
-        "always",
-        "--budget",
-        "6",
-        "--output",
-        "found.parquet",
-    )
     return {
         "generate": main(["rationales", "generate", *words]),
         "score": main(["rationales", "score", *words]),
         "fit": main(["fit", *words, "--model.selector", "counterfactual"]),
-        "embed": main([*embed, *run]),
+        "embed": main([*EMBED, "--budget", "6", *run]),
         "search": main(["search", "--index", "found.parquet", "--query", "red", *run]),
     }
 
@@ -120,6 +107,7 @@ def compare(folder: Path) -> dict[str, Any]:
         embeddings.append(read_embeddings(folder / name / "found.parquet"))
     found["weights"] = difference(*(each["state_dict"] for each in checkpoints))
     moments = [each["optimizer_states"][0]["state"] for each in checkpoints]
+    found["learned"] = all(state["exp_avg"].any() for state in moments[0].values())
     found["gradients"] = difference(*({name: state["exp_avg"] for name, state in each.items()} for each in moments))
     found["embeddings"] = difference(*(each.embeddings for each in embeddings))
     found["rationales"] = {name: each.rationales for name, each in zip(found["codes"], embeddings, strict=True)}

@@ -40,6 +40,7 @@ def test_every_command_ends_well(found: dict[str, Any]) -> None:
 
 
 def test_training_is_that_of_the_cpu(found: dict[str, Any]) -> None:
+    assert found["learned"]
     assert found["gradients"] < 1e-3  # their running mean; sums in another order
     assert found["weights"] < 1e-3
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from benchmarks import harness
-from mmemb.kernels import _tiles, infonce, infonce_with_grads
+from mmemb.kernels import _tiles, engines, infonce, infonce_with_grads
+from mmemb.kernels._triton_launch import multiplies_mixed
 from mmemb.kernels.problem import Columns, Merge, Peers, Problem, work_dtype
 from tests.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
 from tests.kernels.interpreted import interpreter, on_cuda
@@ -295,6 +299,46 @@ def test_float64_is_not_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "chip", lambda device: "sm_90")
     assert _tiles.choose(torch.device("cuda"), torch.bfloat16) == _tiles.TILES["sm_90", 2]
     assert _tiles.choose(torch.device("cuda"), torch.float64) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "line"), [(7, "older"), (8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")]
+)
+def test_chips_before_ampere_have_no_line(monkeypatch: pytest.MonkeyPatch, capability: int, line: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _tiles.chip(torch.device("cuda")) == line
+    assert (_tiles.choose(torch.device("cuda"), torch.bfloat16) is None) == (line == "older")
+
+
+def test_a_machine_that_cannot_launch_kernels_takes_the_other_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    engine = importlib.import_module(engines.TRITON)
+    engine.no_launch.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    with pytest.warns(UserWarning, match="slower engine 'tiled': Failed to find C compiler"):
+        assert engines.choose(query) is importlib.import_module(engines.TILED)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="engine 'triton' cannot launch kernels: Failed to find C compiler"):
+        engines.choose(query, engine="triton")  # type: ignore[arg-type]
+    engine.no_launch.cache_clear()
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's library has no mixed products")
+def test_float16_sums_are_float32_whatever_the_library_may_do() -> None:
+    assert multiplies_mixed(torch.device("cuda"), torch.float16)
+    library = torch.backends.cuda.matmul
+    library.allow_fp16_accumulation = True
+    try:
+        assert not multiplies_mixed(torch.device("cuda"), torch.float16)
+        assert multiplies_mixed(torch.device("cuda"), torch.bfloat16)
+    finally:
+        library.allow_fp16_accumulation = False
 
 
 def operands(width: int) -> list[tuple[int, int]]:

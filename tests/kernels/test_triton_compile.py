@@ -47,8 +47,13 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's name of an embedding's dtype -> its size."""
 
 
-def compiled(kernel: Any, flags: dict[str, Any], capability: int, element: str, tiles: Tiles) -> Any:
-    """The kernel as the engine launches it: pointers, the width and a slab's rows are multiples of 16."""
+def compiled(
+    kernel: Any, flags: dict[str, Any], capability: int, element: str, tiles: Tiles, *, multiples: bool = False
+) -> Any:
+    """The kernel as the engine launches it: pointers, the width and a slab's rows are multiples of 16.
+
+    With ``multiples`` so are all other numbers, which a launch tells the compiler too; else none is.
+    """
     shapes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "PARTS": tiles.parts, "GROUP": GROUP}
     ways = {"DESCRIPTORS": tiles.descriptors, "WIDEN": False, "PRECISION": tiles.precision}
     constants = {key: value for key, value in (shapes | ways | flags).items() if key in kernel.arg_names}
@@ -67,7 +72,7 @@ def compiled(kernel: Any, flags: dict[str, Any], capability: int, element: str, 
         else:
             kind = "i32" if name.startswith(("first_", "last_")) or name.endswith(("stride", "width")) else "*fp32"
         signature[name] = kind
-        if kind.startswith("*") or name in ("width", "stride", "exponential_stride"):
+        if kind.startswith("*") or name in ("width", "stride", "exponential_stride") or (multiples and kind == "i32"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -85,14 +90,15 @@ def report(binary: bytes, folder: Path) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def check(name: str, capability: int, element: str, folder: Path) -> None:
+def check(name: str, capability: int, element: str, folder: Path, *, multiples: bool) -> None:
     kernel, flags = WIDEST[name]
     line, size = f"sm_{capability}", BYTES[element]
     tiles = GRADIENT_TILES.get((line, size), TILES[line, size]) if name == "gradient" else TILES[line, size]
-    found = compiled(kernel, flags, capability, element, tiles)
+    found = compiled(kernel, flags, capability, element, tiles, multiples=multiples)
     used = report(found.asm["cubin"], folder)
     assert used["stack"] == 0, f"{name} spills: {used}"
     assert found.metadata.shared <= SHARED_BYTES[capability]
+    assert found.metadata.global_scratch_size == 0  # else a launch needs an allocator
 
 
 CHIPS = [(capability, element) for capability in SHARED_BYTES for element in ("bf16", "fp16", "fp32")]
@@ -100,8 +106,9 @@ CHIPS = [(capability, element) for capability in SHARED_BYTES for element in ("b
 
 @pytest.mark.parametrize(("capability", "element"), CHIPS)
 @pytest.mark.parametrize("name", WIDEST)
-def test_kernels_fit(name: str, capability: int, element: str, tmp_path: Path) -> None:
-    check(name, capability, element, tmp_path)
+@pytest.mark.parametrize("multiples", [True, False], ids=["sizes of 16", "any sizes"])
+def test_kernels_fit(name: str, capability: int, element: str, multiples: bool, tmp_path: Path) -> None:
+    check(name, capability, element, tmp_path, multiples=multiples)
 
 
 @pytest.mark.parametrize(("capability", "element"), CHIPS)

@@ -193,6 +193,9 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
             lambda: distributed_infonce_with_grads(**local, temperature=0.1, symmetric="no" if rank == 0 else False)
         )  # type: ignore[arg-type]
     )
+    result["errors"].append(
+        refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, engine="fast" if rank == 0 else None))  # type: ignore[arg-type]
+    )
     broken = local | {"query": local["query"] * (torch.nan if rank == 0 else 1.0)}
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
     short = local | {"candidate_id": local["candidate_id"][: -1 if rank == 0 else None]}
@@ -203,9 +206,13 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
             name: local[name].to(half["query"] if rank == 0 else local["query"]) for name in ("query", "candidate")
         },
         "temperature": {"temperature": 0.2 if rank == 0 else 0.1},
-        "candidate_id": {"query_id": None, "candidate_id": None} if rank == 0 else {},
+        "ids": {"query_id": None, "candidate_id": None} if rank == 0 else {},
         "margin": {"margin": 0.1 if rank == 0 else None},
         "query_negatives": {"query_negatives": rank == 0},
+        "candidate_negatives": {"candidate_negatives": rank == 0},
+        "hardness": {"hardness": 1.0 if rank == 0 else 0.0},
+        "symmetric": {"symmetric": rank == 0},
+        "averaged": {"averaged": rank == 0},
         "dims": {"dims": [2, 6] if rank == 0 else [3, 6]},
         "gather_dtype": {"gather_dtype": torch.bfloat16 if rank == 0 else None},
     }
@@ -213,6 +220,9 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
         name: refusal(lambda given=given: distributed_infonce_with_grads(**{**local, "temperature": 0.1, **given}))  # type: ignore[misc]
         for name, given in differing.items()
     }
+    own: dict[str, Any] = {"temperature": 0.1 * (1 + 1e-15), "grad_dtype": torch.float32, "workspace_bytes": 1000}
+    given = {**local, "positive": None, "weight": None, **own} if rank == 0 else {**local, "temperature": 0.1}
+    result["own"] = list(distributed_infonce_with_grads(**given))
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
     result["sum"] = all_sum(torch.tensor(float(rank + 1), device=device))

@@ -97,9 +97,9 @@ def _download(name: str) -> Path:
 def _last_checkpoint(folder: Path) -> Path:
     path = folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: neither {_SETTINGS} nor checkpoints/last.ckpt in it; give a run's folder or a .ckpt file"
-        )
+        runs = sorted(folder.glob("*/checkpoints/last.ckpt"), key=lambda found: found.stat().st_mtime)
+        wanted = f"its newest run is {runs[-1].parent.parent}" if runs else "give a run's folder or a .ckpt file"
+        raise FileNotFoundError(f"{folder}: neither {_SETTINGS} nor checkpoints/last.ckpt in it; {wanted}")
     return path
 
 

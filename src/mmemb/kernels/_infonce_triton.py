@@ -30,16 +30,35 @@ same, and no large terms cancel.
 
 from __future__ import annotations
 
+import functools
+import subprocess
 from dataclasses import replace
 
 import torch
+import triton
 from torch import Tensor
 
 from mmemb.kernels import _tiles
 from mmemb.kernels._infonce_tiled import excess_loss
 from mmemb.kernels._triton_gradients import Sums, add_product
 from mmemb.kernels._triton_launch import FULL_ROW_SUMS, Launcher, aligned, blocks
+from mmemb.kernels.engines import interpreted
 from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
+
+
+@functools.cache
+def no_launch() -> str | None:
+    """Why kernels cannot be launched on this machine's GPU; None if they can.
+
+    Triton compiles its launcher by the machine's C compiler at the first launch, and containers may have none.
+    """
+    if interpreted():
+        return "its interpreter (TRITON_INTERPRET=1) computes on the CPU"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return str(error).strip().split("\n", 1)[0] + " (a C compiler and Python's headers are needed; CC names one)"
+    return None
 
 
 def supports(query: Tensor) -> bool:

@@ -68,17 +68,20 @@ GRADIENT_TILES: dict[tuple[str, int], Tiles] = {
 
 
 def chip(device: torch.device) -> str:
-    """The table's name of a device: sm_90 and sm_100 by name, every other NVIDIA chip as sm_80."""
+    """The table's name of a device: sm_90 and sm_100 by name, other NVIDIA chips from Ampere on as sm_80.
+
+    Chips before (``older``) multiply neither bfloat16 nor TF32 on their tensor cores and have no line.
+    """
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         return "amd"
     major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80" if major >= 8 else "older")
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Tiles | None:
-    """The line for a device and embeddings of this dtype, None where there is none (float64 on a GPU)."""
+    """The line for a device and embeddings of this dtype; None where there is none: float64 on a GPU, old chips."""
     return TILES.get((chip(device), dtype.itemsize))
 
 

@@ -128,6 +128,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total [R, D] += left [R, L] right [L, D] in place, accumulated in the total's dtype whatever the factors'."""
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
-    if multiplies_mixed(left.device):
+    if multiplies_mixed(left.device, left.dtype):
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     return total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -101,7 +101,7 @@ class Launcher:
     def slab_item(self) -> int:
         """Bytes of an element of the slab, with its copy in the work dtype where the products need one."""
         work = self.problem.work_dtype
-        copied = self.dtype != work and not multiplies_mixed(self.query.device)
+        copied = self.dtype != work and not multiplies_mixed(self.query.device, self.dtype)
         return self.dtype.itemsize + copied * work.itemsize
 
     def slab_rows(self, columns: int, *, sums: int = 0) -> int:
@@ -227,9 +227,10 @@ def loadable(rows: Tensor, block: int, tiles: Tiles) -> Any:
     return TensorDescriptor.from_tensor(rows, [block, tiles.depth]) if tiles.descriptors else rows
 
 
-def multiplies_mixed(device: torch.device) -> bool:
-    """Whether the library multiplies 16-bit factors into a float32 sum as they are."""
-    return device.type == "cuda" and torch.version.hip is None
+def multiplies_mixed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library multiplies such 16-bit factors into a float32 sum as they are."""
+    refused = dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return device.type == "cuda" and torch.version.hip is None and not refused
 
 
 def plain(rows: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ An engine is a module with
     symmetric(problem, *, coefficient, merge, workspace_bytes) -> the same
 
 An engine but the tiled one sees no ``dims``: it is called once for each of them.
-What the Triton engine does not support, as its ``supports(query) -> bool`` says, goes to the tiled one.
+What the Triton engine does not support, as its ``supports(query) -> bool`` says, goes to the tiled one; so does all
+where its ``no_launch() -> str | None`` has a reason.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import Literal, TypeAlias, get_args
@@ -65,6 +67,11 @@ def choose(query: Tensor, *, engine: str | None = None) -> ModuleType:
             f"engine 'triton' needs a CUDA device and query is on {query.device}; "
             "leave engine out, or set TRITON_INTERPRET=1 before the start to run its interpreter"
         )
+    if query.device.type == "cuda" and (reason := triton.no_launch()):
+        if engine is None:
+            warnings.warn(f"the loss takes the slower engine 'tiled': {reason}", stacklevel=2)
+            return tiled
+        raise ValueError(f"engine 'triton' cannot launch kernels: {reason}; leave engine out to fall back to 'tiled'")
     if triton.supports(query):
         return triton
     if engine == "triton":

@@ -21,7 +21,8 @@ TENSORS = 7
 """The first arguments of ``infonce``."""
 
 
-@torch.library.custom_op("mmemb::infonce", mutates_args=())
+# The checks read values on the host, which no CUDA graph can hold.
+@torch.library.custom_op("mmemb::infonce", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def infonce_op(
     query: Tensor,
     candidate: Tensor,
@@ -74,7 +75,7 @@ def _(query: Tensor, candidate: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     return loss, *_fake_gradients(query, candidate, work)
 
 
-@torch.library.custom_op("mmemb::infonce_backward", mutates_args=())
+@torch.library.custom_op("mmemb::infonce_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def infonce_backward_op(
     grad: Tensor,
     query: Tensor,

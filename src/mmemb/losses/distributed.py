@@ -9,6 +9,8 @@ the collectives alone. Works on gloo and NCCL; without a process group, or with 
 
 from __future__ import annotations
 
+import math
+import struct
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,20 +20,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmemb.kernels.checks import as_temperature, check_choices, check_form, prepare
-from mmemb.kernels.engines import Engine, solve
+from mmemb.kernels.engines import Engine, choose, solve
 from mmemb.kernels.infonce import InfoNCEResult, infonce_with_grads
 from mmemb.kernels.problem import Columns, Peers, work_dtype
 
-ANOTHER_REFUSED = "another rank refused its queries or candidates; its own message says why"
+ANOTHER_REFUSED = "another rank refused its input; its own message says why"
+
+SAME_TEMPERATURE = 1e-3
+"""Relative difference up to which temperatures count as the same: ranks that step alike may part by roundings."""
 
 
 class _Form(NamedTuple):
-    """What all ranks must have in common."""
+    """What all ranks must have in common, beside the temperature."""
 
     width: int
     dtype: torch.dtype
-    temperature: float
-    candidate_id: str
+    ids: str
     margin: float | None
     query_negatives: bool
     candidate_negatives: bool
@@ -40,6 +44,7 @@ class _Form(NamedTuple):
     symmetric: bool
     averaged: bool
     gather_dtype: torch.dtype | None
+    engine: str
 
 
 def world_size() -> int:
@@ -123,8 +128,8 @@ def distributed_infonce_with_grads(
 ) -> InfoNCEResult:
     """The mean loss over the queries of all ranks, with its gradients for this rank's rows.
 
-    Every rank must call it, with the same optional arguments (but for ``engine``, ``workspace_bytes``, ``grad_dtype``
-    and rows of its own).
+    Every rank must call it, with the same optional arguments; ``workspace_bytes``, ``grad_dtype`` and whether
+    ``positive`` and ``weight`` are given may differ.
 
     Args:
         query: [n, D] this rank's queries; a rank may have none.
@@ -158,7 +163,8 @@ def distributed_infonce_with_grads(
 
     Raises:
         ValueError: as `mmemb.kernels.infonce`. What is wrong with the input of one rank is told there; the others say
-            that a rank refused its own. Or widths, dtypes or options differ between ranks; every rank names them.
+            that a rank refused its own. Or widths, dtypes, temperatures, engines or options differ between ranks; every
+            rank names the first that does.
     """
     if world_size() == 1:
         check_choices(dtypes={"gather_dtype": gather_dtype}, averaged=averaged)
@@ -180,6 +186,7 @@ def distributed_infonce_with_grads(
             engine=engine,
             grad_dtype=grad_dtype,
         )
+    device = _device_of_group(query)
     try:
         check_choices(
             dtypes={"grad_dtype": grad_dtype, "gather_dtype": gather_dtype},
@@ -204,25 +211,27 @@ def distributed_infonce_with_grads(
             workspace_bytes=workspace_bytes,
             may_be_empty=("query", "candidate"),
         )
-    except ValueError:
-        _agree(None, rows=(0, 0), device=query.device if isinstance(query, Tensor) else torch.device("cpu"))
+        if query.device.type != device.type:
+            raise ValueError(f"query is on {query.device}, which NCCL does not reach; move it to {device}")
+        form = _Form(
+            width=query.shape[1],
+            dtype=query.dtype,
+            ids="not given" if candidate_id is None else "given",
+            margin=None if margin is None else float(margin),
+            query_negatives=query_negatives,
+            candidate_negatives=candidate_negatives,
+            hardness=float(hardness),
+            dims=None if dims is None else list(dims),
+            symmetric=symmetric,
+            averaged=averaged,
+            gather_dtype=gather_dtype,
+            engine=choose(query, engine=engine).__name__.rpartition("_")[2],
+        )
+    except Exception:
+        _gathered([1, *[0] * (3 + len(_Form._fields))], device)  # the others wait in `_agree`
         raise
     n = len(query)
-    form = _Form(
-        width=query.shape[1],
-        dtype=query.dtype,
-        temperature=float(temperature),
-        candidate_id="not given" if candidate_id is None else "given",
-        margin=None if margin is None else float(margin),
-        query_negatives=query_negatives,
-        candidate_negatives=candidate_negatives,
-        hardness=float(hardness),
-        dims=None if dims is None else list(dims),
-        symmetric=symmetric,
-        averaged=averaged,
-        gather_dtype=gather_dtype,
-    )
-    query_counts, counts = _agree(form, rows=(n, len(candidate)), device=query.device)
+    query_counts, counts = _agree(form, float(temperature), queries=n, candidates=len(candidate), device=device)
     if positive is None:
         positive = torch.arange(n, device=query.device)
     offset = sum(counts[: dist.get_rank()])
@@ -280,32 +289,50 @@ def distributed_infonce_with_grads(
     )
 
 
-def _agree(form: _Form | None, *, rows: tuple[int, int], device: torch.device) -> tuple[list[int], list[int]]:
-    """Every rank's ``rows``, in rank order: of queries and of candidates. One collective, the first of a call.
+def _device_of_group(query: object) -> torch.device:
+    """Where collectives find what they send; of NCCL that is a GPU, wherever the query is."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return query.device if isinstance(query, Tensor) and not query.is_meta else torch.device("cpu")
 
-    Args:
-        form: None tells the others that this rank gives up.
-        rows: queries and candidates of this rank.
-        device: where the embeddings are.
+
+def _gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Every rank's integers, as many of each, in rank order."""
+    rows: list[list[int]] = gather_rows(torch.tensor([numbers], device=device), counts=[1] * world_size()).tolist()
+    return rows
+
+
+def _agree(
+    form: _Form, temperature: float, *, queries: int, candidates: int, device: torch.device
+) -> tuple[list[int], list[int]]:
+    """Every rank's queries and candidates. One collective, the first of a call.
 
     Raises:
-        ValueError: ``form`` is not None, and a rank gave up or has another form.
+        ValueError: a rank gave up, or has another form or temperature; on every rank, or on every other.
     """
-    digests = [0] * len(_Form._fields) if form is None else [zlib.crc32(repr(value).encode()) for value in form]
-    mine = torch.tensor([int(form is None), *rows, *digests], device=device)
-    gave_up, queries, candidates, *digests_by_name = gather_rows(mine[None], counts=[1] * world_size()).T.tolist()
-    if form is None:
-        return queries, candidates
+    (bits,) = struct.unpack("<q", struct.pack("<d", temperature))
+    digests = [zlib.crc32(repr(value).encode()) for value in form]
+    gave_up, all_queries, all_candidates, all_bits, *all_digests = (
+        list(numbers) for numbers in zip(*_gathered([0, queries, candidates, bits, *digests], device), strict=True)
+    )
     if any(gave_up):
         raise ValueError(ANOTHER_REFUSED)
-    for (name, value), own, found in zip(form._asdict().items(), digests, digests_by_name, strict=True):
-        others = [str(rank) for rank, digest in enumerate(found) if digest != own]
-        if others:
-            raise ValueError(
-                f"{name} is {value} on rank {dist.get_rank()} and another on rank {', '.join(others)}; "
-                "all ranks need the same"
-            )
-    return queries, candidates
+    temperatures = [struct.unpack("<d", struct.pack("<q", each))[0] for each in all_bits]
+    same = [math.isclose(each, temperature, rel_tol=SAME_TEMPERATURE) for each in temperatures]
+    _check_same("temperature", temperature, same)
+    for (name, value), own, found in zip(form._asdict().items(), digests, all_digests, strict=True):
+        _check_same(name, value, [digest == own for digest in found])
+    return all_queries, all_candidates
+
+
+def _check_same(name: str, value: object, same: list[bool]) -> None:
+    """``same``: by rank, whether it has this rank's value."""
+    others = [str(rank) for rank, equal in enumerate(same) if not equal]
+    if others:
+        ranks = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
+        raise ValueError(
+            f"{name} is {value} on rank {dist.get_rank()} and not on rank {ranks}; all ranks need the same"
+        )
 
 
 def _of_all_ranks(weights: Tensor) -> Tensor:
