@@ -26,22 +26,33 @@ def newest(path: Path, key: Callable[[Row], Any]) -> dict[Any, Row]:
     return {key(row): row for row in harness.read(path)}
 
 
+RIVALS = {
+    "mmemb": "mmemb",
+    "naive": "naive",
+    "gradcache-loss": "gradcache-loss",
+    "sentence-transformers-512": "sentence-transformers-512",
+    "sentence-transformers-32": "-32",
+}
+"""Columns of `infonce`, with their heads."""
+
+
 def infonce(path: Path, *, device: str) -> str:
-    """Time over the floor and, in brackets, extra MB, by case and rival, on devices with a text in their name."""
-    rivals = {
-        "mmemb": "mmemb",
-        "naive": "naive",
-        "gradcache-loss": "gradcache-loss",
-        "sentence-transformers-512": "sentence-transformers-512",
-        "sentence-transformers-32": "-32",
-    }
+    """Time over the floor and, in brackets, extra MB, by rival and case, on devices with a text in their name.
+
+    The cases are those in which a peer was measured, float32, one direction first.
+    """
     found = asked.read(path, device=device).newest
+    cases = {
+        (symmetric, n * n * width, n, width)
+        for backend, rival, n, width, dtype, symmetric in found
+        if rival != "mmemb" and (backend, dtype) == ("cpu", "float32")
+    }
     lines = []
-    for n, width, symmetric in ((8192, 256, False), (8192, 1024, False), (16384, 256, False), (8192, 256, True)):
-        rows = [found.get(("cpu", rival, n, width, "float32", symmetric)) for rival in rivals]
+    for symmetric, _, n, width in sorted(cases):
+        rows = [found.get(("cpu", rival, n, width, "float32", symmetric)) for rival in RIVALS]
         cells = ["" if row is None else f"{row['ratio_to_floor']:.2f} ({row['extra_mb']:.0f})" for row in rows]
         lines.append([f"{'symmetric' if symmetric else 'one direction'}, {n} x {width}", *cells])
-    return markdown(["case", *rivals.values()], lines)
+    return markdown(["case", *RIVALS.values()], lines)
 
 
 def infonce_sizes(path: Path, *, device: str) -> str:
