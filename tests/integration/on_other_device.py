@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -47,12 +48,13 @@ def commands(folder: Path, device: str) -> dict[str, int]:
 
 
 def difference(left: Any, right: Any) -> float:
-    """The largest of tensors in equal containers, over their largest value."""
+    """The largest of tensors in equal containers that hold some, over their largest value; inf if any is not finite."""
     if isinstance(left, dict):
         assert left.keys() == right.keys()
-        return max((difference(left[key], right[key]) for key in left), default=0.0)
+        return max(difference(left[key], right[key]) for key in left)
     left, right = torch.as_tensor(left), torch.as_tensor(right).cpu()
-    return float((left - right).abs().max() / left.abs().max().clamp_min(1e-12))
+    found = float((left - right).abs().max() / left.abs().max().clamp_min(1e-12))
+    return found if math.isfinite(found) else math.inf
 
 
 def refused() -> list[str]:

@@ -31,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_device_does_not_mix_with_the_cpu(found: dict[str, Any]) -> None:
     # Else nothing below could fail.
     assert found["refused"] == ["sum", "index value", "numpy"]
-    assert found["operations"] > 50_000
+    assert found["operations"] > 1000
 
 
 def test_every_command_ends_well(found: dict[str, Any]) -> None:

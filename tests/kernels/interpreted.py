@@ -37,8 +37,11 @@ def on_cuda(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def move(value: Any, device: str) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    found = function(*(move(x, "cuda") for x in args), **{key: move(x, "cuda") for key, x in kwargs.items()})
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        found = function(*(move(x, "cuda") for x in args), **{key: move(x, "cuda") for key, x in kwargs.items()})
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     if isinstance(found, tuple):
         return tuple(move(x, "cpu") for x in found)
     return move(found, "cpu")

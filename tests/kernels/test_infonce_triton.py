@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -311,22 +314,54 @@ def test_chips_before_ampere_have_no_line(monkeypatch: pytest.MonkeyPatch, capab
     assert (_tiles.choose(torch.device("cuda"), torch.bfloat16) is None) == (line == "older")
 
 
-def test_a_machine_that_cannot_launch_kernels_takes_the_other_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def probe_again() -> Iterator[None]:
+    """Forgets, before and after, what was found about this machine's GPU."""
+    forget = importlib.import_module(engines.TRITON).no_launch.cache_clear, engines._warn_of_fallback.cache_clear
+    for each in forget:
+        each()
+    yield
+    for each in forget:
+        each()
+
+
+@pytest.mark.usefixtures("probe_again")
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+            "Failed to find C compiler. Please specify via CC environment variable. "
+            "(a C compiler and Python's headers are needed; CC names one)",
+        ),
+        (
+            subprocess.CalledProcessError(1, "gcc"),
+            "Command 'gcc' returned non-zero exit status 1. "
+            "(a C compiler and Python's headers are needed; CC names one)",
+        ),
+        (AssertionError("libcuda.so cannot found!\nPossible files are ..."), "libcuda.so cannot found!"),
+        (ImportError(), "ImportError"),
+    ],
+    ids=["no compiler", "no headers", "no library", "unnamed"],
+)
+def test_a_machine_that_cannot_launch_kernels_takes_the_other_engine(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, told: str
+) -> None:
     class Driver:
         @property
         def active(self) -> object:
-            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+            raise failure
 
-    engine = importlib.import_module(engines.TRITON)
-    engine.no_launch.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton.runtime, "driver", Driver())
     query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    with pytest.warns(UserWarning, match="slower engine 'tiled': Failed to find C compiler"):
-        assert engines.choose(query) is importlib.import_module(engines.TILED)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="engine 'triton' cannot launch kernels: Failed to find C compiler"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert engines.choose(query) is importlib.import_module(engines.TILED)  # type: ignore[arg-type]
+    assert [str(each.message) for each in caught] == [f"the loss takes the slower engine 'tiled': {told}"]
+    with pytest.raises(ValueError, match=re.escape(f"engine 'triton' cannot launch kernels: {told}; leave engine")):
         engines.choose(query, engine="triton")  # type: ignore[arg-type]
-    engine.no_launch.cache_clear()
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="AMD's library has no mixed products")

@@ -200,6 +200,11 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
     short = local | {"candidate_id": local["candidate_id"][: -1 if rank == 0 else None]}
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**short, temperature=0.1)))
+    unknown = torch.nan if rank == 0 else 0.1
+    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**local, temperature=unknown)))
+    # Neighbours are within the tolerance, the first and the third of three ranks are not.
+    apart = 0.1 * (1 + 0.7e-3 * rank)
+    result["apart"] = refusal(lambda: distributed_infonce_with_grads(**local, temperature=apart))
     differing: dict[str, dict[str, Any]] = {
         "width": {name: local[name][:, : 5 if rank == 0 else 6] for name in ("query", "candidate")},
         "dtype": {

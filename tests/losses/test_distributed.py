@@ -180,6 +180,7 @@ def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, A
         (4, "engine is 'fast'; allowed are"),
         (5, "query has a row of norm nan in torch.float64"),
         (6, "candidate_id is torch.int64 of"),
+        (7, "temperature is nan; allowed are finite numbers above 0"),
     ],
 )
 def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], number: int, message: str) -> None:
@@ -193,7 +194,6 @@ def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], numb
     [
         ("width", "5", "6"),
         ("dtype", "torch.bfloat16", "torch.float64"),
-        ("temperature", "0.2", "0.1"),
         ("ids", "not given", "given"),
         ("margin", "0.1", "None"),
         ("query_negatives", "True", "False"),
@@ -215,6 +215,18 @@ def test_what_differs_between_ranks_is_told_on_every_rank(
     for number, rank in enumerate(ranks[1:], start=1):
         expected = f"{name} is {other} on rank {number} and not on rank 0; all ranks need the same"
         assert rank["differing"][name] == expected
+
+
+def test_temperatures_that_differ_are_told_on_every_rank(ranks: list[dict[str, Any]], world: int) -> None:
+    assert {rank["differing"]["temperature"] for rank in ranks} == {
+        "temperature is 0.1 on rank 1 and 0.2 on rank 0; all ranks need the same"
+    }
+    apart = {rank["apart"] for rank in ranks}
+    assert apart == (
+        {""}
+        if world == 2
+        else {f"temperature is 0.1 on rank 0 and {0.1 * (1 + 1.4e-3)} on rank 2; all ranks need the same"}
+    )
 
 
 def test_the_diagonal_is_of_the_ranks_own_rows(ranks: list[dict[str, Any]], world: int) -> None:

@@ -48,16 +48,20 @@ from mmemb.kernels.problem import Columns, Gradients, Merge, Problem
 
 @functools.cache
 def no_launch() -> str | None:
-    """Why kernels cannot be launched on this machine's GPU; None if they can.
+    """Why kernels cannot be launched on this machine's GPU; None if they can, as far as its driver's start shows.
 
-    Triton compiles its launcher by the machine's C compiler at the first launch, and containers may have none.
+    Triton compiles its driver's part by the machine's C compiler, and containers may have none. Where that part lies in
+    Triton's cache from a time when there was one, a Triton before 3.7 still needs it for each kernel's launcher.
     """
     if interpreted():
         return "its interpreter (TRITON_INTERPRET=1) computes on the CPU"
     try:
         triton.runtime.driver.active.get_current_target()
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        return str(error).strip().split("\n", 1)[0] + " (a C compiler and Python's headers are needed; CC names one)"
+    except Exception as error:  # of a compiler, a loader, or an assertion of Triton's: all leave the other engine
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        if isinstance(error, subprocess.SubprocessError) or "compiler" in reason:
+            reason += " (a C compiler and Python's headers are needed; CC names one)"
+        return reason
     return None
 
 

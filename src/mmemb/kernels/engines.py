@@ -12,6 +12,7 @@ where its ``no_launch() -> str | None`` has a reason.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from importlib import import_module
@@ -46,6 +47,12 @@ def check_name(engine: str | None) -> None:
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(map(repr, ENGINES))} and None, by device")
 
 
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    """Once a process, not once a step."""
+    warnings.warn(f"the loss takes the slower engine 'tiled': {reason}", stacklevel=3)
+
+
 def choose(query: Tensor, *, engine: str | None = None) -> ModuleType:
     """The module that solves problems of such queries.
 
@@ -69,7 +76,7 @@ def choose(query: Tensor, *, engine: str | None = None) -> ModuleType:
         )
     if query.device.type == "cuda" and (reason := triton.no_launch()):
         if engine is None:
-            warnings.warn(f"the loss takes the slower engine 'tiled': {reason}", stacklevel=2)
+            _warn_of_fallback(reason)
             return tiled
         raise ValueError(f"engine 'triton' cannot launch kernels: {reason}; leave engine out to fall back to 'tiled'")
     if triton.supports(query):

@@ -33,6 +33,7 @@ SAME_TEMPERATURE = 1e-3
 class _Form(NamedTuple):
     """What all ranks must have in common, beside the temperature."""
 
+    device: str
     width: int
     dtype: torch.dtype
     ids: str
@@ -211,9 +212,13 @@ def distributed_infonce_with_grads(
             workspace_bytes=workspace_bytes,
             may_be_empty=("query", "candidate"),
         )
-        if query.device.type != device.type:
-            raise ValueError(f"query is on {query.device}, which NCCL does not reach; move it to {device}")
+        if query.device.type not in (reached := _reached()):
+            raise ValueError(f"query is on {query.device}; the process group serves {' and '.join(reached)} alone")
+        value = float(temperature)
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature is {value}; allowed are finite numbers above 0")
         form = _Form(
+            device=query.device.type,
             width=query.shape[1],
             dtype=query.dtype,
             ids="not given" if candidate_id is None else "given",
@@ -231,7 +236,7 @@ def distributed_infonce_with_grads(
         _gathered([1, *[0] * (3 + len(_Form._fields))], device)  # the others wait in `_agree`
         raise
     n = len(query)
-    query_counts, counts = _agree(form, float(temperature), queries=n, candidates=len(candidate), device=device)
+    query_counts, counts = _agree(form, value, queries=n, candidates=len(candidate), device=device)
     if positive is None:
         positive = torch.arange(n, device=query.device)
     offset = sum(counts[: dist.get_rank()])
@@ -261,7 +266,7 @@ def distributed_infonce_with_grads(
             workspace_bytes=workspace_bytes,
             own=range(offset, offset + len(candidate)),
         )
-    except ValueError:
+    except Exception:
         # The others wait for the sum of weights.
         all_sum(torch.full((), torch.nan, dtype=work_dtype(query.dtype), device=query.device))
         raise
@@ -290,10 +295,18 @@ def distributed_infonce_with_grads(
 
 
 def _device_of_group(query: object) -> torch.device:
-    """Where collectives find what they send; of NCCL that is a GPU, wherever the query is."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return query.device if isinstance(query, Tensor) and not query.is_meta else torch.device("cpu")
+    """Where the first collective finds what it sends, alike on all ranks, whatever they were given."""
+    reached = _reached()
+    if "cpu" in reached:
+        return torch.device("cpu")
+    if isinstance(query, Tensor) and query.device.type in reached:
+        return query.device
+    return torch.device(reached[0], torch.accelerator.current_device_index())
+
+
+def _reached() -> list[str]:
+    """The types of the devices that the group's backends serve."""
+    return [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
 
 
 def _gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
@@ -318,20 +331,25 @@ def _agree(
     if any(gave_up):
         raise ValueError(ANOTHER_REFUSED)
     temperatures = [struct.unpack("<d", struct.pack("<q", each))[0] for each in all_bits]
-    same = [math.isclose(each, temperature, rel_tol=SAME_TEMPERATURE) for each in temperatures]
-    _check_same("temperature", temperature, same)
+    low, high = min(temperatures), max(temperatures)
+    if not math.isclose(low, high, rel_tol=SAME_TEMPERATURE):  # of all, so that no rank goes on alone
+        raise ValueError(
+            f"temperature is {low} on rank {temperatures.index(low)} and {high} on rank {temperatures.index(high)}; "
+            "all ranks need the same"
+        )
     for (name, value), own, found in zip(form._asdict().items(), digests, all_digests, strict=True):
-        _check_same(name, value, [digest == own for digest in found])
+        hint = ", such as engine='tiled'" if name == "engine" else ""
+        _check_same(name, value, [digest == own for digest in found], hint)
     return all_queries, all_candidates
 
 
-def _check_same(name: str, value: object, same: list[bool]) -> None:
+def _check_same(name: str, value: object, same: list[bool], hint: str) -> None:
     """``same``: by rank, whether it has this rank's value."""
     others = [str(rank) for rank, equal in enumerate(same) if not equal]
     if others:
         ranks = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
         raise ValueError(
-            f"{name} is {value} on rank {dist.get_rank()} and not on rank {ranks}; all ranks need the same"
+            f"{name} is {value} on rank {dist.get_rank()} and not on rank {ranks}; all ranks need the same{hint}"
         )
 
 
