@@ -120,12 +120,13 @@ class _BothDirections:
             for block in stripes.blocks:
                 block.load(part)
             for level in range(stripes.levels):
+                of_columns = others[level]
                 for chunk in stripes.chunks(part):
                     by_row, by_column = self._logits(level, part, chunk)
                     if self.shared:
                         by_row.exp_()
-                        rows[level, within(part, chunk)] = by_row.sum(1).log_()
-                        others[level] += by_row.sum(0)
+                        torch.sum(by_row, 1, out=rows[level, within(part, chunk)])
+                        of_columns += by_row.sum(0)
                     else:
                         rows[level, within(part, chunk)] = by_row.logsumexp(1)
                         others[level] = torch.logaddexp(others[level], by_column.logsumexp(0))
@@ -133,6 +134,7 @@ class _BothDirections:
                     total, shift = exponentials_(stripes, self.extra, level, part, self.limits)
                     extra[level, part] = total.log() + shift
         if self.shared:
+            rows.log_()
             others.log_()
         if self.extra:
             rows = torch.logaddexp(rows, extra)
@@ -167,8 +169,7 @@ class _BothDirections:
                     if self.shared:
                         if not kept:
                             self.main.logits(level, part, chunk, None).exp_()
-                        torch.mul(wide, column_weights[level], out=second)
-                        torch.addcmul(second, wide, row_weights[level, rows, None], out=wide)
+                        wide.mul_(torch.add(column_weights[level], row_weights[level, rows, None], out=second))
                     else:
                         _, by_column = self._logits(level, part, chunk)
                         torch.sub(by_column, column_sums[level], out=second).exp_().mul_(share)
@@ -217,8 +218,9 @@ def exponentials_(
             for each in logits:
                 each.sub_(top[:, None])
             shift[chunk] = top
+        of_chunk = total[chunk]
         for each in logits:
-            total[chunk] += each.exp_().sum(1)
+            of_chunk += each.exp_().sum(1)
     return total, shift
 
 

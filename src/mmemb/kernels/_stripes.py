@@ -76,7 +76,8 @@ class Block:
         """Multiplies a stripe."""
         rows, count = self.rows(part), part.stop - part.start
         if self.problem.dims is None:
-            torch.mm(rows * self.problem.negative_scale, self.columns.T, out=self.wide[0][:count])
+            logits = torch.mm(rows * self.problem.negative_scale, self.columns.T, out=self.wide[0][:count])
+            logits.scatter_(1, self.none[part, None], -torch.inf)
             return
         previous = None
         for segment, dots in zip(segments(self.problem.dims), self.dots, strict=True):
@@ -99,12 +100,13 @@ class Block:
         if self.row_norms is not None and self.column_norms is not None:
             torch.mul(self.dots[level][chunk], self.column_norms[level], out=logits)
             logits.mul_((self.row_norms[level, rows] * self.problem.negative_scale)[:, None])
+            logits.scatter_(1, self.none[rows, None], -torch.inf)
         if limit is not None:
             leave_out_(logits, over=limit, mask=self.mask)
         if self.ids is not None and self.problem.query_id is not None:
             same = torch.eq(self.problem.query_id[rows, None], self.ids, out=self.mask[: len(logits)])
             logits.masked_fill_(same, -torch.inf)
-        return logits.scatter_(1, self.none[rows, None], -torch.inf)
+        return logits
 
 
 class Stripes:
@@ -150,7 +152,7 @@ class Stripes:
         own = problem.scale.new_empty(self.levels, len(problem.query))
         for part in self.slices():
             positive = problem.positive[part]
-            products = block.rows(part) * block.columns[positive]
+            products = block.columns.index_select(0, positive).mul_(block.rows(part))
             if block.row_norms is None or block.column_norms is None:
                 own[0, part] = products.sum(1)
             else:

@@ -40,23 +40,22 @@ class Sums:
         self.chunk = columns.new_empty(stripes.chunk if levels else 0, widest)
 
     def add(self, part: slice, factors: Sequence[Sequence[Tensor | None]]) -> None:
-        """Adds the stripe in ``wide`` of every block, which is used up.
+        """Adds the stripe in ``wide`` of every block, which is used up; once a part.
 
         Args:
             part: rows of the problem.
             factors: [R] or None, which is 1, by block and level.
         """
-        query = self.candidate.new_zeros(())
         for number, block in enumerate(self.stripes.blocks):
+            out = self.query[part] if number == 0 else None
             if self.problem.dims is None:
-                gradient = self._level(block, part, factors[number][0])
+                gradient = self._level(block, part, factors[number][0], out)
             else:
-                gradient = self._levels(number, part, factors[number], self.problem.dims)
-            if block.index is None:
-                query = gradient if query.ndim == 0 else query.add_(gradient)
-            else:
+                gradient = self._levels(number, part, factors[number], self.problem.dims, out)
+            if block.index is not None:
                 add_rows_(self.candidate, block.index[part], gradient)
-        self.query[part] = query
+            elif number > 0:
+                self.query[part] += gradient
 
     def result(self) -> Gradients:
         """The gradients, as `mmemb.kernels.problem.Gradients` says."""
@@ -76,22 +75,22 @@ class Sums:
         is_peers = self.problem.peers is not None and block.none is self.problem.peers.own
         return self.peers if is_peers and self.peers is not None else self.candidate
 
-    def _level(self, block: Block, part: slice, factor: Tensor | None) -> Tensor:
-        wide = block.wide[0][: part.stop - part.start]
-        rows = block.rows(part) * self.problem.scale
-        product = torch.mm(wide, block.columns)
-        if factor is not None:
-            product.mul_(factor[:, None])
+    def _level(self, block: Block, part: slice, factor: Tensor | None, out: Tensor | None) -> Tensor:
+        wide, rows = block.wide[0][: part.stop - part.start], block.rows(part)
+        weight = self.problem.scale if factor is None else (self.problem.scale * factor)[:, None]
+        product = torch.mm(wide, block.columns, out=out).mul_(weight)
         self.temperature -= torch.linalg.vecdot(product.flatten(), rows.flatten())
-        self._target(block).addmm_(wide.T, rows if factor is None else rows.mul_(factor[:, None]))
-        return product.mul_(self.problem.scale)
+        self._target(block).addmm_(wide.T, rows * weight)
+        return product
 
-    def _levels(self, number: int, part: slice, factors: Sequence[Tensor | None], dims: tuple[int, ...]) -> Tensor:
+    def _levels(
+        self, number: int, part: slice, factors: Sequence[Tensor | None], dims: tuple[int, ...], out: Tensor | None
+    ) -> Tensor:
         block, scale, count = self.stripes.blocks[number], self.problem.scale, part.stop - part.start
         assert block.row_norms is not None
         assert block.column_norms is not None
         rows, target = block.rows(part), self._target(block)
-        gradient = torch.zeros_like(rows)
+        gradient = torch.zeros_like(rows) if out is None else out.zero_()
         corrections = []
         for level in reversed(range(len(dims))):
             norm = block.row_norms[level, part]
