@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 from benchmarks import harness, peers
 from benchmarks.peers import RIVALS, Rival
 from benchmarks.plot import draw
+from mmemb.kernels import release_workspace
 
 FLOOR_ROWS = {"cpu": 2048, "cuda": 4096}
 """Rows of a stripe of the floor; on two cores 2048 was the fastest of 256 ... 8192 at 8192 x 256."""
@@ -139,6 +140,7 @@ class Course:
         call = rival.make(query, candidate, case.symmetric)
         gradients = (query.nbytes + candidate.nbytes) / 1e6
         # The first call at this size warms up and shows the memory; the second shows the pace.
+        release_workspace()
         extra = harness.peak_megabytes(call, device=self.device) - gradients
         products = floor(query, candidate, rows=FLOOR_ROWS[self.device])
         first = {name: harness.timed(run, device=self.device) for name, run in (("floor", products), ("rival", call))}

@@ -12,8 +12,8 @@ overflow, both directions share one exponential: G = E (a_i + b_j).
 The positive is kept out of the sums: loss = log(1 + exp(o - p)) and G at the positive = -sigmoid(o - p), so that small
 losses and gradients keep their relative precision (log-sum-exp minus p would leave only rounding of 1 / temperature).
 
-Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is the workspace, plus a few
-chunks, R x D temporaries and, for inputs of 16 bits, O((N + M) D).
+Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is the workspace, which on the
+CPU stays for the next call, plus a few chunks, R x D temporaries and, for inputs of 16 bits, O((N + M) D).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def one_direction(
                 factors.append(coefficient[part] * (shift - own - loss).exp())
         if sums is not None:
             sums.add(part, [factors] * len(stripes.blocks))
+    stripes.workspace.keep()
     return losses, sums.result() if sums is not None else None
 
 
@@ -79,9 +80,9 @@ def symmetric(
     row_excess, columns = both.log_sums()
     column_excess = torch.stack([c.others[problem.positive] for c in columns]) - stripes.own
     losses = (excess_loss(row_excess) + excess_loss(column_excess)).sum(0) / 2
-    if coefficient is None:
-        return losses, None
-    return losses, both.gradients(row_excess, column_excess, columns, coefficient)
+    gradients = None if coefficient is None else both.gradients(row_excess, column_excess, columns, coefficient)
+    stripes.workspace.keep()
+    return losses, gradients
 
 
 class _BothDirections:
@@ -105,7 +106,8 @@ class _BothDirections:
         if coefficient is not None and self.shared and self.problem.dims is None:
             free = workspace_bytes - stripes.rows * sum(block.bytes_per_row for block in stripes.blocks)
             keep = min(free // (stripes.rows * self.main.bytes_per_row), len(self.parts) - 1)
-            self.buffers += [[torch.empty_like(self.main.wide[0])] for _ in range(keep)]
+            shape = self.main.wide[0].shape
+            self.buffers += [[stripes.workspace.take(self.main.columns, *shape)] for _ in range(keep)]
         self.first_kept = len(self.parts) - len(self.buffers) if self.shared and n else len(self.parts)
 
     def log_sums(self) -> tuple[Tensor, list[Columns]]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mmemb.kernels._workspace import Workspace
 from mmemb.kernels.problem import Problem
 
 CHUNK_BYTES = 2 * 2**20
@@ -59,13 +60,13 @@ class Block:
         buffers = 1 if self.problem.dims is None else 2 * len(self.problem.dims)
         return len(self.columns) * self.columns.element_size() * buffers
 
-    def reserve(self, rows: int, chunk: int) -> None:
-        """Makes the buffers, for stripes of so many rows in chunks of so many."""
-        levels, size = len(self.problem.dims or (0,)), len(self.columns)
-        self.wide = list(self.columns.new_empty(levels, rows, size))
-        self.dots = self.wide if self.problem.dims is None else list(self.columns.new_empty(levels, rows, size))
+    def reserve(self, workspace: Workspace, rows: int, chunk: int) -> None:
+        """Takes the buffers, for stripes of so many rows in chunks of so many."""
+        shape = len(self.problem.dims or (0,)), rows, len(self.columns)
+        self.wide = list(workspace.take(self.columns, *shape))
+        self.dots = self.wide if self.problem.dims is None else list(workspace.take(self.columns, *shape))
         masked = self.ids is not None or self.problem.margin is not None
-        self.mask = self.columns.new_empty(chunk if masked else 0, size, dtype=torch.bool)
+        self.mask = self.columns.new_empty(chunk if masked else 0, shape[-1], dtype=torch.bool)
 
     def rows(self, part: slice) -> Tensor:
         """A's rows [R, D] in the work dtype."""
@@ -118,6 +119,7 @@ class Stripes:
         rows: R.
         chunk: C.
         own: [T, N] the positives' logits p.
+        workspace: the buffers, to be kept once the call has ended.
     """
 
     def __init__(self, problem: Problem, *, most_rows: int, workspace_bytes: int) -> None:
@@ -128,8 +130,9 @@ class Stripes:
         self.rows = max(1, min(most_rows, n, workspace_bytes // sum(block.bytes_per_row for block in self.blocks)))
         widest = max(len(block.columns) for block in self.blocks)
         self.chunk = max(1, min(self.rows, CHUNK_BYTES // (widest * item)))
+        self.workspace = Workspace()
         for block in self.blocks:
-            block.reserve(self.rows, self.chunk)
+            block.reserve(self.workspace, self.rows, self.chunk)
         self.own = self._own()
 
     def slices(self) -> list[slice]:
