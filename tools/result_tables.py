@@ -36,23 +36,21 @@ RIVALS = {
 """Columns of `infonce`, with their heads."""
 
 
-def infonce(path: Path, *, device: str) -> str:
+def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
     """Time over the floor and, in brackets, extra MB, by rival and case, on devices with a text in their name.
 
-    The cases are those in which a peer was measured, float32, one direction first.
+    The cases are those of a dtype in which a peer was measured, one direction first.
     """
-    found = asked.read(path, device=device).newest
-    cases = {
-        (symmetric, n * n * width, n, width)
-        for backend, rival, n, width, dtype, symmetric in found
-        if rival != "mmemb" and (backend, dtype) == ("cpu", "float32")
-    }
+    newest = asked.read(path, device=device).newest
+    found = {key: row for key, row in newest.items() if (key[0], key[4]) == ("cpu", dtype)}
+    cases = {(key[5], key[2] ** 2 * key[3], key[2], key[3]) for key in found if key[1] != "mmemb"}
+    rivals = {rival: head for rival, head in RIVALS.items() if any(key[1] == rival for key in found)}
     lines = []
     for symmetric, _, n, width in sorted(cases):
-        rows = [found.get(("cpu", rival, n, width, "float32", symmetric)) for rival in RIVALS]
+        rows = [found.get(("cpu", rival, n, width, dtype, symmetric)) for rival in rivals]
         cells = ["" if row is None else f"{row['ratio_to_floor']:.2f} ({row['extra_mb']:.0f})" for row in rows]
         lines.append([f"{'symmetric' if symmetric else 'one direction'}, {n} x {width}", *cells])
-    return markdown(["case", *RIVALS.values()], lines)
+    return markdown(["case", *rivals.values()], lines)
 
 
 def infonce_sizes(path: Path, *, device: str) -> str:

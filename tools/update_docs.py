@@ -24,7 +24,10 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "r1": lambda results: r1_tables.section(results / "r1_seeds.json"),
     "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device="Xeon"),
     "infonce-epyc": lambda results: result_tables.infonce(results / "infonce.jsonl", device="EPYC"),
-    "infonce-sizes": lambda results: result_tables.infonce_sizes(results / "infonce.jsonl", device="EPYC"),
+    "infonce-sizes": lambda results: result_tables.infonce_sizes(results / "infonce.jsonl", device="Xeon"),
+    "infonce-bfloat16": lambda results: result_tables.infonce(
+        results / "infonce.jsonl", device="Xeon", dtype="bfloat16"
+    ),
     "claims-xeon": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device="Xeon"),
     "claims-epyc": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device="EPYC"),
     "claims-gpu": lambda results: result_tables.claims(results / "infonce.jsonl", backend="GPU"),

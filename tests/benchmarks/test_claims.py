@@ -77,6 +77,13 @@ def test_gpu_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert line(lines, "fastest peer")[-2:] == ["yet", "-"]
     _, lines = judged(tmp_path, [*rows, peer], capsys)
     assert line(lines, "fastest peer") == ["1", "1.5", "yes"]
+    faster = row(**gpu, rival="inf-cl", ratio_to_floor=1.8, symmetric=True)
+    status, lines = judged(tmp_path, [*rows, peer, faster], capsys)
+    assert line(lines, "fastest peer") == ["1", "0.9", "no"]
+    assert status == 1
+    assert line(lines, "on one card")[-2:] == ["yet", "-"]
+    _, lines = judged(tmp_path, [row(backend="cuda", n=262144, width=2048, dtype="bfloat16")], capsys)
+    assert line(lines, "on one card") == ["runs", "0.1", "yes"]
 
 
 def test_a_missing_file_says_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

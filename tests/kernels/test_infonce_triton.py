@@ -111,9 +111,10 @@ def test_prefixes_of_16_bits_are_not_rounded_again(call: Call, options: frozense
     check(call, shape, temperature, 1e-2, dtype=torch.bfloat16, **arguments(options | {"dims"}, shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one", "both"])
-def test_a_low_temperature_does_not_overflow(call: Call, symmetric: bool) -> None:
-    query = unit_rows(5, 4, torch.float32)
+def test_a_low_temperature_does_not_overflow(call: Call, symmetric: bool, dtype: torch.dtype) -> None:
+    query = unit_rows(5, 4, dtype)
     given = solve(call, query, -query, temperature=1e-3, symmetric=symmetric)
     assert all(bool(value.isfinite().all()) for value in given)
     assert float(given[0]) > 88  # where float32's exp overflows
@@ -244,9 +245,10 @@ def without_queries() -> list[float]:
 
 
 def peak_bytes(symmetric: bool, workspace_bytes: int) -> float:
-    """Most bytes of torch's tensors while a problem of 256 x 512 is solved."""
+    """Most bytes of torch's tensors while a problem of 256 x 512 with ids, a margin and weights is solved."""
     query, candidate = unit_rows(256, 8, torch.bfloat16), unit_rows(512, 8, torch.bfloat16)
     how: dict[str, Any] = {"temperature": 0.05, "engine": "triton", "workspace_bytes": workspace_bytes}
+    how |= arguments({"ids", "margin", "weight"}, (256, 512, 8))
 
     def run() -> None:
         infonce_with_grads(query, candidate, symmetric=symmetric, **how)

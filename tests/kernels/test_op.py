@@ -39,6 +39,20 @@ def test_opcheck(reduction: str, gradients: bool, everything: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_what_the_backward_pass_calls(transposed: bool) -> None:
+    query, candidate, temperature = (leaf.detach() for leaf in leaves())
+    if transposed:
+        query, candidate = query.T.contiguous().T, candidate.T.contiguous().T
+    gradients = torch.randn(5, 4), torch.randn(8, 4), torch.tensor(2.0)
+    chain = torch.ops.mmemb.infonce_chain.default
+    torch.library.opcheck(chain, (torch.tensor(3.0), query, candidate, temperature, *gradients))
+    options = (None, None, None, None, None, True, False, 0.0, None, False, "none", False, None, None)
+    backward = torch.ops.mmemb.infonce_backward.default
+    torch.library.opcheck(backward, (torch.randn(5), query, candidate, temperature, *options))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("reduction", "gradients"), [("mean", True), ("none", False)])
 @pytest.mark.parametrize("query_negatives", [False, True])
 def test_opcheck_of_transposed_embeddings(reduction: str, gradients: bool, query_negatives: bool) -> None:

@@ -228,12 +228,17 @@ def test_an_engine_without_dims_is_called_once_for_each(shortest: float, symmetr
         {"margin": 0.1, "symmetric": True},
         {"dims": [4, 8]},
         {"query_negatives": True, "candidate_negatives": True},
+        {"ids": True, "weight": True, "hardness": 1.0},
+        {"ids": True, "symmetric": True},
     ],
     ids=str,
 )
 def test_memory_is_the_workspace_and_no_matrix(options: dict[str, Any], dtype: torch.dtype) -> None:
     query, candidate = unit_rows(4096, 8, dtype), unit_rows(4096, 8, dtype)
     workspace = 2 * 2**20
+    given = {name for name in ("ids", "weight") if options.get(name)}
+    options = {name: value for name, value in options.items() if name not in given}
+    options |= arguments(given, (4096, 4096, 8))
 
     def run() -> None:
         infonce_with_grads(query, candidate, temperature=0.05, workspace_bytes=workspace, **options)

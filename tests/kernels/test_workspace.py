@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import harness
-from mmemb.kernels import InfoNCEResult, _infonce_tiled, infonce_with_grads, release_workspace
+from mmemb.kernels import InfoNCEResult, _infonce_tiled, _workspace, infonce_with_grads, release_workspace
 from mmemb.kernels._workspace import Workspace
 
-BYTES = 2 * 2**20
+ROWS = 2048
+STRIPES = 2.5
+"""What the workspace holds: the symmetric loss keeps one stripe beside the one it works on, and half of one is left."""
+
+BYTES = int(STRIPES * 4 * ROWS * _infonce_tiled.ROWS)
 
 
 @pytest.fixture(autouse=True)
@@ -25,22 +29,38 @@ def _fresh() -> Iterator[None]:
     release_workspace()
 
 
-def call(seed: int = 0, **options: Any) -> InfoNCEResult:
+def call(seed: int = 0, rows: int = ROWS, workspace: int = BYTES, **options: Any) -> InfoNCEResult:
     generator = torch.Generator().manual_seed(seed)
-    query, candidate = normalize(torch.randn(2, 2048, 8, generator=generator), dim=2)
-    return infonce_with_grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=BYTES, **options)
+    query, candidate = normalize(torch.randn(2, rows, 8, generator=generator), dim=2)
+    return infonce_with_grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=workspace, **options)
 
 
 def taken(**options: Any) -> float:
-    """Bytes that a call allocates at most."""
+    """Bytes that a call allocates at most, less what it frees of former calls."""
     return 1e6 * harness.peak_megabytes(lambda: call(**options), device="cpu")
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"dims": [4, 8]}], ids=str)
-def test_a_second_call_takes_the_buffers_of_the_first(options: dict[str, Any]) -> None:
-    first, second = taken(**options), taken(**options)
-    assert first - second > 0.9 * BYTES
+def kept() -> list[int]:
+    """Bytes of each buffer that this thread keeps."""
+    return [len(buffer) for buffer in _workspace._kept.buffers]
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("options", "buffers"), [({}, 1), ({"symmetric": True}, 2), ({"dims": [4, 8], "symmetric": True}, 2)], ids=str
+)
+def test_a_second_call_takes_the_buffers_of_the_first(options: dict[str, Any], buffers: int) -> None:
+    first = taken(**options)
+    held = addresses(_workspace._kept.buffers)
+    assert len(kept()) == buffers
+    second = taken(**options)
+    assert sorted(addresses(_workspace._kept.buffers)) == sorted(held)
+    assert first - second == pytest.approx(sum(kept()), rel=0.1)
     release_workspace()
+    assert kept() == []
     assert taken(**options) == pytest.approx(first, rel=0.1)
 
 
@@ -48,26 +68,48 @@ def test_a_second_call_takes_the_buffers_of_the_first(options: dict[str, Any]) -
 def test_what_lies_in_the_buffers_changes_nothing_and_results_are_no_part_of_them(options: dict[str, Any]) -> None:
     first = call(**options)
     copies = [each.clone() for each in first]
-    workspace = Workspace()
-    for _ in range(4):  # every buffer that was kept, and further ones
-        workspace.take(first.loss, BYTES // 16).fill_(torch.nan)
-    workspace.keep()
+    assert sum(kept()) > 0
+    for buffer in _workspace._kept.buffers:
+        buffer.fill_(255)  # NaN as a float
     assert all(torch.equal(each, copy) for each, copy in zip(first, copies, strict=True))
     again = call(**options)
     assert all(torch.equal(each, copy) for each, copy in zip(again, copies, strict=True))
 
 
+def test_memory_stays_within_the_workspace_whatever_came_before() -> None:
+    for rows in (ROWS, ROWS + 8, ROWS - 8):
+        held = sum(kept())
+        # At its height a call has its own buffers and never those of other sizes beside them.
+        assert held + taken(rows=rows, symmetric=True) < BYTES + 8 * 2**20
+        assert sum(kept()) <= BYTES
+    call(workspace=2**20)
+    assert sum(kept()) <= 2**20
+
+
+def test_buffers_of_a_larger_workspace_are_freed_before_a_smaller_one_is_used() -> None:
+    like = torch.empty(0)
+    former = Workspace(1000)
+    former.take(like, 100)
+    former.take(like, 50)
+    former.keep()
+    assert kept() == [400, 200]
+    Workspace(600)
+    assert kept() == [400, 200]
+    Workspace(599)
+    assert kept() == []
+
+
 def test_a_buffer_is_lent_once_and_what_a_call_left_is_freed() -> None:
-    like, first = torch.empty(0), Workspace()
+    like, first = torch.empty(0), Workspace(10_000)
     ours = [first.take(like, 100), first.take(like, 3, 200)]
     assert [each.shape for each in ours] == [(100,), (3, 200)]
-    assert Workspace().take(like, 100).data_ptr() not in [each.data_ptr() for each in ours]  # the call goes on
+    assert Workspace(10_000).take(like, 100).data_ptr() not in addresses(ours)  # the call goes on
     first.keep()
-    second = Workspace()
-    assert second.take(like.double(), 50).data_ptr() == ours[0].data_ptr()  # the smallest that holds it
-    assert second.take(like, 601).data_ptr() != ours[1].data_ptr()
+    second = Workspace(10_000)
+    assert second.take(like.double(), 50).data_ptr() == ours[0].data_ptr()
+    assert kept() == [2400]
     second.keep()
-    assert Workspace().take(like, 3, 200).data_ptr() != ours[1].data_ptr()
+    assert kept() == [400]
 
 
 def test_a_call_that_fails_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +121,7 @@ def test_a_call_that_fails_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         patch.setattr(_infonce_tiled, "excess_loss", fail)
         with pytest.raises(MemoryError):
             call()
-    assert taken() > BYTES
+    assert kept() == []
 
 
 def test_buffers_made_in_inference_mode_serve_outside() -> None:
@@ -87,12 +129,33 @@ def test_buffers_made_in_inference_mode_serve_outside() -> None:
     release_workspace()
     with torch.inference_mode():
         call()
+    held = addresses(_workspace._kept.buffers)
     assert all(torch.equal(each, other) for each, other in zip(call(), expected, strict=True))
+    assert addresses(_workspace._kept.buffers) == held
+
+
+def test_buffers_are_where_the_embeddings_are_whatever_the_default_device_is() -> None:
+    expected = call()
+    release_workspace()
+    query, candidate = normalize(torch.randn(2, ROWS, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    with torch.device("meta"):
+        found = infonce_with_grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=BYTES)
+    assert all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
 
 
 def test_threads_have_their_own() -> None:
-    expected = [call(seed) for seed in range(4)]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
-            for found, result in zip(pool.map(call, range(4)), expected, strict=True):
-                assert all(torch.equal(each, other) for each, other in zip(found, result, strict=True))
+    call()
+    held = addresses(_workspace._kept.buffers)
+
+    def elsewhere() -> tuple[list[int], list[int]]:
+        before = kept()
+        call()
+        there = addresses(_workspace._kept.buffers)
+        release_workspace()
+        return before, there
+
+    with ThreadPoolExecutor(1) as pool:
+        before, there = pool.submit(elsewhere).result()
+    assert before == []
+    assert not set(there) & set(held)
+    assert addresses(_workspace._kept.buffers) == held

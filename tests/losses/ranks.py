@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -178,6 +181,9 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
         given = lone if rank == 0 else local
         grads = distributed_infonce_with_grads(**given, temperature=0.1, symmetric=symmetric)
         result[f"lone {symmetric}"] = list(grads)
+        bare = {name: value[:0] for name, value in local.items()} if rank == 0 else local
+        grads = distributed_infonce_with_grads(**bare, temperature=0.1, symmetric=symmetric)
+        result[f"bare {symmetric}"] = list(grads)
     unweighted = local | {"weight": local["weight"] * float(rank > 0)}
     result["unweighted"] = list(distributed_infonce_with_grads(**unweighted, temperature=0.1))
     wrong = [local | {"weight": local["weight"] * 0}, local | {"positive": local["positive"] + 9}]
@@ -202,6 +208,8 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**short, temperature=0.1)))
     unknown = torch.nan if rank == 0 else 0.1
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**local, temperature=unknown)))
+    nowhere = {name: value.to("meta") for name, value in local.items()} if rank == 0 else local
+    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1)))
     # Neighbours are within the tolerance, the first and the third of three ranks are not.
     apart = 0.1 * (1 + 0.7e-3 * rank)
     result["apart"] = refusal(lambda: distributed_infonce_with_grads(**local, temperature=apart))
@@ -225,6 +233,10 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
         name: refusal(lambda given=given: distributed_infonce_with_grads(**{**local, "temperature": 0.1, **given}))  # type: ignore[misc]
         for name, given in differing.items()
     }
+    other = SimpleNamespace(__name__="mmemb.kernels._infonce_triton")
+    with patch("mmemb.losses.distributed.choose", lambda *_, **__: other) if rank == 0 else nullcontext():
+        call = partial(distributed_infonce_with_grads, **local, temperature=0.1)
+        result["differing"]["engine"] = refusal(call)
     own: dict[str, Any] = {"temperature": 0.1 * (1 + 1e-15), "grad_dtype": torch.float32, "workspace_bytes": 1000}
     given = {**local, "positive": None, "weight": None, **own} if rank == 0 else {**local, "temperature": 0.1}
     result["own"] = list(distributed_infonce_with_grads(**given))

@@ -136,12 +136,18 @@ def test_16_bit_gradients_are_summed_over_ranks_in_float32_and_rounded_once(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_rank_may_have_no_queries(ranks: list[dict[str, Any]], world: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("name", ["lone", "bare"])
+def test_a_rank_may_have_no_queries_or_nothing(
+    ranks: list[dict[str, Any]], world: int, name: str, symmetric: bool
+) -> None:
     values = joined_positive(batch(world), world)
-    first = QUERIES[world][0]
-    kept = {name: value if name.startswith("candidate") else value[first:] for name, value in values.items()}
+    first = {"query": QUERIES[world][0], "candidate": CANDIDATES[world][0] if name == "bare" else 0}
+    kept = {
+        key: value[first["candidate" if key.startswith("candidate") else "query"] :] for key, value in values.items()
+    }
+    kept["positive"] = kept["positive"] - first["candidate"]
     expected = infonce_with_grads(**kept, temperature=0.1, symmetric=symmetric)
-    loss, query, candidate, _ = by_field(ranks, f"lone {symmetric}")
+    loss, query, candidate, _ = by_field(ranks, f"{name} {symmetric}")
     for value in loss:
         torch.testing.assert_close(value, expected.loss)
     assert len(query[0]) == 0
@@ -181,6 +187,7 @@ def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, A
         (5, "query has a row of norm nan in torch.float64"),
         (6, "candidate_id is torch.int64 of"),
         (7, "temperature is nan; allowed are finite numbers above 0"),
+        (8, "query is on meta; the process group serves cpu and cuda alone"),
     ],
 )
 def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], number: int, message: str) -> None:
@@ -203,17 +210,19 @@ def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], numb
         ("averaged", "True", "False"),
         ("dims", "[2, 6]", "[3, 6]"),
         ("gather_dtype", "torch.bfloat16", "None"),
+        ("engine", "triton", "tiled"),
     ],
 )
 def test_what_differs_between_ranks_is_told_on_every_rank(
     ranks: list[dict[str, Any]], world: int, name: str, first: str, other: str
 ) -> None:
     rest = ", ".join(map(str, range(1, world)))
+    hint = ", such as engine='tiled'" if name == "engine" else ""
     assert ranks[0]["differing"][name] == (
-        f"{name} is {first} on rank 0 and not on rank {rest}; all ranks need the same"
+        f"{name} is {first} on rank 0 and not on rank {rest}; all ranks need the same{hint}"
     )
     for number, rank in enumerate(ranks[1:], start=1):
-        expected = f"{name} is {other} on rank {number} and not on rank 0; all ranks need the same"
+        expected = f"{name} is {other} on rank {number} and not on rank 0; all ranks need the same{hint}"
         assert rank["differing"][name] == expected
 
 

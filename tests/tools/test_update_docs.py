@@ -165,8 +165,14 @@ def test_a_devices_table_has_only_its_rows(tmp_path: Path) -> None:
     smaller = {**row, "n": 2048, "rival": "naive", "ratio_to_floor": 2.0}
     rivals = write(tmp_path / "rivals.jsonl", row, {**row, "rival": "naive"}, {**row, "n": 4096}, smaller)
     assert result_tables.infonce(rivals, device="fast").splitlines()[2:] == [
-        "| one direction, 2048 x 256 |  | 2.00 (36) |  |  |  |",
-        "| one direction, 8192 x 256 | 1.25 (36) | 1.25 (36) |  |  |  |",
+        "| one direction, 2048 x 256 |  | 2.00 (36) |",
+        "| one direction, 8192 x 256 | 1.25 (36) | 1.25 (36) |",
+    ]
+    half = write(tmp_path / "half.jsonl", row, {**row, "rival": "naive", "dtype": "bfloat16"})
+    assert result_tables.infonce(half, device="fast", dtype="bfloat16").splitlines() == [
+        "| case | naive |",
+        "| --- | --- |",
+        "| one direction, 8192 x 256 | 1.25 (36) |",
     ]
     wide = {**row, "n": 2048, "width": 1024, "symmetric": True, "device": "slow"}
     others = [{**wide, "rival": "naive"}, {**wide, "dtype": "bfloat16"}]

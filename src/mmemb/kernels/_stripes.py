@@ -74,7 +74,7 @@ class Block:
         return rows.to(self.problem.work_dtype)
 
     def load(self, part: slice) -> None:
-        """Multiplies a stripe."""
+        """Multiplies a stripe; without ``dims`` the positives are -inf at once, which `logits` builds on."""
         rows, count = self.rows(part), part.stop - part.start
         if self.problem.dims is None:
             logits = torch.mm(rows * self.problem.negative_scale, self.columns.T, out=self.wide[0][:count])
@@ -130,7 +130,7 @@ class Stripes:
         self.rows = max(1, min(most_rows, n, workspace_bytes // sum(block.bytes_per_row for block in self.blocks)))
         widest = max(len(block.columns) for block in self.blocks)
         self.chunk = max(1, min(self.rows, CHUNK_BYTES // (widest * item)))
-        self.workspace = Workspace()
+        self.workspace = Workspace(workspace_bytes)
         for block in self.blocks:
             block.reserve(self.workspace, self.rows, self.chunk)
         self.own = self._own()

@@ -118,7 +118,7 @@ def as_temperature(temperature: Tensor | float) -> Tensor:
         return temperature
     if not _is_number(temperature):
         raise ValueError(f"temperature is a {type(temperature).__name__}; allowed is a number or a tensor of one")
-    return torch.tensor(float(temperature), dtype=torch.float64)
+    return torch.tensor(float(temperature), dtype=torch.float64, device="cpu")
 
 
 def check_choices(*, dtypes: Mapping[str, torch.dtype | None] | None = None, **flags: bool) -> None:
@@ -235,8 +235,11 @@ def prepare(
         bound = max(bound, scale_value * lengths.get("query", 0.0) * lengths.get("peers", 0.0))
     if candidate_negatives:
         bound = max(bound, scale_value * lengths["candidate"] ** 2)
-    if bound > torch.finfo(work).max / 4:
-        raise ValueError(f"logits may reach {bound:.3g}; query, candidate or 1 / temperature is too large for {work}")
+    most = torch.finfo(work).max / 4
+    if bound > most:
+        raise ValueError(
+            f"logits may reach {bound:.3g}, by the longest rows over the temperature; allowed are {most:.3g} in {work}"
+        )
     return replace(problem, bound=bound), weight
 
 
@@ -278,7 +281,8 @@ def _check_values(
     for name in ("query", "candidate", "peers"):
         if not values.get(name, 0.0) < math.inf:
             raise ValueError(
-                f"{name} has a row of norm {values[name]} in {work}; its values are not finite or too large"
+                f"{name} has a row of norm {values[name]} in {work}; allowed are finite values, and finite sums of "
+                "their squares"
             )
     if not 0 < values["scale"] < math.inf:
         raise ValueError(

@@ -135,7 +135,7 @@ def distributed_infonce_with_grads(
     Args:
         query: [n, D] this rank's queries; a rank may have none.
         candidate: [m, D] this rank's candidates; a rank may have none.
-        temperature: equal on all ranks.
+        temperature: the same on all ranks, up to `SAME_TEMPERATURE`.
         positive: [n] int64, rows of this rank's ``candidate``; default the diagonal.
         query_id: [n] int64, comparable across ranks.
         candidate_id: [m] int64.
@@ -164,8 +164,9 @@ def distributed_infonce_with_grads(
 
     Raises:
         ValueError: as `mmemb.kernels.infonce`. What is wrong with the input of one rank is told there; the others say
-            that a rank refused its own. Or widths, dtypes, temperatures, engines or options differ between ranks; every
-            rank names the first that does.
+            that a rank refused its own. Or device types, widths, dtypes, temperatures, engines or options differ
+            between ranks; every rank names the first that does. A rank that fails later, out of memory say, leaves the
+            others to the group's timeout.
     """
     if world_size() == 1:
         check_choices(dtypes={"gather_dtype": gather_dtype}, averaged=averaged)
@@ -295,7 +296,10 @@ def distributed_infonce_with_grads(
 
 
 def _device_of_group(query: object) -> torch.device:
-    """Where the first collective finds what it sends, alike on all ranks, whatever they were given."""
+    """Where the first collective finds what it sends: on all ranks the CPU, or on all a device of one type.
+
+    Of several such devices it is the query's; a rank whose query is elsewhere takes its current device.
+    """
     reached = _reached()
     if "cpu" in reached:
         return torch.device("cpu")
