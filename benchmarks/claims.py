@@ -11,6 +11,7 @@ a bound that was measured does not hold.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Claim:
     Attributes:
         text: what the number is.
         bound: the most it may be, or the least; None if it is enough that it could be measured.
-        least: the bound is the least.
+        least: the bound is the least; without effect where there is none.
         value: the number; raises KeyError where a row it needs was not measured.
     """
 
@@ -103,16 +104,15 @@ def _both_to_one(results: Results) -> float:
 
 
 def _fastest_peer(results: Results) -> float:
-    """Over every case of the newest run on a GPU that measured a peer beside ours."""
-    for rows in results.runs:
-        ratios = [
-            row["ratio_to_floor"] / rows[ours]["ratio_to_floor"]
-            for (backend, rival, *case), row in rows.items()
-            if backend == "cuda" and rival != "mmemb" and (ours := (backend, "mmemb", *case)) in rows
-        ]
-        if ratios:
-            return min(ratios)
-    raise KeyError("no peer was measured beside ours")
+    """Over every case that a run on a GPU measured with a peer beside ours, by the newest such run of each peer."""
+    ratios = []
+    for peer in results.newest:
+        if peer[0] == "cuda" and peer[1] != "mmemb":
+            with contextlib.suppress(KeyError):
+                ratios.append(results.ratio(peer, (peer[0], "mmemb", *peer[2:])))
+    if not ratios:
+        raise KeyError("no peer was measured beside ours")
+    return min(ratios)
 
 
 SMALL, LARGE = ("cpu", 8192, 256, "float32"), ("cuda", 262144, 2048, "bfloat16")
@@ -135,7 +135,7 @@ CLAIMS = (
     ),
     Claim("GPU, one direction, 32768 x 1024 bfloat16: share of the matmul rate, 8U", 0.7, True, _matmul_share),
     Claim("GPU, 32768 x 1024 bfloat16: symmetric / one direction", 1.5, False, _both_to_one),
-    Claim("GPU, every case of a run: fastest peer / ours", 1, True, _fastest_peer),
+    Claim("GPU, every case measured beside peers: fastest peer / ours", 1, True, _fastest_peer),
     Claim(
         "GPU, one direction, 262144 x 2048 bfloat16 on one card: TFLOP/s", None, True, _column("tflops", *LARGE, False)
     ),
@@ -143,7 +143,7 @@ CLAIMS = (
 
 
 def read(path: Path, *, device: str = "") -> Results:
-    """The measured rows of a results file, on devices whose name holds a text.
+    """The measured rows of a results file: of the device of that name, or else of all whose name holds the text.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -154,7 +154,8 @@ def read(path: Path, *, device: str = "") -> Results:
     newest: Rows = {}
     runs: dict[tuple[Any, ...], Rows] = {}
     every = harness.read(path)
-    rows = [row for row in every if device in row["device"]]
+    # A name that is whole is that device's, though another's may begin with it.
+    rows = [row for row in every if row["device"] == device] or [row for row in every if device in row["device"]]
     if every and not rows:
         known = ", ".join(sorted({row["device"] for row in every}))
         raise ValueError(f"--device {device}: {path} has rows of {known}")
@@ -175,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
     )
-    parser.add_argument("--device", default="", metavar="TEXT", help="only rows of devices with this in their name")
+    parser.add_argument(
+        "--device", default="", metavar="TEXT", help="only rows of the device of this name, or with it in the name"
+    )
     options = parser.parse_args(argv)
     try:
         results = read(options.results, device=options.device)

@@ -40,10 +40,15 @@ def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
     """Time over the floor and, in brackets, extra MB, by rival and case, on devices with a text in their name.
 
     The cases are those of a dtype in which a peer was measured, one direction first.
+
+    Raises:
+        ValueError: there is none.
     """
     newest = asked.read(path, device=device).newest
     found = {key: row for key, row in newest.items() if (key[0], key[4]) == ("cpu", dtype)}
     cases = {(key[5], key[2] ** 2 * key[3], key[2], key[3]) for key in found if key[1] != "mmemb"}
+    if not cases:
+        raise ValueError(f"{path} has no peer in {dtype} on {device}")
     rivals = {rival: head for rival, head in RIVALS.items() if any(key[1] == rival for key in found)}
     lines = []
     for symmetric, _, n, width in sorted(cases):

@@ -20,15 +20,16 @@ from tools import r1_tables, result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+XEON = "Intel(R) Xeon(R) Processor"
+"""The whole name of one machine: another's goes on with its clock."""
+
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "r1": lambda results: r1_tables.section(results / "r1_seeds.json"),
-    "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device="Xeon"),
+    "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device=XEON),
     "infonce-epyc": lambda results: result_tables.infonce(results / "infonce.jsonl", device="EPYC"),
-    "infonce-sizes": lambda results: result_tables.infonce_sizes(results / "infonce.jsonl", device="Xeon"),
-    "infonce-bfloat16": lambda results: result_tables.infonce(
-        results / "infonce.jsonl", device="Xeon", dtype="bfloat16"
-    ),
-    "claims-xeon": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device="Xeon"),
+    "infonce-sizes": lambda results: result_tables.infonce_sizes(results / "infonce.jsonl", device=XEON),
+    "infonce-bfloat16": lambda results: result_tables.infonce(results / "infonce.jsonl", device=XEON, dtype="bfloat16"),
+    "claims-xeon": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device=XEON),
     "claims-epyc": lambda results: result_tables.claims(results / "infonce.jsonl", backend="CPU", device="EPYC"),
     "claims-gpu": lambda results: result_tables.claims(results / "infonce.jsonl", backend="GPU"),
     "generate": lambda results: result_tables.generate(results / "generate.jsonl"),

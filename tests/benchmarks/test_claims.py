@@ -81,6 +81,9 @@ def test_gpu_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = judged(tmp_path, [*rows, peer, faster], capsys)
     assert line(lines, "fastest peer") == ["1", "0.9", "no"]
     assert status == 1
+    won = [row(**gpu, ratio_to_floor=1.5, run="new"), {**peer, "run": "new"}]
+    _, lines = judged(tmp_path, [*rows, peer, faster, *won], capsys)
+    assert line(lines, "fastest peer") == ["1", "0.9", "no"]  # one case again does not hide another
     assert line(lines, "on one card")[-2:] == ["yet", "-"]
     _, lines = judged(tmp_path, [row(backend="cuda", n=262144, width=2048, dtype="bfloat16")], capsys)
     assert line(lines, "on one card") == ["runs", "0.1", "yes"]
@@ -95,6 +98,11 @@ def test_a_missing_file_says_what_writes_it(tmp_path: Path, capsys: pytest.Captu
 def test_rows_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "infonce.jsonl"
     rows = [row(device="old machine", ratio_to_floor=2.0), row(device="new machine")]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    longer = [row(device="new machine at 3 GHz", ratio_to_floor=3.0)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows + longer), encoding="utf-8")
+    assert claims.main([str(path), "--device", "new machine"]) == 0
+    assert claims.main([str(path), "--device", "machine at"]) == 1
     path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
     assert claims.main([str(path), "--device", "old"]) == 1
     assert claims.main([str(path), "--device", "new"]) == 0

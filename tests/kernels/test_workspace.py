@@ -79,7 +79,7 @@ def test_what_lies_in_the_buffers_changes_nothing_and_results_are_no_part_of_the
 def test_memory_stays_within_the_workspace_whatever_came_before() -> None:
     for rows in (ROWS, ROWS + 8, ROWS - 8):
         held = sum(kept())
-        # At its height a call has its own buffers and never those of other sizes beside them.
+        # What is kept and what the call has taken are together at most the workspace.
         assert held + taken(rows=rows, symmetric=True) < BYTES + 8 * 2**20
         assert sum(kept()) <= BYTES
     call(workspace=2**20)
@@ -134,12 +134,18 @@ def test_buffers_made_in_inference_mode_serve_outside() -> None:
     assert addresses(_workspace._kept.buffers) == held
 
 
-def test_buffers_are_where_the_embeddings_are_whatever_the_default_device_is() -> None:
-    expected = call()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"symmetric": True, "margin": 0.1}, {"dims": [4, 8], "query_negatives": True, "candidate_negatives": True}],
+    ids=str,
+)
+def test_buffers_are_where_the_embeddings_are_whatever_the_default_device_is(options: dict[str, Any]) -> None:
+    expected = call(**options)
     release_workspace()
     query, candidate = normalize(torch.randn(2, ROWS, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    how: dict[str, Any] = {"temperature": 0.05, "engine": "tiled", "workspace_bytes": BYTES}
     with torch.device("meta"):
-        found = infonce_with_grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=BYTES)
+        found = infonce_with_grads(query, candidate, **how, **options)
     assert all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
 
 

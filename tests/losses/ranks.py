@@ -145,6 +145,20 @@ def plain_gradients(world: int) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
+def plain_step(world: int) -> dict[str, Tensor]:
+    """The gradients of one process, every rank's rows through the same layers."""
+    whole = Whole()
+    x, y = batch(world)["query"], batch(world)["candidate"][:8]
+    reference.infonce(whole(x), whole(y), temperature=whole.loss.temperature).backward()
+    return {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(given: dict[str, Tensor], expected: dict[str, Tensor], factor: int = 1) -> None:
+    assert given.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name], factor * value, rtol=1e-6, atol=1e-9)
+
+
 def refusal(call: Callable[[], object]) -> str:
     """What a call that must fail says."""
     try:
@@ -209,7 +223,7 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     unknown = torch.nan if rank == 0 else 0.1
     result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**local, temperature=unknown)))
     nowhere = {name: value.to("meta") for name, value in local.items()} if rank == 0 else local
-    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1)))
+    result["nowhere"] = refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1))
     # Neighbours are within the tolerance, the first and the third of three ranks are not.
     apart = 0.1 * (1 + 0.7e-3 * rank)
     result["apart"] = refusal(lambda: distributed_infonce_with_grads(**local, temperature=apart))
@@ -237,6 +251,8 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     with patch("mmemb.losses.distributed.choose", lambda *_, **__: other) if rank == 0 else nullcontext():
         call = partial(distributed_infonce_with_grads, **local, temperature=0.1)
         result["differing"]["engine"] = refusal(call)
+    with patch("mmemb.losses.distributed._reached", lambda: [device.partition(":")[0], "meta"]):
+        result["differing"]["device"] = refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1))
     own: dict[str, Any] = {"temperature": 0.1 * (1 + 1e-15), "grad_dtype": torch.float32, "workspace_bytes": 1000}
     given = {**local, "positive": None, "weight": None, **own} if rank == 0 else {**local, "temperature": 0.1}
     result["own"] = list(distributed_infonce_with_grads(**given))

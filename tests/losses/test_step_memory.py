@@ -13,7 +13,7 @@ from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
 def test_memory_of_a_step_grows_by_embeddings_alone() -> None:
     width, count_of = 64, (8, 32)
     contrast = InfoNCE(temperature=0.1, workspace_mib=1)
-    encode = nn.Sequential(nn.Linear(6, 512), nn.Tanh(), nn.Linear(512, width))
+    encode = nn.Sequential(nn.Linear(6, 4096), nn.Tanh(), nn.Linear(4096, width))
 
     def peak(count: int) -> float:
         x, y = torch.randn(2, 64 * count, 6)
@@ -27,6 +27,7 @@ def test_memory_of_a_step_grows_by_embeddings_alone() -> None:
             gradients = {"query": found.query_grad, "target": found.candidate_grad}
             return CachedLoss(found.loss, gradients, contrast.temperature_term(found))
 
+        cached_step(chunks[:1], forward, loss)  # makes the parameters' gradients
         release_workspace()
         return 1e6 * harness.peak_megabytes(lambda: cached_step(chunks, forward, loss), device="cpu")
 

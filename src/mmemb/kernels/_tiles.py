@@ -49,6 +49,7 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("sm_90", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
     ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 4, descriptors=True, precision="tf32x3"),
     ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
+    # In one part: in more, the gradient or a plain call's sums spill.
     ("sm_100", 4): Tiles(128, 64, 32, 8, 3, descriptors=True, precision="tf32x3"),
     # Not compiled by the tests: no report of registers was looked at.
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),

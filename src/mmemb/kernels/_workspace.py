@@ -25,7 +25,7 @@ _kept = _Kept()
 
 
 class Workspace:
-    """The buffers of one call, with those that are kept at most ``most_bytes`` if the call takes no more."""
+    """The buffers of one call; with those that are still kept at most ``most_bytes``, unless it takes more itself."""
 
     def __init__(self, most_bytes: int) -> None:
         self._taken: list[Tensor] = []

@@ -238,7 +238,8 @@ def prepare(
     most = torch.finfo(work).max / 4
     if bound > most:
         raise ValueError(
-            f"logits may reach {bound:.3g}, by the longest rows over the temperature; allowed are {most:.3g} in {work}"
+            f"logits may reach {bound:.3g}, the longest rows' lengths times 1 / temperature + hardness; "
+            f"allowed are {most:.3g} in {work}"
         )
     return replace(problem, bound=bound), weight
 

@@ -165,8 +165,8 @@ def distributed_infonce_with_grads(
     Raises:
         ValueError: as `mmemb.kernels.infonce`. What is wrong with the input of one rank is told there; the others say
             that a rank refused its own. Or device types, widths, dtypes, temperatures, engines or options differ
-            between ranks; every rank names the first that does. A rank that fails later, out of memory say, leaves the
-            others to the group's timeout.
+            between ranks; every rank names the first that does. A rank that fails later, in a collective or in the
+            engine, may leave the others waiting for the group's timeout.
     """
     if world_size() == 1:
         check_choices(dtypes={"gather_dtype": gather_dtype}, averaged=averaged)
@@ -296,9 +296,9 @@ def distributed_infonce_with_grads(
 
 
 def _device_of_group(query: object) -> torch.device:
-    """Where the first collective finds what it sends: on all ranks the CPU, or on all a device of one type.
+    """Where the first collective finds what it sends: the CPU, if the group serves it, else the query's device.
 
-    Of several such devices it is the query's; a rank whose query is elsewhere takes its current device.
+    A rank whose query the group does not serve takes its current device of the first type that it does.
     """
     reached = _reached()
     if "cpu" in reached:
