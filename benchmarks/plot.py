@@ -1,8 +1,8 @@
 """The picture of `benchmarks.infonce`: throughput and memory against N.
 
-    python -m benchmarks.plot [results/infonce.jsonl]
+    python -m benchmarks.plot [results/infonce.jsonl] [--device NAME]
 
-draws it again from the rows there are, of the device with most of them.
+draws it again from the rows there are.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
     )
-    print(f"drawn to {draw(parser.parse_args(argv).results)}")
+    parser.add_argument("--device", metavar="NAME", help="whose rows (default: that with most of them)")
+    options = parser.parse_args(argv)
+    known = sorted({row["device"] for row in read(options.results)})
+    if options.device not in (None, *known):
+        parser.error(f"--device {options.device}: {options.results} has rows of {', '.join(known)}")
+    print(f"drawn to {draw(options.results, device=options.device)}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ def test_no_text_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
     plot.main([str(path)])
     assert capsys.readouterr().out == f"drawn to {tmp_path / 'infonce.png'}\n"
+    with pytest.raises(SystemExit):
+        plot.main([str(path), "--device", "phone"])
+    assert f"--device phone: {path} has rows of {long['device']}" in " ".join(capsys.readouterr().err.split())
+    plot.main([str(path), "--device", long["device"]])
     with Image.open(tmp_path / "infonce.png") as picture:
         grey = picture.convert("L")
     width, height = grey.size
