@@ -147,6 +147,9 @@ def test_buffers_are_where_the_embeddings_are_whatever_the_default_device_is(opt
     with torch.device("meta"):
         found = infonce_with_grads(query, candidate, **how, **options)
     assert all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
+    like = torch.empty(0)
+    with torch.device("meta"):
+        assert Workspace(4).take(like, 1).device == like.device
 
 
 def test_threads_have_their_own() -> None:
