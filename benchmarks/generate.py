@@ -25,7 +25,7 @@ from benchmarks import harness
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.workers.model import ModelWorker
 from mmemb.data.bundled import load_pairs
-from mmemb.stages.generate import generate
+from mmemb.rationales.generate import generate
 from mmemb.types import END_THINK, THINK, Pair
 
 _TASKS = ("name", "fact", "flagattr", "left1")

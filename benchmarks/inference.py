@@ -31,9 +31,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from benchmarks import harness
 from mmemb.data.bundled import evaluation_tasks
-from mmemb.inference.continuation import COMPACT_SHARE
-from mmemb.inference.decode import Paths, length_order, pool_last, prefill
+from mmemb.inference.adaptive import Paths, length_order, pool_last, prefill
 from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.inference.token_loop import COMPACT_SHARE
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.registry import create
 from mmemb.types import EMB, END_THINK, THINK, Item

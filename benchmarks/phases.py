@@ -21,9 +21,9 @@ from benchmarks import harness
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.bundled import evaluation_tasks, load_pairs
-from mmemb.stages.control import Control
-from mmemb.stages.joint import Joint
-from mmemb.stages.objective import Engine, Objective, Parts
+from mmemb.training.control.objective import Control
+from mmemb.training.joint.objective import Joint
+from mmemb.training.objective import Engine, Objective, Parts
 from mmemb.types import Pair, Rationale
 
 LAST = 9

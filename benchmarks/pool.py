@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks import harness
-from mmemb.data.pool import RationalePool
-from mmemb.data.pool_files import (
+from mmemb.rationales.pool import RationalePool
+from mmemb.rationales.storage import (
     CANDIDATE_SCHEMA,
     Manifest,
     candidates_shard,

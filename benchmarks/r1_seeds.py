@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from mmemb.digests import digest
+from mmemb.common.digests import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "r1.yaml"

@@ -29,12 +29,12 @@ from mmemb.components.evaluators.plausible import PlausibleEvaluator
 from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.bundled import load_pairs
-from mmemb.data.pool import RationalePool
-from mmemb.inference import shared as inference
-from mmemb.inference.decode import length_order
+from mmemb.inference import shared_prompts as inference
+from mmemb.inference.adaptive import length_order
 from mmemb.inference.encoder import evaluating
-from mmemb.inference.shared import left_padded
+from mmemb.inference.shared_prompts import left_padded
 from mmemb.interfaces import Backbone, Evaluator
+from mmemb.rationales.pool import RationalePool
 from mmemb.types import Item, ModelInputs, Pair
 
 _TASKS = ("name", "flagattr", "left1", "findscene")
@@ -69,7 +69,7 @@ def rows_of(pairs: Sequence[Pair], *, most: int) -> tuple[list[Pair], list[str |
 def plain_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """As `mmemb.inference.shared.continuation_states`, by one pass over prompt and continuation for every row."""
+    """As `mmemb.inference.shared_prompts.continuation_states`, one pass over prompt and continuation per row."""
     order = length_order(items)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

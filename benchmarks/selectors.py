@@ -36,13 +36,14 @@ import yaml
 
 from benchmarks import r1_seeds
 from benchmarks.harness import environment, parser, table
-from mmemb.data.gains import surviving
-from mmemb.data.pool import RationalePool
-from mmemb.data.records import Source, read_pairs
-from mmemb.digests import digest
+from mmemb.common.digests import digest
+from mmemb.data.pairs import read_pairs
+from mmemb.data.sources import Source
 from mmemb.interfaces import Selector
+from mmemb.rationales.choose import choose
+from mmemb.rationales.gains import surviving
+from mmemb.rationales.pool import RationalePool
 from mmemb.registry import create, resolve
-from mmemb.stages.select import choose
 from mmemb.types import Pair
 
 SELECTORS = ("none", "random", "counterfactual", "best_of", "oracle")

@@ -29,7 +29,8 @@ from benchmarks import harness
 from benchmarks.peers import TEMPERATURE, full_matrix
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.poolers.embed_token import EmbedToken
-from mmemb.data.records import Source, read_pairs
+from mmemb.data.pairs import read_pairs
+from mmemb.data.sources import Source
 from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
 from mmemb.types import ModelInputs
 

@@ -24,13 +24,13 @@ if _AT_ONCE > 1:  # tests side by side share the cores, or their threads wait fo
 _HERE = Path(__file__).resolve().parent
 _LONG = (
     "integration/test_bad_input.py",
-    "test_docs.py",
-    "kernels/test_infonce_triton.py",
+    "docs/test_docs.py",
+    "unit/kernels/test_infonce_triton.py",
     "integration/test_resume.py",
-    "stages/test_refresh.py",
+    "unit/training/test_refresh.py",
     "integration/test_commands.py",
     "commands/test_rationales.py",
-    "stages/test_control.py",
+    "unit/training/test_control.py",
 )
 """Files that take a minute and more, the longest first. They begin first, so that no process is left with one of them
 at the end, and coverage is not taken of them: tracing doubles their time, and others reach most of their lines.

@@ -85,7 +85,7 @@ def run(function: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> An
         RuntimeError: it mixes the device with the CPU where a GPU would refuse that.
     """
     if function.namespace == "mmemb":  # an operator of ours: what it is made of is looked at
-        from mmemb.kernels import op
+        from mmemb.kernels import operator as op
 
         return getattr(op, f"{function._opname}_op")._init_fn(*arguments, **named)
     operations[0] += 1

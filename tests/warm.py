@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ("torch", "lightning", "transformers", "mmemb.cli", "mmemb.stages.module", "mmemb.inference")
+PRELOADED = ("torch", "lightning", "transformers", "mmemb.commands.train", "mmemb.training.module", "mmemb.inference")
 
 # A caller: any `python -c`, `python -m` or `mmemb` on the path that `commands` gives.
 CALLER = """#!{python} -SE

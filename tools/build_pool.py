@@ -18,8 +18,8 @@ from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
 from mmemb.data.bundled import load_pairs
-from mmemb.stages.generate import generate
-from mmemb.stages.select import score
+from mmemb.rationales.generate import generate
+from mmemb.rationales.score import score
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src" / "mmemb" / "data" / "bundled" / "pool.parquet"

@@ -28,7 +28,7 @@ import yaml
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.data.bundled import is_right, probe_samples
 from mmemb.data.bundled.pretraining import WEIGHTS
-from mmemb.inference.decode import sample
+from mmemb.inference.adaptive import sample
 from mmemb.types import Pair
 from tools.build_tiny import FOLDER, pack, write_aside
 

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mmemb.digests import digest
+from mmemb.common.digests import digest
 from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import Item, ModelInputs
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mmemb.digests import module_digest
-from mmemb.inference.shared import last_states
+from mmemb.common.digests import module_digest
+from mmemb.inference.shared_prompts import last_states
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.types import Item, Pair, Text
 

@@ -10,9 +10,9 @@ import random
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mmemb.digests import item_digest, item_key, module_digest, seed_of
+from mmemb.common.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.embedder import load_encoder
-from mmemb.inference.shared import log_likelihoods
+from mmemb.inference.shared_prompts import log_likelihoods
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.types import END_THINK, THINK, Item, Pair
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmemb.digests import module_digest, portable_id, seed_of
+from mmemb.common.digests import module_digest, portable_id, seed_of
 from mmemb.inference.embedder import load_encoder
 from mmemb.inference.encoder import Encoder
-from mmemb.inference.shared import encode_arms
+from mmemb.inference.shared_prompts import encode_arms
 from mmemb.interfaces import Backbone, Evaluator, Pooler
 from mmemb.types import Item, Pair
 

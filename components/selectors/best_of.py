@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmemb.data.gains import surviving
 from mmemb.interfaces import Selector
+from mmemb.rationales.gains import surviving
 from mmemb.types import Candidates, Selection
 
 
@@ -15,7 +15,7 @@ class BestOf(Selector, name="best_of"):
 
     Args:
         margin: least gain, in the evaluator's unit (nats).
-        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.data.gains`).
+        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.rationales.gains`).
     """
 
     def __init__(self, margin: float = 0.0, net_of_placebo: bool = False) -> None:

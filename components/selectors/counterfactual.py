@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from mmemb.data.gains import surviving
 from mmemb.interfaces import Selector
+from mmemb.rationales.gains import surviving
 from mmemb.types import Candidates, Selection
 
 
@@ -22,7 +22,7 @@ class Counterfactual(Selector, name="counterfactual"):
     Args:
         margin: least gain, in the evaluator's unit (nats).
         temperature: of the draw, in the same unit, > 0; small values approach the arg-max.
-        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.data.gains`).
+        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.rationales.gains`).
     """
 
     def __init__(self, margin: float = 0.0, temperature: float = 0.1, net_of_placebo: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmemb.data.pool import scored
 from mmemb.interfaces import Selector
+from mmemb.rationales.pool import scored
 from mmemb.types import Candidates, Selection
 
 

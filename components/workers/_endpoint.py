@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mmemb.common.digests import describe
 from mmemb.data.images import load_image
-from mmemb.digests import describe
 from mmemb.types import Item, Text, Video
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmemb.digests import item_digest, item_key, module_digest, seed_of
-from mmemb.inference.decode import sample
+from mmemb.common.digests import item_digest, item_key, module_digest, seed_of
+from mmemb.inference.adaptive import sample
 from mmemb.inference.encoder import evaluating
 from mmemb.interfaces import Backbone
 from mmemb.types import Item, Rationale

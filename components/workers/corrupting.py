@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from mmemb.digests import item_digest, item_key, seed_of
+from mmemb.common.digests import item_digest, item_key, seed_of
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from mmemb.digests import describe, digest
+from mmemb.common.digests import describe, digest
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
 

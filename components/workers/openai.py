@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmemb.digests import describe, item_digest, item_key, seed_of
+from mmemb.common.digests import describe, item_digest, item_key, seed_of
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemb.digests import digest
+from mmemb.common.digests import digest
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale
 

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 
 from mmemb import __version__
-from mmemb.commands.errors import EXIT_MISTAKE, guarded, tell
-from mmemb.commands.quiet import quiet
+from mmemb.commands.parsing.errors import EXIT_MISTAKE, guarded, tell
+from mmemb.commands.parsing.quiet import quiet
 
 COMMANDS = {
-    "fit": ("train, validate on the way, and evaluate on the test split at the end", "mmemb.cli"),
-    "validate": ("evaluate a checkpoint on the validation split", "mmemb.cli"),
-    "test": ("evaluate a checkpoint on the test split and write the summary", "mmemb.cli"),
-    "predict": ("embed a data set with a checkpoint, on every device the trainer has", "mmemb.cli"),
+    "fit": ("train, validate on the way, and evaluate on the test split at the end", "mmemb.commands.train"),
+    "validate": ("evaluate a checkpoint on the validation split", "mmemb.commands.train"),
+    "test": ("evaluate a checkpoint on the test split and write the summary", "mmemb.commands.train"),
+    "predict": ("embed a data set with a checkpoint, on every device the trainer has", "mmemb.commands.train"),
     "components": ("list the swappable parts by kind, name and one line each", "mmemb.commands.components"),
     "data": ("look at the data: `mmemb data show` draws a contact sheet", "mmemb.commands.data_show"),
     "rationales": ("make, score and look at rationale candidates", "mmemb.commands.rationales"),
@@ -26,7 +26,7 @@ COMMANDS = {
 
 _GOES_ON = "the same command started again goes on with what is finished"
 _HINTS = {"embed": _GOES_ON, "rationales": _GOES_ON}
-"""Command -> how to go on after Ctrl-C; those of `mmemb.cli` say it themselves."""
+"""Command -> how to go on after Ctrl-C; those of `mmemb.commands.train` say it themselves."""
 
 
 def _help() -> str:

@@ -240,7 +240,7 @@ class Evaluator(Component, ABC, kind="evaluator"):
         """One confidence in nats a (pair, rationale or None); pure: a row's score does not depend on the others.
 
         Log-probabilities or log-odds: what counts is the difference between the arms of a pair. Rows of the same pair
-        object should share the work on their prompt (`mmemb.inference.shared`).
+        object should share the work on their prompt (`mmemb.inference.shared_prompts`).
         """
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ class Rationale:
         finish_reason: ``stop``, ``length`` or ``template``.
         prompt_hash: digest of what the model was asked, or of the template; empty if unknown.
         corruption: how the ``corrupting`` worker damaged it; empty where it did not.
-        leaks: what `mmemb.data.leaks` found of the target in it (``verbatim``, ``near_duplicate``, ``field``).
+        leaks: what `mmemb.rationales.leaks` found of the target in it (``verbatim``, ``near_duplicate``, ``field``).
     """
 
     text: str
@@ -263,6 +263,57 @@ class EvaluationTask:
     queries: Sequence[Pair]
     candidates: Sequence[Item]
     candidate_ids: Sequence[str]
+
+
+@dataclass
+class QueryRecord:
+    """What happened to one query, for the gallery and the curves.
+
+    Attributes:
+        task: its task.
+        pair: the query and its positive.
+        confidence: of the direct path among the task's candidates.
+        margin: how much the model leans to thinking: difference of the decision logits, in nats.
+        direct_rank: expected rank of the positive, direct path.
+        direct_hit: expected hit@1, direct path.
+        direct_top: the first three candidate ids, direct path.
+        reasoned_rank: as above after the model's own rationale; None where nobody asked for one, and so below.
+        reasoned_hit: expected hit@1 after the rationale.
+        reasoned_top: the first three candidate ids after the rationale.
+        utility: s_r - s_d.
+        rationale: what the model wrote.
+        tokens: rationale tokens, brackets included; 0 where none was written.
+    """
+
+    task: str
+    pair: Pair
+    confidence: float
+    direct_rank: float
+    direct_hit: float
+    direct_top: tuple[str, ...]
+    reasoned_rank: float | None = None
+    reasoned_hit: float | None = None
+    reasoned_top: tuple[str, ...] | None = None
+    utility: float | None = None
+    rationale: str = ""
+    tokens: int = 0
+    margin: float = float("nan")
+
+
+@dataclass
+class EvaluationResults:
+    """Scores by mode, and what happened to each query.
+
+    Attributes:
+        modes: mode -> its scores: means over tasks (each task counts once) and ``by_task``: task -> scores and counts.
+            Plain numbers throughout, so they travel in checkpoints and JSON.
+        records: one a query.
+        tasks: the tasks, by name.
+    """
+
+    modes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: list[QueryRecord] = field(default_factory=list)
+    tasks: dict[str, EvaluationTask] = field(default_factory=dict)
 
 
 def pictures(item: Item) -> Iterator[str | PILImage]:

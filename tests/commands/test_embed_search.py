@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from mmemb.inference.embedder import Embedder
-from mmemb.inference.index import read_embeddings
 from mmemb.registry import create
+from mmemb.search.exact import read_embeddings
 
 Cli = Callable[..., Any]
 

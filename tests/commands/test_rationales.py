@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from mmemb.stages.module import EmbeddingModule
+from mmemb.training.module import EmbeddingModule
 
 Cli = Callable[..., Any]
 
@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "model": {
         "backbone": {"class_path": "tiny", "init_args": {"weights": "random"}},
         "pooler": "embed_token",
-        "objective": {"class_path": "mmemb.stages.joint.Joint", "init_args": {"chunk_size": 2}},
+        "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 2}},
         "selector": "counterfactual",
         "pool": {"path": "pool", "workers": ["metadata"], "evaluator": "retrieval", "candidates": 2},
     },

@@ -14,11 +14,11 @@ import torch
 
 import mmemb.commands.rationales
 from mmemb.__main__ import main
-from mmemb.inference.index import read_embeddings
 from mmemb.kernels import infonce, infonce_with_grads
+from mmemb.search.exact import read_embeddings
 from tests import other_device
 from tests.integration.small import write_rows, write_settings
-from tests.kernels.cases import OPTIONS, arguments, unit_rows
+from tests.unit.kernels.cases import OPTIONS, arguments, unit_rows
 
 POOL = {
     "path": "pool",

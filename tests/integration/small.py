@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     },
     "model": {
         "backbone": {"class_path": "tiny", "init_args": {"weights": "random"}},
-        "objective": {"class_path": "mmemb.stages.joint.Joint", "init_args": {"chunk_size": 4}},
+        "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 4}},
         "selector": "random",
         "pool": {"path": "pool", "workers": ["metadata"]},
         "budget": 6,

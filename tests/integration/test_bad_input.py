@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_leaves_no_half_checkpoint(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mmemb.checkpoint.os.fsync", full)
+    monkeypatch.setattr("mmemb.common.checkpoint.os.fsync", full)
     line = told("--evaluate=false")
     assert "cannot write the checkpoint" in line
     assert "last.ckpt: No space left on device; nothing half-written is left, free some space" in line

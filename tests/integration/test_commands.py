@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmemb.inference.embedder import Embedder
-from mmemb.inference.index import read_embeddings
+from mmemb.search.exact import read_embeddings
 from tests.integration.small import CAPITALS, COLOURS, ROOT, write_rows, write_settings
 
 Cli = Callable[..., Any]

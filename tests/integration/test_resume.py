@@ -30,7 +30,7 @@ class Hold(L.Callback):
                 time.sleep(0.02)
 """
 SAVE = {
-    "class_path": "mmemb.checkpoint_io.RunCheckpoint",
+    "class_path": "mmemb.training.callbacks.checkpoint.RunCheckpoint",
     "init_args": {"every_n_train_steps": EVERY, "save_top_k": 0, "save_last": True},
 }
 CHANGES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from mmemb.commands.errors import UsageError
+from mmemb.commands.parsing.errors import UsageError
 from mmemb.registry import KINDS, listings
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmemb.commands.errors import UsageError
-from mmemb.commands.parser import CommandParser
+from mmemb.commands.parsing.errors import UsageError
+from mmemb.commands.parsing.parser import CommandParser
 
 _EPILOG = """examples:
   mmemb data show                                       four queries of every task, in data.png
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the queries")
     parser.add_argument("--output", type=str, default="data.png", help="the PNG to write")
     options = parser.parse_args(words[1:])
-    from mmemb.data import contact_sheet
+    from mmemb.drawing import contact_sheet
 
     path = contact_sheet.draw(
         options.output, split=options.split, tasks=options.task, rows=options.rows, seed=options.seed

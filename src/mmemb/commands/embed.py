@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mmemb.commands.errors import UsageError
-from mmemb.commands.parser import CommandParser
+from mmemb.commands.parsing.errors import UsageError
+from mmemb.commands.parsing.parser import CommandParser
 
 if TYPE_CHECKING:
-    from mmemb.inference.shards import Ranks
+    from mmemb.inference.corpus import Ranks
 
 _EPILOG = """A row of the file is an item, with an optional "id": {"text": "..."}, {"image": "a.png"} or
 {"instruction": "...", "parts": [...]}. A folder gives one item a picture, sub-folders included.
@@ -77,13 +77,13 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"--{name} {options[name]}: it counts from 1")
     from dataclasses import replace
 
-    from mmemb.data.records import read_items
+    from mmemb.data.items import read_items
 
     items = read_items(options.input, image_root=options.image_root, limit=options.limit)
     if options.instruction:
         items = [item if item.instruction else replace(item, instruction=options.instruction) for item in items]
+    from mmemb.inference.corpus import Ranks, embed_to_parquet
     from mmemb.inference.embedder import Embedder
-    from mmemb.inference.shards import Ranks, embed_to_parquet
     from mmemb.registry import create
 
     ranks = Ranks.from_environment()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
-from mmemb.commands.errors import UsageError
+from mmemb.commands.parsing.errors import UsageError
 
 _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's place are those of the training config:
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.config:
         raise UsageError(f"rationales {options.action}: give the training settings by --config, e.g. recipes/r1.yaml")
     configs = [word for path in options.config for word in ("--config", path)]
-    from mmemb.cli import build
+    from mmemb.commands.parsing.lightning_cli import build
 
     model, datamodule, accelerator = build(["fit", *configs, *rest])
     if model.pool is None:
@@ -79,8 +79,8 @@ def _device(accelerator: Any) -> str:
 
 def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None:
     """Writes candidates, or their scores."""
-    from mmemb.stages.generate import generate
-    from mmemb.stages.select import score
+    from mmemb.rationales.generate import generate
+    from mmemb.rationales.score import score
 
     settings, parts = model.pool, model.parts
     if action == "generate":
@@ -107,9 +107,9 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
 
 def _open(settings: Any, pairs: Sequence[Any]) -> Any:
     """The pool of these pairs with its leaks, and with the scores of the evaluator named, if anybody has scored it."""
-    from mmemb.data.pool import RationalePool
-    from mmemb.data.pool_files import read_manifest
-    from mmemb.stages.select import evaluator_name
+    from mmemb.rationales.pool import RationalePool
+    from mmemb.rationales.score import evaluator_name
+    from mmemb.rationales.storage import read_manifest
 
     name = None if settings.evaluator is None else evaluator_name(settings.evaluator)
     known = read_manifest(settings.path).evaluators
@@ -125,9 +125,9 @@ def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -
     from rich.table import Table
     from rich.text import Text
 
-    from mmemb.data.pool_page import COLUMNS, LEGEND, cells, write_page
-    from mmemb.data.pool_stats import ALL, pool_stats
-    from mmemb.stages.generate import bar, say
+    from mmemb.rationales.generate import bar, say
+    from mmemb.rationales.page import COLUMNS, LEGEND, cells, write_page
+    from mmemb.rationales.stats import ALL, pool_stats
 
     pool = _open(model.pool, pairs)
     pairs = [pair for pair in pairs if task in (None, pair.task)]
@@ -158,8 +158,8 @@ def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -
 
 def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str], pair_id: str | None) -> None:
     """Prints pairs with their candidates, gains and the selector's choice."""
-    from mmemb.stages.generate import say
-    from mmemb.stages.select import show
+    from mmemb.rationales.choose import show
+    from mmemb.rationales.generate import say
 
     pool = _open(model.pool, pairs)
     if pair_id is not None:

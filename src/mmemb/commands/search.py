@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemb.commands.errors import UsageError
-from mmemb.commands.parser import CommandParser
+from mmemb.commands.parsing.errors import UsageError
+from mmemb.commands.parsing.parser import CommandParser
 
 _EPILOG = """examples:
   mmemb search --checkpoint runs/r1/version_0 --index photos.parquet --query "a red apple"
@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--top {options.top}: ask for at least one result")
     if not Path(options.index).is_file():
         raise FileNotFoundError(2, "no such index; make it by `mmemb embed`", options.index)
+    from mmemb.drawing.cards import draw_results
     from mmemb.inference.embedder import Embedder, as_item
-    from mmemb.inference.index import draw_results, read_embeddings
+    from mmemb.search.exact import read_embeddings
 
     parts = [Path(options.image)] if options.image else []
     parts += [options.query] if options.query else []

@@ -16,9 +16,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mmemb.common.checks import refuse_below
+from mmemb.data.items import read_items
 from mmemb.data.loaders import Batches, Box, Collate, Shard, Streams, TrainLoader, TrainRows, in_box, in_list
-from mmemb.data.records import Source, read_items, read_pairs, read_tasks, refuse_below
+from mmemb.data.pairs import read_pairs, read_tasks
 from mmemb.data.sampler import TaskBatchSampler
+from mmemb.data.sources import Source
 from mmemb.types import EvaluationTask, Item, Pair
 
 __all__ = ["Collate", "PairDataModule", "Source"]

@@ -13,8 +13,9 @@ from typing import Any, overload
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from mmemb.data.records import Source, read_pairs
+from mmemb.data.pairs import read_pairs
 from mmemb.data.sampler import TaskBatchSampler, rows_by_task
+from mmemb.data.sources import Source
 from mmemb.types import Pair
 
 Collate = Callable[[list[Pair], int], Any]

@@ -102,7 +102,7 @@ def _too_much(error: Exception) -> str:
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
-    from mmemb.data.damage import named_damage
+    from mmemb.common.files import named_damage
 
     number = 0
     with named_damage(path, "write it again"), pq.ParquetFile(path) as file:

@@ -28,9 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmemb.evaluation.curves import draw_curves, write_curves
-from mmemb.evaluation.gallery import draw_gallery, write_gallery
-from mmemb.evaluation.runner import EvaluationResults, mode_scores
+from mmemb.drawing.curves import draw_curves, write_curves
+from mmemb.drawing.gallery import draw_gallery, write_gallery
+from mmemb.evaluation.runner import mode_scores
+from mmemb.types import EvaluationResults
 
 _MODE_KEYS = ("hit@1", "think_rate", "tokens_per_query", "queries_per_second", "above_random")
 _PACKAGES = ("mmemb", "torch", "lightning", "transformers", "torchmetrics", "peft", "bitsandbytes", "triton", "pillow")

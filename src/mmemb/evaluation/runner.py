@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,11 @@ from torch import Tensor
 
 from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
 from mmemb.evaluation.ranking import Ranking
-from mmemb.evaluation.sharding import gather, in_order, sharded, share, world
-from mmemb.inference.decode import Paths
+from mmemb.evaluation.ranks import gather, in_order, sharded, share, world
+from mmemb.inference.adaptive import Paths
 from mmemb.inference.encoder import Everyone, merge_paths
 from mmemb.interfaces import Controller, Worker
-from mmemb.types import Decision, EvaluationTask, Item, Pair, PrefillState
+from mmemb.types import Decision, EvaluationResults, EvaluationTask, Item, PrefillState, QueryRecord
 
 TRUE_RATIONALE = "true_rationale"
 MEANS = ("hit@1", "hit@5", "mrr", "think_rate", "tokens_per_query", "chance", "queries_per_second")
@@ -51,68 +51,17 @@ class QueryEncoder(Protocol):
     def count_tokens(self, text: str) -> int: ...
 
 
-@dataclass
-class QueryRecord:
-    """What happened to one query, for the gallery and the curves.
-
-    Attributes:
-        task: its task.
-        pair: the query and its positive.
-        confidence: of the direct path among the task's candidates.
-        margin: how much the model leans to thinking: difference of the decision logits, in nats.
-        direct_rank: expected rank of the positive, direct path.
-        direct_hit: expected hit@1, direct path.
-        direct_top: the first three candidate ids, direct path.
-        reasoned_rank: as above after the model's own rationale; None where nobody asked for one, and so below.
-        reasoned_hit: expected hit@1 after the rationale.
-        reasoned_top: the first three candidate ids after the rationale.
-        utility: s_r - s_d.
-        rationale: what the model wrote.
-        tokens: rationale tokens, brackets included; 0 where none was written.
-    """
-
-    task: str
-    pair: Pair
-    confidence: float
-    direct_rank: float
-    direct_hit: float
-    direct_top: tuple[str, ...]
-    reasoned_rank: float | None = None
-    reasoned_hit: float | None = None
-    reasoned_top: tuple[str, ...] | None = None
-    utility: float | None = None
-    rationale: str = ""
-    tokens: int = 0
-    margin: float = float("nan")
-
-
-@dataclass
-class EvaluationResults:
-    """Scores by mode, and what happened to each query.
-
-    Attributes:
-        modes: mode -> its scores: means over tasks (each task counts once) and ``by_task``: task -> scores and counts.
-            Plain numbers throughout, so they travel in checkpoints and JSON.
-        records: one a query.
-        tasks: the tasks, by name.
-    """
-
-    modes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    records: list[QueryRecord] = field(default_factory=list)
-    tasks: dict[str, EvaluationTask] = field(default_factory=dict)
-
-    @classmethod
-    def merge(cls, parts: Iterable[EvaluationResults]) -> EvaluationResults:
-        """Joins results of different tasks; the means are taken anew."""
-        merged = cls()
-        by_task: dict[str, dict[str, dict[str, float]]] = {}
-        for part in parts:
-            for mode, scores in part.modes.items():
-                by_task.setdefault(mode, {}).update(scores["by_task"])
-            merged.records += part.records
-            merged.tasks |= part.tasks
-        merged.modes = {mode: mode_scores(tasks) for mode, tasks in by_task.items()}
-        return merged
+def merge_results(parts: Iterable[EvaluationResults]) -> EvaluationResults:
+    """Joins results of different tasks; the means are computed again over all tasks."""
+    merged = EvaluationResults()
+    by_task: dict[str, dict[str, dict[str, float]]] = {}
+    for part in parts:
+        for mode, scores in part.modes.items():
+            by_task.setdefault(mode, {}).update(scores["by_task"])
+        merged.records += part.records
+        merged.tasks |= part.tasks
+    merged.modes = {mode: mode_scores(tasks) for mode, tasks in by_task.items()}
+    return merged
 
 
 def mode_scores(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -156,7 +105,7 @@ def evaluate(
         _evaluate_task(encoder, task, controllers, true_rationale)
         for task in track(tasks, "evaluate", transient=True, disable=not progress)
     ]
-    return EvaluationResults.merge(parts)
+    return merge_results(parts)
 
 
 def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:

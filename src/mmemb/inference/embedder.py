@@ -18,11 +18,11 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from mmemb.data.images import BUNDLED
-from mmemb.data.records import parse_item
+from mmemb.data.items import parse_item
 from mmemb.inference import saved
+from mmemb.inference.embedding_files import model_identity
 from mmemb.inference.embeddings import Embeddings, direct, similarity
 from mmemb.inference.encoder import Encoder
-from mmemb.inference.index import model_identity
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.registry import create
 from mmemb.types import Encoded, Image, Item, Page, Part, Text, Video

@@ -17,7 +17,7 @@ from rich.errors import LiveError
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from mmemb.inference.decode import Paths, adaptive_paths, length_order, pool_prepared
+from mmemb.inference.adaptive import Paths, adaptive_paths, length_order, pool_prepared
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.types import Decision, Encoded, Item, PrefillState
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from mmemb.digests import seed_of
-from mmemb.inference.continuation import Sampler, Writing, Written, rationale_logits
-from mmemb.inference.decode import length_order, pool_last, pool_prepared, prefill
+from mmemb.common.digests import seed_of
+from mmemb.inference.adaptive import length_order, pool_last, pool_prepared, prefill
 from mmemb.inference.encoder import evaluating
+from mmemb.inference.token_loop import Sampler, Writing, Written, rationale_logits
 from mmemb.interfaces import Backbone, Pooler
 from mmemb.types import EMB, END_THINK, THINK, Item
 

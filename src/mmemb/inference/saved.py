@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmemb.checkpoint import read_checkpoint, refuse_other_backbone
+from mmemb.common.checkpoint import read_checkpoint, refuse_other_backbone
 from mmemb.interfaces import Backbone, Pooler
 from mmemb.registry import create
 

@@ -22,12 +22,12 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from mmemb.kernels._prefixes import by_dimension
+from mmemb.kernels.prefixes import by_dimension
 from mmemb.kernels.problem import Gradients, Merge, Problem
 
 Engine: TypeAlias = Literal["triton", "tiled"]
 
-TILED, TRITON = "mmemb.kernels._infonce_tiled", "mmemb.kernels._infonce_triton"
+TILED, TRITON = "mmemb.kernels.tiled.engine", "mmemb.kernels.triton.engine"
 
 ENGINES: tuple[str, ...] = get_args(Engine)
 

@@ -5,7 +5,7 @@
 
 `infonce` is differentiable in query, candidate and temperature; `infonce_with_grads` returns the gradients at once,
 which is what a gradient cache needs. The loss with every option, as a formula: `mmemb.kernels.problem`; the plain
-definition: `mmemb.kernels.reference`; cost and memory: `mmemb.kernels._infonce_tiled`.
+definition: `mmemb.kernels.reference`; cost and memory: `mmemb.kernels.tiled.engine`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmemb.kernels.checks import Reduction, Tensors, as_temperature, check_choices, check_form, prepare
 from mmemb.kernels.engines import Engine, solve
-from mmemb.kernels.op import infonce_op
+from mmemb.kernels.operator import infonce_op
 
 __all__ = ["InfoNCEResult", "Reduction", "infonce", "infonce_with_grads", "prepare", "solve"]
 

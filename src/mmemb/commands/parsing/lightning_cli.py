@@ -1,0 +1,247 @@
+"""`mmemb fit | validate | test | predict`: LightningCLI over our module and data, with short names and safe files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mmemb.commands.parsing import short_names as shortnames
+from mmemb.commands.parsing.configs import check_yaml, config_paths
+from mmemb.commands.parsing.errors import UsageError
+from mmemb.commands.parsing.parser import HelpFormatter, OneLineErrors
+from mmemb.training.callbacks.checkpoint import SafeCheckpointIO
+from mmemb.training.callbacks.interrupt import InterruptCheckpoint
+from mmemb.training.callbacks.progress import StepsBar
+
+RUNS = "runs"
+"""Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
+
+_EPILOG = """examples:
+  mmemb {command} --config recipes/r1.yaml{checkpoint}
+  mmemb {command} --config recipes/r1.yaml --config mine.yaml{checkpoint}      the later file wins
+  mmemb {command} --config recipes/r1.yaml --model.selector random --model.selector.seed 4{checkpoint}
+  mmemb {command} --model.selector.help counterfactual                one part's arguments
+  mmemb {command} --config recipes/r1.yaml --print_config             the merged settings
+"""
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+
+class MmembCLI(LightningCLI):
+    """LightningCLI with the project's defaults.
+
+    Args:
+        model_class: what trains; by default `mmemb.training.module.EmbeddingModule`.
+        datamodule_class: what it trains on; by default `mmemb.data.datamodule.PairDataModule`.
+        args: the words after ``mmemb``, the command first.
+        interrupt: what stops a run on a signal; the caller makes it listen.
+    """
+
+    def __init__(
+        self,
+        model_class: type[L.LightningModule] | None = None,
+        datamodule_class: type[L.LightningDataModule] | None = None,
+        *,
+        args: Sequence[str],
+        interrupt: InterruptCheckpoint | None = None,
+    ) -> None:
+        shortnames.install()
+        if model_class is None or datamodule_class is None:
+            from mmemb.data.datamodule import PairDataModule
+            from mmemb.training.module import EmbeddingModule
+
+            model_class, datamodule_class = model_class or EmbeddingModule, datamodule_class or PairDataModule
+        self.interrupt = interrupt or InterruptCheckpoint()
+        self.run_name = _run_name(args)
+        self.command = args[0]
+        super().__init__(
+            model_class,
+            datamodule_class,
+            parser_class=Parser,
+            parser_kwargs={"prog": "mmemb", "formatter_class": HelpFormatter, self.command: _help(self.command)},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=list(args),
+        )
+
+    # -- parsing -----------------------------------------------------------------------------------------------------
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command given alone: the parsers of all four would take four times as long."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``--evaluate``, and defaults that a config can override: where a run goes and what is kept of it."""
+        # every command knows it, so that the config.yaml of a `fit` serves `test` too
+        parser.add_argument(
+            "--evaluate", type=bool, default=True, help="fit only: whether to evaluate on the test split at the end"
+        )
+        parser.set_defaults(
+            {
+                "trainer.logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": RUNS, "name": self.run_name},
+                },
+                "trainer.callbacks": [
+                    {
+                        "class_path": "mmemb.training.callbacks.checkpoint.RunCheckpoint",
+                        "init_args": {"every_n_train_steps": 100, "save_top_k": 0, "save_last": True},
+                    }
+                ],
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the words given (Lightning's own way warns whenever ``sys.argv`` has words of another program)."""
+        for path in config_paths(args):
+            check_yaml(path)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the settings as given: Lightning would replace the model section by the checkpoint's, unasked.
+
+        A checkpoint that does not fit the settings is refused when it is loaded. Lightning's own words (``last``,
+        ``best``) look into the new run's folder, where there is nothing yet.
+        """
+        subcommand = self.config.subcommand
+        path = self.config[subcommand].get("ckpt_path")
+        if path is None and subcommand != "fit":
+            rank_zero_warn(
+                f"no --ckpt_path: `mmemb {subcommand}` takes the model as the settings build it, before any training"
+            )
+        if path is not None and "://" not in path and not Path(path).exists():
+            raise FileNotFoundError(2, "--ckpt_path names no file; give a .ckpt file of an earlier run", path)
+
+    # -- building and running ----------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds the safe checkpoint writer, the bar and the stop on Ctrl-C; drops what a disabled feature rules out."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = _listed(config.get("callbacks"))
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        plugins = _listed(config.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(SafeCheckpointIO())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(StepsBar())
+        callbacks.append(self.interrupt)
+        if self.command == "predict":
+            from mmemb.training.callbacks.predictions import EmbeddingWriter
+
+            callbacks.append(EmbeddingWriter())
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        except ValueError as error:  # an unknown strategy, for one
+            raise UsageError(f"trainer: {error}") from error
+
+    def before_predict(self) -> None:
+        """Keeps no embeddings in memory unless told to: they are written batch by batch."""
+        settings = self.config_init.predict
+        settings.return_predictions = bool(settings.return_predictions)
+
+    def after_fit(self) -> None:
+        """Evaluates on the test split, if there is one (pretraining has none)."""
+        has_test = getattr(self.datamodule, "sources", {}).get("test", True)
+        if has_test and self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # The evaluation prints a table of its own.
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class _Check(MmembCLI):
+    """Parses only."""
+
+    def _set_seed(self) -> None:
+        """Leaves the process's random state alone."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def check_config(args: Sequence[str]) -> Namespace:
+    """Parses a command with its configs and builds nothing: how recipes are tested.
+
+    Args:
+        args: the words after ``mmemb``, e.g. ``["fit", "--config", "recipes/r1.yaml"]``.
+
+    Returns:
+        the merged settings of the command.
+
+    Raises:
+        mmemb.commands.parsing.errors.UsageError: a key is unknown or missing, or a value does not fit.
+    """
+    cli = _Check(args=args)
+    return cli.config[cli.config.subcommand]
+
+
+class _Build(MmembCLI):
+    """Builds model and data, without a trainer."""
+
+    def instantiate_classes(self) -> None:
+        """Model and data only."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves the running to the caller."""
+
+
+class Built(NamedTuple):
+    """The parts of a training: model, data module, and the ``trainer.accelerator`` of the settings."""
+
+    model: Any
+    datamodule: Any
+    accelerator: Any
+
+
+def build(args: Sequence[str]) -> Built:
+    """What a command's settings name: for commands that need the parts of a training, not the training.
+
+    Args:
+        args: as `check_config` takes them.
+
+    Raises:
+        ValueError: as `check_config`, and whatever the parts refuse.
+    """
+    cli = _Build(args=args)
+    return Built(cli.model, cli.datamodule, cli.config[cli.config.subcommand].trainer.accelerator)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting of the trainer that may be a list, a single part or nothing."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _run_name(args: Sequence[str]) -> str:
+    """The stems of the configs in order, joined by ``+``: ``--config r1.yaml --config scale/a.yaml`` -> ``r1+a``."""
+    return "+".join(path.stem for path in config_paths(args)) or "default"
+
+
+def _help(command: str) -> dict[str, str]:
+    """Description and examples of a command."""
+    descriptions = {
+        "fit": f"Trains, then evaluates on the test split. A run's folder is {RUNS}/<config names>/version_<n>.",
+        "validate": "Evaluates a checkpoint on the validation split.",
+        "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
+        "predict": "Embeds data.predict with a checkpoint into embeddings.parquet in the run's folder.",
+    }
+    checkpoint = "" if command == "fit" else " --ckpt_path last.ckpt"
+    return {
+        "description": descriptions[command],
+        "epilog": _EPILOG.format(command=command, checkpoint=checkpoint),
+    }

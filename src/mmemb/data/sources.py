@@ -1,0 +1,48 @@
+"""Sources of rows: what a config names under ``data``, read as pairs or as retrieval tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmemb.common.checks import refuse_below
+from mmemb.data.images import BUNDLED
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Args:
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or bundled data: ``bundled:train``, ``bundled:control``,
+            ``bundled:validation``, ``bundled:test``, ``bundled:pretrain``. For predict also a folder of pictures.
+        weight: how often each task of this source is drawn, relative to the tasks of other sources (training only).
+        image_root: folder that image paths are relative to and must stay inside of; the file's own folder by default.
+        tasks: keep these tasks only; all by default.
+        limit: keep at most this many rows of each task; all by default.
+        task: task name of rows that name none; the file's name by default (its folder's for MMEB files).
+    """
+
+    path: str
+    weight: float = 1.0
+    image_root: str | None = None
+    tasks: list[str] | None = None
+    limit: int | None = None
+    task: str | None = None
+
+    def check(self, owner: str) -> None:
+        """Refuses a choice of nothing. Not at once in `__init__`: the parser would bury the message in its own.
+
+        Args:
+            owner: the list that the source stands in, in messages.
+
+        Raises:
+            ValueError: no task or no row can be left.
+        """
+        refuse_below(1, f"{owner}, {self.path}: source", limit=self.limit)
+        if self.tasks is not None and not self.tasks:
+            raise ValueError(f"{owner}, {self.path}: source.tasks: is empty; name tasks, or leave it out for all")
+
+    @property
+    def bundled(self) -> str | None:
+        """Split of the bundled data, None for a file."""
+        return self.path.removeprefix(BUNDLED) if self.path.startswith(BUNDLED) else None

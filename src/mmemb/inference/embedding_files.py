@@ -1,0 +1,86 @@
+"""Embeddings on disk: one Parquet row per item, and the model that made them.
+
+Columns: ``id``, ``text`` (a preview), ``images`` (paths or ``bundled:`` names), ``embedding`` (fixed-size list of
+float32), ``rationale`` and ``tokens``. The file's metadata names the model and its weights, so that a query of another
+model, or of another checkpoint of the same model, can be refused. `mmemb.search.exact` reads and searches these files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmemb.common.digests import digest, module_digest
+from mmemb.interfaces import Backbone, Pooler
+from mmemb.types import Encoded, Item, pictures
+
+_PREVIEW = 500
+"""Characters of an item's text that are kept."""
+
+
+MODEL_KEY = b"mmemb.model"
+
+
+def model_identity(backbone: Backbone, pooler: Pooler) -> str:
+    """Architecture and a digest of the weights of both parts: a probe of every tensor, so it costs next to nothing."""
+    return f"{backbone.identity}+{digest([module_digest(backbone), module_digest(pooler)])}"
+
+
+def embedding_table(
+    items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
+) -> pa.Table:
+    """Embedded items as rows of the file; the arguments are those of `write_embeddings`.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    names = [item.fields.get("id", str(row)) for row, item in enumerate(items)] if ids is None else list(ids)
+    vectors = encoded.embedding.float().cpu().numpy()
+    if not len(items) == len(names) == len(vectors):
+        raise ValueError(f"{len(items)} items, {len(names)} ids and {len(vectors)} embeddings given; give one each")
+    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=pa.float32())
+    return pa.table(
+        {
+            "id": pa.array(names, type=pa.string()),
+            "text": pa.array([item.text[:_PREVIEW] for item in items], type=pa.string()),
+            "images": pa.array(
+                [[source for source in pictures(item) if isinstance(source, str)] for item in items],
+                type=pa.list_(pa.string()),
+            ),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+            "rationale": pa.array(encoded.rationale, type=pa.string()),
+            "tokens": pa.array(encoded.tokens.tolist(), type=pa.int32()),
+        }
+    ).replace_schema_metadata({MODEL_KEY: model.encode()})
+
+
+def write_embeddings(
+    path: str | Path, items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
+) -> Path:
+    """Writes embedded items as Parquet, aside and moved into place; the folder is made.
+
+    Args:
+        path: file to write.
+        items: M items; pictures given as PIL images leave no name behind.
+        encoded: their embeddings.
+        ids: M ids; None takes the items' ``id`` fields, else their numbers.
+        model: identity of the model (`model_identity`).
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    path = Path(path)
+    table = embedding_table(items, encoded, ids=ids, model=model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    pq.write_table(table, aside, compression="zstd")
+    os.replace(aside, path)
+    return path

@@ -1,0 +1,249 @@
+"""Stage 0, prior simulation: workers write rationale candidates into a pool.
+
+Work goes shard by shard (consecutive pairs), and a shard is written whole: what a stopped run had finished is kept, the
+rest is done again in the same batches, so the pool ends up the same row for row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from mmemb.common.checks import refuse_below
+from mmemb.common.digests import digest
+from mmemb.interfaces import Worker
+from mmemb.rationales.leaks import LeakCheck
+from mmemb.rationales.pool import RationalePool
+from mmemb.rationales.storage import (
+    CANDIDATE_SCHEMA,
+    Manifest,
+    Proposal,
+    Side,
+    candidate_rows,
+    candidates_shard,
+    data_digest,
+    drop_partial,
+    exists,
+    read_manifest,
+    resolve,
+    sole_maker,
+    write_manifest,
+    write_shard,
+)
+from mmemb.types import Item, Pair
+
+
+def generation_settings(
+    workers: Sequence[Worker], k: int, seed: int, *, sides: Sequence[Side] = ("query",), leaks: LeakCheck | None = None
+) -> dict[str, Any]:
+    """All that determines the candidates of a given pair, as kept in the manifest."""
+    return {
+        "workers": [_worker_settings(worker) for worker in workers],
+        "k": k,
+        "seed": seed,
+        "sides": list(sides),
+        "leaks": (leaks or LeakCheck()).settings,
+    }
+
+
+def generate(
+    pairs: Sequence[Pair],
+    workers: Sequence[Worker],
+    k: int,
+    *,
+    pool: str | Path,
+    seed: int,
+    sides: Sequence[Side] = ("query",),
+    leaks: LeakCheck | None = None,
+    progress: bool = True,
+    shard_size: int = 256,
+) -> RationalePool:
+    """Makes a pool's candidates, or goes on with what is there.
+
+    Args:
+        pairs: the pairs; a worker sees one item of a pair, never both.
+        workers: who proposes, in order.
+        k: most candidates a worker, pair and side.
+        pool: the folder; a finished single-file pool is only compared with what is asked for.
+        seed: derives every sampled candidate.
+        sides: which items are thought about; training reads the queries' candidates.
+        leaks: flags candidates that hold the other side; None: the default check.
+        progress: a bar with rate and time left, and a line at the end.
+        shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
+
+    Raises:
+        ValueError: there are no pairs, workers or sides, a number is below one, a pool of other data or settings is
+            there, or another process is making it.
+    """
+    if not pairs or not workers:
+        raise ValueError(
+            f"generate: {len(pairs)} pairs and {len(workers)} workers given, expected at least one of each"
+        )
+    if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
+        raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
+    refuse_below(1, "generate", k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
+    folder, check = resolve(pool), leaks or LeakCheck()
+    asked = Manifest(
+        data=data_digest(pairs),
+        pairs=len(pairs),
+        generation=generation_settings(workers, k, seed, sides=sides, leaks=check),
+        shard_size=shard_size,
+    )
+    if folder.is_file():
+        _resume(folder, asked)
+        return RationalePool.open(pool)
+    with sole_maker(folder):
+        _fill(folder, asked, pairs, workers, check, progress)
+    return RationalePool.open(pool)
+
+
+def _fill(
+    folder: Path, asked: Manifest, pairs: Sequence[Pair], workers: Sequence[Worker], check: LeakCheck, progress: bool
+) -> None:
+    """Makes the shards that are missing."""
+    if exists(folder):
+        asked = _resume(folder, asked)
+    else:
+        write_manifest(folder, asked)
+    k, seed, sides = (asked.generation[name] for name in ("k", "seed", "sides"))
+    settings = [json.dumps(entry, sort_keys=True) for entry in asked.generation["workers"]]
+    drop_partial(folder)
+    missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
+    done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
+    written = leaking = 0
+    if missing:
+        items = [_sides_of(pair, side)[0] for side in sides for pair in pairs]
+        for worker in workers:
+            worker.prepare(items)
+    with bar("generate rationales", len(pairs), done=done, show=progress) as advance:
+        for start in missing:
+            shard = pairs[start : start + asked.shard_size]
+            proposals = _propose(shard, list(zip(workers, settings, strict=True)), k, seed, sides, check)
+            rows = [
+                row for pair, of_pair in zip(shard, proposals, strict=True) for row in candidate_rows(pair, of_pair)
+            ]
+            write_shard(candidates_shard(folder, start), pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA))
+            written += sum(row.get("text") is not None for row in rows)
+            leaking += sum(bool(row.get("leaks")) for row in rows)
+            advance(len(shard))
+    if progress:
+        say(
+            f"{folder}: {written} new candidates, {leaking} of them set aside as leaks; "
+            f"{done} of {len(pairs)} pairs were there already"
+        )
+        for line in filter(None, (worker.report for worker in workers if missing)):
+            say(line)
+
+
+def _propose(
+    pairs: Sequence[Pair],
+    workers: Sequence[tuple[Worker, str]],
+    k: int,
+    seed: int,
+    sides: Sequence[Side],
+    check: LeakCheck,
+) -> list[list[Proposal]]:
+    """What each worker (beside its settings as JSON) has to say of each pair, side after side."""
+    found: list[list[Proposal]] = [[] for _ in pairs]
+    for side in sides:
+        items = [_sides_of(pair, side) for pair in pairs]
+        for worker, settings in workers:
+            proposed = worker.propose([shown for shown, _ in items], k, seed=seed)
+            for of_pair, (shown, hidden), rationales in zip(found, items, proposed, strict=True):
+                flags = check.flags([rationale.text for rationale in rationales], shown=shown, hidden=hidden)
+                of_pair.append(Proposal(side, settings, rationales, flags))
+    return found
+
+
+def _sides_of(pair: Pair, side: Side) -> tuple[Item, Item]:
+    """The item that is thought about, and the other one."""
+    return (pair.query, pair.positive) if side == "query" else (pair.positive, pair.query)
+
+
+def _resume(folder: Path, asked: Manifest) -> Manifest:
+    """The manifest of the pool that is there, if it is the one asked for."""
+    stored = read_manifest(folder)
+    for what, there, wanted in (
+        ("data", stored.data, asked.data),
+        ("workers, k, seed, sides or leak check", digest(stored.generation), digest(asked.generation)),
+    ):
+        if there != wanted:
+            raise ValueError(
+                f"{folder}: a pool made with other {what} is here (hash {there}, this run asks for {wanted}); "
+                f"name another path, or delete the pool to make it anew"
+            )
+    return stored
+
+
+def _worker_settings(worker: Worker) -> dict[str, Any]:
+    return {"worker": worker.name or type(worker).__qualname__, **worker.settings}
+
+
+class _Rate(ProgressColumn):
+    """Pairs a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} pairs/s" if task.speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def bar(
+    title: str,
+    total: int,
+    *,
+    done: int,
+    show: bool,
+    console: Console | None = None,
+    get_time: Callable[[], float] | None = None,
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar over pairs, with rate and time left.
+
+    Args:
+        title: what is done.
+        total: pairs.
+        done: pairs that an earlier run had finished; they do not count in the rate.
+        show: False for no bar.
+        console: where it is shown; None: standard error.
+        get_time: a clock in seconds; None: the system's.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        _Rate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # A console of its own: one console shows one live display, and a trainer's bar may be up.
+    console = console or Console(stderr=True)
+    # Over the whole run: a shard may take longer than the half minute over which a rate is taken by default.
+    with Progress(
+        *columns, console=console, disable=not show, speed_estimate_period=math.inf, get_time=get_time
+    ) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        progress.advance(task, 0)  # a rate is taken between two looks: this is the first
+        yield lambda pairs: progress.advance(task, pairs)
+
+
+def say(line: str) -> None:
+    """One line for the person at the terminal, kept off standard output."""
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)

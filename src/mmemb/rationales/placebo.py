@@ -1,0 +1,104 @@
+"""The placebo arm: for every candidate a rationale of another pair of the same task, by the same worker.
+
+It reads like the candidate and says nothing of the pair, so what it gains the format gains. Workers of one kind with
+other settings (two models, two sets of templates) are two workers: their texts read differently. Placebos come from a
+fixed set of donors: of each task and worker the texts of smallest hash, found in one pass over the pool. A candidate's
+placebo is therefore the same whatever the shard, the order of scoring or a resume. Donors think about the query, as
+what they stand in for does, and hold nothing of their target. Cost: one read of seven columns, and at most 64 texts a
+task and worker in memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import pyarrow.parquet as pq
+
+from mmemb.common.digests import seed_of
+from mmemb.types import Pair
+
+_DONORS = 64
+_COLUMNS = ("pair_id", "task", "side", "worker", "settings_hash", "text", "leaks")
+
+Group: TypeAlias = tuple[str, str, str | None]
+"""Task, worker, and the digest of its settings: what donor and candidate have in common."""
+
+
+class Donor(NamedTuple):
+    """A rationale that may stand in for another pair's."""
+
+    pair_id: str
+    text: str
+
+
+class Placebos:
+    """Finds the placebo of a candidate.
+
+    Args:
+        donors: texts by group, in the order in which they are tried.
+        positive_ids: the target of every donor pair; a pair with the same target is no donor.
+    """
+
+    def __init__(self, donors: dict[Group, list[Donor]], positive_ids: dict[str, str]) -> None:
+        self._donors = donors
+        self._positive_ids = positive_ids
+
+    @classmethod
+    def collect(cls, shards: Iterable[Path], pairs: Sequence[Pair]) -> Placebos:
+        """Reads the donors from a pool's candidates.
+
+        Args:
+            shards: Parquet files of candidates.
+            pairs: the pairs that they are of.
+        """
+        found: dict[Group, dict[str, tuple[int, str]]] = {}
+        for path in shards:
+            there = set(pq.read_schema(path).names)  # the first format has no leak flags
+            columns = [name for name in _COLUMNS if name in there]
+            for row in pq.read_table(path, columns=columns, use_threads=False).to_pylist():
+                if row["text"] is None or row["side"] != "query" or row.get("leaks"):
+                    continue
+                key = seed_of("placebo", row["pair_id"], row["text"])
+                texts = found.setdefault((row["task"], row["worker"], row.get("settings_hash")), {})
+                if row["text"] not in texts or key < texts[row["text"]][0]:
+                    texts[row["text"]] = key, row["pair_id"]
+                if len(texts) >= 16 * _DONORS:
+                    _keep_smallest(texts)
+        for texts in found.values():
+            _keep_smallest(texts)
+        donors = {
+            group: [Donor(pair_id, text) for text, (_, pair_id) in sorted(texts.items(), key=lambda each: each[1])]
+            for group, texts in found.items()
+        }
+        wanted = {donor.pair_id for group in donors.values() for donor in group}
+        return cls(donors, {pair.id: pair.positive_id for pair in pairs if pair.id in wanted})
+
+    def of(self, pair: Pair, rows: Sequence[dict[str, Any]]) -> list[str | None]:
+        """A placebo for each candidate of a pair; None where no other pair has one.
+
+        Args:
+            pair: the pair.
+            rows: its candidates, with ``worker``, ``settings_hash`` and ``text``.
+        """
+        own = {row["text"] for row in rows}
+        groups = [(pair.task, row["worker"], row.get("settings_hash")) for row in rows]
+        return [self._one(pair, group, number, own) for number, group in enumerate(groups)]
+
+    def _one(self, pair: Pair, group: Group, number: int, own: set[str]) -> str | None:
+        donors = self._donors.get(group, [])
+        first = seed_of("placebo", pair.id, number) % max(1, len(donors))
+        for donor in donors[first:] + donors[:first]:
+            same_pair = donor.pair_id == pair.id or self._positive_ids.get(donor.pair_id) == pair.positive_id
+            if not same_pair and donor.text not in own:
+                return donor.text
+        return None
+
+
+def _keep_smallest(texts: dict[str, tuple[int, str]]) -> None:
+    """Leaves the texts of smallest key."""
+    kept = {text for _, text in heapq.nsmallest(_DONORS, ((key, text) for text, key in texts.items()))}
+    for text in texts.keys() - kept:
+        del texts[text]

@@ -1,0 +1,359 @@
+"""The rationale pool: candidates and their scores on disk, as Parquet.
+
+A pool is a folder while it grows and may be exported to a single file to ship::
+
+    pool/manifest.json                        what it was made from: digests of data, workers, evaluators
+    pool/candidates-000000000.parquet         one row a candidate, of the pairs from number 0 on
+    pool/scores-retrieval-000000000.parquet   the same rows' scores, one column an arm of the evaluator
+
+Shards are written aside and renamed, never changed: what exists is whole, and a stopped run goes on at the first shard
+that is missing. A pair that no worker had a word for keeps one row whose text is null.
+
+Reading costs an index of 20 bytes a pair, the row groups last used (at most 64 MiB) and the files last used, memory
+mapped; rows become Python objects when they are asked for. `benchmarks/pool.py` measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmemb.common.digests import digest, pair_digest
+from mmemb.rationales.index import PairIndex
+from mmemb.rationales.storage import (
+    CANDIDATE_SCHEMA,
+    METADATA_KEY,
+    RATIONALE_COLUMNS,
+    Side,
+    rationale_of,
+    read_manifest,
+    rescore,
+    resolve,
+    write_file,
+)
+from mmemb.types import Candidates, Pair
+
+_CACHE_BYTES = 64 * 2**20
+_OPEN_FILES = 128
+_INDEX_ROWS = 65536
+_ARMS = ("candidate", "none", "placebo")
+_LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", "settings_hash", *RATIONALE_COLUMNS]
+
+
+def scored(candidates: Candidates) -> tuple[float, ...]:
+    """The candidates' scores, for a selector that cannot do without.
+
+    Raises:
+        ValueError: the pool has not been scored, or a score is no number.
+    """
+    missing = len(candidates.scores) != len(candidates.rationales) or any(map(math.isnan, candidates.scores))
+    if candidates.rationales and (missing or math.isnan(candidates.score_none)):
+        raise ValueError(
+            f"pair {candidates.pair_id!r}: its rationale candidates have not been scored; "
+            f"run `mmemb rationales score` with the same --config first, or use the selector `random`"
+        )
+    return candidates.scores
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of candidates and the file of their scores (the same one in a single-file pool; None: not scored)."""
+
+    candidates: Path
+    scores: Path | None
+
+
+class RationalePool:
+    """A pool opened for reading. Made by `open`; safe to use in forked and in spawned data-loader workers.
+
+    Attributes:
+        path: the folder or file.
+        manifest: what it was made from.
+        evaluator: whose scores `candidates` gives; None where none has scored the pool.
+        keep_leaks: whether `candidates` gives those with leak flags as well.
+    """
+
+    def __init__(self, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> None:
+        self.path = resolve(path)
+        self.manifest = read_manifest(path)
+        self.keep_leaks = keep_leaks
+        names = sorted(self.manifest.evaluators)
+        if evaluator is not None and evaluator not in names:
+            raise ValueError(
+                f"{self.path}: no scores by the evaluator {evaluator!r}, only by: {', '.join(names) or 'none'}; "
+                f"run `mmemb rationales score` with the same --config first"
+            )
+        self.evaluator = evaluator if evaluator is not None else next(iter(names), None)
+        self._parts = self._find_parts()
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._cached = 0  # bytes in the cache
+        self._index = PairIndex(
+            (number, *runs) for number in range(len(self._parts)) for runs in self._pair_runs(number)
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> RationalePool:
+        """Opens a folder, a ``.parquet`` file or ``bundled:pool``.
+
+        Args:
+            path: where the pool is.
+            evaluator: whose scores to read, by name; None: the first by name.
+            keep_leaks: give candidates with leak flags as well; they are left out otherwise.
+
+        Raises:
+            FileNotFoundError: there is no pool.
+            ValueError: it is no pool, of another version of the format, or not scored by that evaluator.
+        """
+        return cls(path, evaluator=evaluator, keep_leaks=keep_leaks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data-loader worker opens the files itself: handles and caches do not travel.
+        return _reopen, (str(self.path), self.evaluator, self.keep_leaks)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        """Pair ids in the order of the data, read as they are asked for."""
+        for number in range(len(self._parts)):
+            for ids, _, _ in self._pair_runs(number):
+                yield from ids
+
+    def __contains__(self, pair_id: object) -> bool:
+        return isinstance(pair_id, str) and bool(self._pieces(pair_id))
+
+    @property
+    def pair_ids(self) -> list[str]:
+        """Every pair id in the order of the data, all at once; iterate over the pool where there are millions."""
+        return list(self)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair is there and, by the evaluator, scored."""
+        found = len(self) == self.manifest.pairs
+        return found and all(part.scores is not None for part in self._parts if self.evaluator is not None)
+
+    def check_complete(self, purpose: str) -> None:
+        """Refuses a pool that a stopped run has left unfinished; looks at the index and at file names only.
+
+        Args:
+            purpose: what it is to be finished for, for the message.
+
+        Raises:
+            ValueError: pairs have no candidates, or the evaluator has not scored them all.
+        """
+        pairs = self.manifest.pairs
+        if len(self) != pairs:
+            raise ValueError(
+                f"{self.path}: {len(self)} of {pairs} pairs have their candidates; finish `mmemb rationales generate` "
+                f"with the configuration that began it {purpose}"
+            )
+        if not self.complete:
+            numbers = [number for number, part in enumerate(self._parts) if part.scores is not None]
+            scored_pairs = sum(min(self.manifest.shard_size, pairs - self.manifest.starts()[each]) for each in numbers)
+            raise ValueError(
+                f"{self.path}: {scored_pairs} of {pairs} pairs have scores by {self.evaluator!r}; finish "
+                f"`mmemb rationales score` with the configuration that began it {purpose}"
+            )
+
+    def candidates(self, pair_id: str, *, side: Side = "query") -> Candidates:
+        """The candidates for one side of a pair with their scores; nan where not scored.
+
+        Raises:
+            ValueError: the pool does not know the pair.
+        """
+        rows = self._rows(pair_id).to_pylist()
+        kept = self._kept(rows, side)
+        candidate, none, placebo = (f"{self.evaluator}.{arm}" for arm in _ARMS)
+        return Candidates(
+            pair_id=pair_id,
+            rationales=tuple(rationale_of(row) for row in kept),
+            scores=tuple(_number(row.get(candidate)) for row in kept),
+            score_none=next((row[none] for row in rows if row.get(none) is not None), math.nan),
+            scores_placebo=tuple(_number(row[placebo]) for row in kept if placebo in row),
+        )
+
+    def settings_hashes(self, pair_id: str, *, side: Side = "query") -> tuple[str, ...]:
+        """The digest of the worker's settings for each of `candidates`, empty where it is not stored."""
+        return tuple(row.get("settings_hash") or "" for row in self._kept(self._rows(pair_id).to_pylist(), side))
+
+    def _kept(self, rows: Sequence[dict[str, Any]], side: Side) -> list[dict[str, Any]]:
+        """Those of a pair's rows that are candidates of a side."""
+        return [
+            row
+            for row in rows
+            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row.get("leaks"))
+        ]
+
+    def check(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        generation: Mapping[str, Any] | None = None,
+        evaluator: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Refuses a pool that does not fit what a run asks for.
+
+        Args:
+            pairs: the run's pairs; the pool may have more, and in another order.
+            generation: workers' settings, k and seed, as in the manifest; None: whatever they are.
+            evaluator: settings of the evaluator whose scores are open; None: whatever they are.
+
+        Raises:
+            ValueError: a pair is missing or was another one when the pool was made; workers or evaluator were others.
+        """
+        remedy = "make it anew under another path (`mmemb rationales generate`), or delete it"
+        scoring = self.manifest.evaluators.get(self.evaluator or "", {})
+        scores = "" if self.path.is_file() else f", or {rescore(self.path, self.evaluator or '')}"
+        for what, stored, wanted, way_out in (
+            ("made by workers", self.manifest.generation, generation, remedy),
+            ("scored by an evaluator", scoring, evaluator, remedy + scores),
+        ):
+            if wanted is not None and digest(stored) != digest(wanted):
+                raise ValueError(
+                    f"{self.path}: {what} with other settings (hash {digest(stored)}, this run asks for "
+                    f"{digest(wanted)}; differing: {_differences(stored, wanted)}); {way_out}"
+                )
+        hashes = [pair_digest(pair) for pair in pairs]
+        if digest(hashes) == self.manifest.data:
+            return
+        other = f"{self.path}: made from other data (hash {self.manifest.data}, this run asks for {digest(hashes)}):"
+        for pair, asked in zip(pairs, hashes, strict=True):
+            if pair.id not in self:
+                raise ValueError(f"{other} it has no pair {pair.id!r}; {remedy}")
+            there = self._rows(pair.id)["pair_hash"][0].as_py()
+            if there != asked:
+                raise ValueError(f"{other} the pair {pair.id!r} was another one (hash {there}, now {asked}); {remedy}")
+
+    def export(self, path: str | Path) -> Path:
+        """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path.
+
+        Candidates with leak flags are written too.
+
+        Raises:
+            ValueError: candidates are missing, or the evaluator has not scored them all: a file is never gone on with.
+        """
+        self.check_complete("before the pool is exported")
+        target = resolve(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        evaluators = {name: value for name, value in self.manifest.evaluators.items() if name == self.evaluator}
+        manifest = replace(self.manifest, evaluators=evaluators)
+        schema = self._read(0).schema if self._parts else CANDIDATE_SCHEMA
+        tables = (self._read(number) for number in range(len(self._parts)))
+        write_file(target, tables, schema.with_metadata({METADATA_KEY: manifest.to_json().encode()}))
+        return target
+
+    def _find_parts(self) -> list[_Part]:
+        if self.path.is_file():
+            return [_Part(self.path, self.path if self.evaluator else None)]
+        parts = []
+        for shard in sorted(self.path.glob("candidates-*.parquet")):
+            scores = shard.with_name(shard.name.replace("candidates-", f"scores-{self.evaluator}-", 1))
+            parts.append(_Part(shard, scores if scores.is_file() else None))
+        return parts
+
+    def _pair_runs(self, number: int) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[np.int32]]]:
+        """Ids, first rows and row counts of one part's pairs, in stored order, some thousand rows at a time."""
+        file = self._open_file(self._parts[number].candidates)
+        row = 0  # of the part, at which the piece begins
+        left: list[str] = []  # the last pair's rows so far: the next piece may go on with it
+        for batch in file.iter_batches(_INDEX_ROWS, columns=["pair_id"], use_threads=False):
+            ids = pa.concat_arrays([pa.array(left, pa.string()), batch["pair_id"]])
+            runs = pc.run_end_encode(ids, run_end_type=pa.int32())
+            ends, names = runs.run_ends.to_numpy(), runs.values.to_pylist()
+            counts = np.diff(ends, prepend=np.int32(0))
+            firsts = ends - counts + np.int32(row)
+            yield names[:-1], firsts[:-1], counts[:-1]
+            row, left = int(firsts[-1]), names[-1:] * int(counts[-1])
+        if left:
+            yield left[:1], np.array([row], np.int32), np.array([len(left)], np.int32)
+
+    def _rows(self, pair_id: str) -> pa.Table:
+        """A pair's rows."""
+        pieces = self._pieces(pair_id)
+        if not pieces:
+            raise ValueError(f"{self.path}: no pair {pair_id!r} among {len(self)} here; make the pool from this data")
+        return pa.concat_tables(pieces)
+
+    def _pieces(self, pair_id: str) -> list[pa.Table]:
+        """A pair's rows, from the row groups they lie in; empty where there is no such pair."""
+        pieces = []
+        for part, first, count in self._index.runs(pair_id):
+            size = self._open_file(self._parts[part].candidates).metadata.row_group(0).num_rows
+            while count:
+                group, offset = divmod(first, size)
+                piece = self._group(part, group).slice(offset, count)
+                if piece["pair_id"][0].as_py() != pair_id:  # another pair of the same hash
+                    break
+                pieces.append(piece)
+                first, count = first + len(piece), count - len(piece)
+        return pieces
+
+    def _group(self, number: int, group: int) -> pa.Table:
+        """A decoded row group, from the cache if it is there."""
+        key = (number, group)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        table = self._groups[key] = self._read(number, group)
+        self._cached += table.nbytes
+        while self._cached > _CACHE_BYTES and len(self._groups) > 1:
+            self._cached -= self._groups.popitem(last=False)[1].nbytes
+        return table
+
+    def _read(self, number: int, group: int | None = None) -> pa.Table:
+        """Candidates and scores of a part: whole, or one row group with the columns that a look-up needs.
+
+        A part that is not scored has no score columns.
+        """
+        part = self._parts[number]
+        table = self._columns(part.candidates, CANDIDATE_SCHEMA.names if group is None else _LOOKUP_COLUMNS, group)
+        if part.scores:
+            arms = self._columns(part.scores, [f"{self.evaluator}.{arm}" for arm in _ARMS], group)
+            for arm in arms.column_names:
+                table = table.append_column(arm, arms[arm])
+        return table
+
+    def _columns(self, path: Path, columns: list[str], group: int | None) -> pa.Table:
+        """Those of the columns that the file has: arms differ by evaluator, columns by the version of the format."""
+        file = self._open_file(path)
+        there = set(file.schema_arrow.names)
+        columns = [name for name in columns if name in there]
+        # Threads are left to the data loader: forked workers must not wait for a thread pool that was not forked.
+        if group is None:
+            return file.read(columns, use_threads=False)
+        return file.read_row_group(group, columns, use_threads=False)
+
+    def _open_file(self, path: Path) -> pq.ParquetFile:
+        """A file among the few that are kept open: a pool may have more shards than a process may open files."""
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        file = self._files[path] = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close(force=True)
+        return file
+
+
+def _reopen(path: str, evaluator: str | None, keep_leaks: bool) -> RationalePool:
+    return RationalePool.open(path, evaluator=evaluator, keep_leaks=keep_leaks)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    return ", ".join(key for key in sorted({*stored, *asked}) if digest(stored.get(key)) != digest(asked.get(key)))

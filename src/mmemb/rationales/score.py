@@ -1,0 +1,187 @@
+"""Stage 1, pair-aware selection: an evaluator scores each pair's candidates against no rationale; a selector chooses.
+
+    gain(r) = c(q, t | do(r)) - c(q, t | do(none))        [A]
+
+The arms *none*, *each candidate* and *placebo* (another pair's rationale for each candidate,
+`mmemb.rationales.placebo`) are scored once, shard by shard as in `mmemb.rationales.generate`, and kept in the pool.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmemb.common.digests import digest
+from mmemb.interfaces import Evaluator
+from mmemb.rationales.generate import bar, say
+from mmemb.rationales.placebo import Placebos
+from mmemb.rationales.pool import RationalePool
+from mmemb.rationales.storage import (
+    Manifest,
+    candidates_shard,
+    data_digest,
+    drop_partial,
+    read_manifest,
+    rescore,
+    resolve,
+    scores_shard,
+    sole_maker,
+    write_manifest,
+    write_shard,
+)
+from mmemb.types import Pair
+
+
+def evaluator_name(evaluator: Evaluator) -> str:
+    """What the evaluator's columns are called: its short name, else its class's."""
+    return evaluator.name or type(evaluator).__qualname__
+
+
+def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, progress: bool = True) -> RationalePool:
+    """Scores a pool's candidates, or goes on with what is there.
+
+    Equal texts of a pair are scored once, and a pair's arms together, so that an evaluator may share their prompt.
+
+    Args:
+        pairs: the pairs that the pool was made from; the evaluator's negatives come from them.
+        evaluator: gives the confidence.
+        pool: the folder, every candidate in place.
+        progress: a bar with rate and time left, and a line at the end.
+
+    Raises:
+        FileNotFoundError: there is no pool.
+        ValueError: the pool is of other data, incomplete or read-only, or scored by this evaluator with other settings;
+            another process scores it by this evaluator; a score is no number.
+    """
+    folder, name, settings = resolve(pool), evaluator_name(evaluator), evaluator.settings
+    manifest = read_manifest(pool)
+    asked = data_digest(pairs)
+    if manifest.data != asked:
+        raise ValueError(
+            f"{folder}: made from other data (hash {manifest.data}, this run asks for {asked}); "
+            f"name the same data, or make the pool anew under another path"
+        )
+    if folder.is_file():
+        if name not in manifest.evaluators:
+            raise ValueError(
+                f"{folder}: a single-file pool is read-only, and {name!r} has not scored it; name a folder"
+            )
+        _check_settings(manifest, folder, name, settings)
+        return RationalePool.open(pool, evaluator=name)
+    absent = [start for start in manifest.starts() if not candidates_shard(folder, start).is_file()]
+    if absent:
+        raise ValueError(
+            f"{folder}: {len(absent)} of {len(manifest.starts())} shards have no candidates yet; "
+            f"finish `mmemb rationales generate` first"
+        )
+    with sole_maker(folder, f"scores-{name}"):
+        _fill(folder, pairs, evaluator, settings, progress)
+    return RationalePool.open(pool, evaluator=name)
+
+
+def _fill(
+    folder: Path, pairs: Sequence[Pair], evaluator: Evaluator, settings: Mapping[str, Any], progress: bool
+) -> None:
+    """Makes the shards of scores that are missing."""
+    name = evaluator_name(evaluator)
+    drop_partial(folder, f"scores-{name}")
+    manifest = read_manifest(folder)  # anew: another evaluator's run may have entered itself in the meantime
+    _check_settings(manifest, folder, name, settings)
+    # Before the first score, so that whoever finds scores also finds what they mean.
+    write_manifest(folder, replace(manifest, evaluators={**manifest.evaluators, name: settings}))
+    missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
+    done = len(pairs) - sum(len(pairs[start : start + manifest.shard_size]) for start in missing)
+    scored = helping = 0
+    total_gain = 0.0
+    placebos = Placebos({}, {})
+    if missing:
+        evaluator.prepare_bank(pairs)
+        placebos = Placebos.collect([candidates_shard(folder, start) for start in manifest.starts()], pairs)
+    with bar("score rationales", len(pairs), done=done, show=progress) as advance:
+        for start in missing:
+            shard = pairs[start : start + manifest.shard_size]
+            table, of_shard = _score_shard(candidates_shard(folder, start), shard, evaluator, name, placebos)
+            write_shard(scores_shard(folder, name, start), table)
+            scored += len(of_shard)
+            helping += sum(gain > 0 for gain in of_shard)
+            total_gain += math.fsum(of_shard)
+            advance(len(shard))
+    if progress:
+        worth = ""
+        if scored:
+            worth = f", mean gain {total_gain / scored:+.3f}, {helping / scored:.0%} help"
+        say(f"{folder}: {scored} candidates scored by {name}{worth}; {done} of {len(pairs)} pairs were there already")
+
+
+def _check_settings(manifest: Manifest, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses scores that are there and were made with other settings, or with nobody knows which.
+
+    Settings without a single score are of a run that was stopped before its first shard: they bind nobody.
+    """
+    if folder.is_dir() and not any(scores_shard(folder, name, start).is_file() for start in manifest.starts()):
+        return
+    if name not in manifest.evaluators:
+        raise ValueError(
+            f"{folder}: holds scores by {name!r} with settings that its manifest does not tell; "
+            + rescore(folder, name)
+        )
+    there, asked = digest(manifest.evaluators[name]), digest(settings)
+    if there != asked:
+        raise ValueError(
+            f"{folder}: scored by {name!r} with other settings (hash {there}, this run asks for {asked}); "
+            + ("name a folder to make it anew" if folder.is_file() else rescore(folder, name))
+        )
+
+
+def _score_shard(
+    path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
+) -> tuple[pa.Table, list[float]]:
+    """A shard's score table, row for row as its candidates, and the gains.
+
+    All arms of the shard are one call of the evaluator, a pair's side by side, so that they may share its prompt.
+    """
+    columns = ["pair_id", "side", "worker", "settings_hash", "text"]
+    rows = pq.read_table(path, columns=columns, use_threads=False).to_pylist()
+    by_id = {pair.id: pair for pair in pairs}
+    of_pair: dict[str, list[dict[str, Any]]] = {pair.id: [] for pair in pairs}
+    for row in rows:
+        if row["text"] is not None and row["side"] == "query":
+            of_pair[row["pair_id"]].append(row)
+    asked: dict[tuple[str, str | None], None] = {}
+    for pair_id, candidates in of_pair.items():
+        for row, placebo in zip(candidates, placebos.of(by_id[pair_id], candidates), strict=True):
+            row["placebo"] = placebo
+        texts = [row["text"] for row in candidates]
+        texts += [row["placebo"] for row in candidates if row["placebo"] is not None]
+        asked |= dict.fromkeys((pair_id, text) for text in (None, *texts))
+    values = evaluator.score([by_id[pair_id] for pair_id, _ in asked], [text for _, text in asked])
+    score_of = dict(zip(asked, values, strict=True))
+    for (pair_id, text), value in score_of.items():
+        if not math.isfinite(value):
+            given = "without a rationale" if text is None else f"with the rationale {text[:60]!r}"
+            raise ValueError(
+                f"evaluator {name!r}: the score of the pair {pair_id!r} {given} is {value}, no finite number; "
+                f"load its model in bfloat16 or float32"
+            )
+
+    def arm(key: str) -> pa.Array:
+        """Scores of the texts in a field of the rows, null where there is none."""
+        scores = [score_of[row["pair_id"], row[key]] if row.get(key) is not None else None for row in rows]
+        return pa.array(scores, pa.float32())
+
+    for row in rows:
+        row["scored"] = row["text"] if row["side"] == "query" else None
+    arms = {
+        "pair_id": pa.array([row["pair_id"] for row in rows], pa.string()),
+        f"{name}.candidate": arm("scored"),
+        f"{name}.none": pa.array([score_of[row["pair_id"], None] for row in rows], pa.float32()),
+        f"{name}.placebo": arm("placebo"),
+    }
+    distinct = {(pair_id, row["text"]) for pair_id, candidates in of_pair.items() for row in candidates}
+    return pa.table(arms), [score_of[key] - score_of[key[0], None] for key in sorted(distinct)]

@@ -1,0 +1,77 @@
+"""`mmemb predict` keeps what it embeds: every process writes its share as Parquet, batch by batch.
+
+One process leaves ``embeddings.parquet`` in the run's folder; of several, each leaves its own
+``embeddings-<rank>-of-<processes>.parquet``. Memory holds one batch. `mmemb.search.exact` has the columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow.parquet as pq
+
+from mmemb.inference.embedding_files import embedding_table, model_identity
+from mmemb.inference.embeddings import direct
+from mmemb.types import Item
+
+
+class EmbeddingWriter(L.Callback):
+    """Streams predicted embeddings into a file aside, and moves it into place when all are there.
+
+    Attributes:
+        path: the file of this process; None before a prediction.
+        rows: embeddings written.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.rows = 0
+        self._model = ""
+        self._file: pq.ParquetWriter | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        processes = trainer.world_size
+        name = f"embeddings-{trainer.global_rank:05}-of-{processes:05}" if processes > 1 else "embeddings"
+        self.path = Path(trainer.log_dir or trainer.default_root_dir) / f"{name}.parquet"
+        self.rows = 0
+        self._model = model_identity(pl_module.backbone, pl_module.pooler)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Sequence[Item],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the embeddings [B, D] of B items as one row group."""
+        table = embedding_table(batch, direct(outputs), model=self._model)
+        if self._file is None:
+            self._aside.parent.mkdir(parents=True, exist_ok=True)
+            self._file = pq.ParquetWriter(self._aside, table.schema, compression="zstd")
+        self._file.write_table(table)
+        self.rows += len(table)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._file is None or self.path is None:
+            return  # fewer batches than processes: nothing was left for this one
+        self._file.close()
+        self._file = None
+        os.replace(self._aside, self.path)
+        print(f"{self.path}: {self.rows} embeddings")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._aside.unlink(missing_ok=True)
+
+    @property
+    def _aside(self) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f".{self.path.name}.part")

@@ -1,0 +1,322 @@
+"""Refresh inside fit: the model in training proposes rationales for the pairs it will see next; they join the pool.
+
+Without it a pool is made once, by a model that is then trained away from it: the offline pipeline that the paper names
+as its main limit [S]. With it, training is a loop in the manner of expectation-maximisation [D]: propose with the model
+of now, score against the counterfactual arms, train on what survives, and again.
+
+A run's own candidates lie in its folder, one small pool a refresh and rank, and never change the pool that the run was
+given. The batches after a refresh see it, the batches before do not, whatever data-loader workers had prepared ahead:
+the loader begins anew. So a run that was stopped and resumed trains on the candidates of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from mmemb.common.digests import seed_of
+from mmemb.data.datamodule import PairDataModule
+from mmemb.interfaces import Evaluator, Selector, Worker
+from mmemb.losses.distributed import all_sum
+from mmemb.rationales.gains import gains
+from mmemb.rationales.generate import generate
+from mmemb.rationales.pool import RationalePool
+from mmemb.rationales.score import evaluator_name, score
+from mmemb.training.module import EmbeddingModule
+from mmemb.types import Candidates, Pair
+
+FOLDER = "refreshed"
+"""Folder of a run's own candidates, below the run's."""
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+class GrownPool:
+    """A pool with the candidates that a run has added.
+
+    A pair's candidates are the pool's own, then those of the newest refresh that has the pair; texts that the pool has
+    already are left out. Their scores are moved so that each keeps its gain over its own arm without a rationale: the
+    model in training scores otherwise than whoever scored the pool. A pool without scores stays without.
+
+    Args:
+        base: the pool that was there.
+        refreshed: pools of one refresh each, oldest first.
+    """
+
+    def __init__(self, base: RationalePool, refreshed: Sequence[RationalePool]) -> None:
+        self.base = base
+        self.refreshed = list(refreshed)
+
+    def candidates(self, pair_id: str) -> Candidates:
+        """See `RationalePool.candidates`."""
+        there = self.base.candidates(pair_id)
+        newest = next((pool for pool in reversed(self.refreshed) if pair_id in pool), None)
+        return there if newest is None else _joined(there, newest.candidates(pair_id))
+
+    def added(self, pair_id: str) -> int:
+        """How many of a pair's candidates the run has added."""
+        return len(self.candidates(pair_id).rationales) - len(self.base.candidates(pair_id).rationales)
+
+
+def _joined(there: Candidates, own: Candidates) -> Candidates:
+    known = {rationale.text for rationale in there.rationales}
+    new = [row for row, rationale in enumerate(own.rationales) if rationale.text not in known]
+    shift = there.score_none - own.score_none  # nan where the pool has no scores
+    scores = [own.scores[row] + shift for row in new]
+    placebos: tuple[float, ...] = ()
+    if there.scores_placebo or not there.rationales:
+        placebos = there.scores_placebo + tuple(own.scores_placebo[row] + shift for row in new if own.scores_placebo)
+    return replace(
+        there,
+        rationales=there.rationales + tuple(own.rationales[row] for row in new),
+        scores=there.scores + tuple(scores),
+        scores_placebo=placebos,
+    )
+
+
+class RefreshPool(L.Callback):
+    """Every so many steps the model in training proposes candidates for the coming pairs, which join the pool.
+
+    Coming are the pairs of the steps until the next refresh; the first `most_pairs` of them get new candidates, the
+    rest keep what they have. Logs, at each refresh and over *all* coming pairs of all ranks, ``refresh/covered`` (share
+    that gets new candidates), ``refresh/self_made`` (share of the run's own among their candidates) and
+    ``refresh/self_made_chosen`` (among those that the selector chooses); of the new candidates ``refresh/mean_gain``
+    (nats) and ``refresh/keep_rate`` (how many help); and ``refresh/seconds``.
+
+    Args:
+        refresh_every_n_steps: steps from one refresh to the next.
+        worker: who proposes; ``model`` is the model in training.
+        evaluator: who scores; with ``retrieval`` and no embedder of its own, the model in training as it is.
+        candidates: K, candidates a pair.
+        most_pairs: most pairs a refresh and rank, the soonest first: it bounds what a refresh costs; null: all coming.
+        keep: refreshes that are still read; older ones were proposed by a model long gone.
+        seed: of every sampled candidate.
+
+    Raises:
+        ValueError: a number is below one.
+    """
+
+    def __init__(
+        self,
+        refresh_every_n_steps: int,
+        *,
+        worker: Worker,
+        evaluator: Evaluator,
+        candidates: int = 1,
+        most_pairs: int | None = 512,
+        keep: int = 8,
+        seed: int = 0,
+    ) -> None:
+        numbers = {
+            "refresh_every_n_steps": refresh_every_n_steps,
+            "candidates": candidates,
+            "most_pairs": most_pairs,
+            "keep": keep,
+        }
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ValueError(f"refresh: {name} is {value}, expected 1 or more (to refresh nothing, leave it out)")
+        self.refresh_every_n_steps = refresh_every_n_steps
+        self.worker = worker
+        self.evaluator = evaluator
+        self.candidates = candidates
+        self.most_pairs = most_pairs
+        self.keep = keep
+        self.seed = seed
+        self.steps: list[int] = []
+        self.folder: Path | None = None
+        self._earlier: Path | None = None
+
+    # -- a run's beginning and its resume ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The refreshes that there were, and where their candidates lie."""
+        return {"steps": list(self.steps), "folder": None if self.folder is None else str(self.folder)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them up."""
+        self.steps = list(state_dict["steps"])
+        self._earlier = None if state_dict["folder"] is None else Path(state_dict["folder"])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the worker and the evaluator the model, and takes up an earlier run's candidates.
+
+        Raises:
+            FileNotFoundError: the candidates of the run that is resumed are gone.
+            ValueError: the run has no pool or no selector.
+        """
+        module = cast(EmbeddingModule, pl_module)
+        if module.pool is None or module.selector is None:
+            raise ValueError("refresh: there is nothing to refresh; give model.pool and model.selector")
+        self.worker.bind(module.backbone)
+        self.evaluator.bind(module.backbone, module.pooler)
+        self.folder = (Path(trainer.log_dir or trainer.default_root_dir) / FOLDER).resolve()
+        if trainer.is_global_zero:
+            self._take_up(self.folder, trainer.ckpt_path)
+        trainer.strategy.barrier()
+        self._use(module)
+
+    def _take_up(self, folder: Path, checkpoint: str | Path | None) -> None:
+        """Brings the refreshes that the checkpoint knows of into this run's folder, and removes any other."""
+        source = self._source(folder, checkpoint)
+        for step in self.steps:
+            if not (source / _name(step)).is_dir():
+                raise FileNotFoundError(
+                    2, "the checkpoint was trained on candidates that are gone; put them back or train anew",
+                    str(source / _name(step)),
+                )  # fmt: skip
+        for path in folder.glob("step-*"):
+            found = _STEP.fullmatch(path.name)
+            if found and (source != folder or int(found[1]) not in self.steps):
+                shutil.rmtree(path)
+        if source != folder:
+            for step in self.steps:
+                shutil.copytree(source / _name(step), folder / _name(step))
+
+    def _source(self, folder: Path, checkpoint: str | Path | None) -> Path:
+        """Where the earlier run's candidates lie: where it wrote them or, since runs are moved, by its checkpoint."""
+        places = [self._earlier or folder]
+        if checkpoint is not None:
+            places += [parent / FOLDER for parent in Path(checkpoint).resolve().parents[:2]]  # run/checkpoints/x.ckpt
+        places.append(folder)
+        whole = (place for place in places if all((place / _name(step)).is_dir() for step in self.steps))
+        return next(whole, places[0])
+
+    def _use(self, module: EmbeddingModule) -> GrownPool:
+        """From the next batch on, the selector chooses among the pool's candidates and the run's own."""
+        assert self.folder is not None
+        assert module.pool is not None
+        assert module.selector is not None
+        name = evaluator_name(self.evaluator)
+        read = [path for step in self.steps[-self.keep :] for path in sorted((self.folder / _name(step)).iterdir())]
+        grown = GrownPool(module.pool.reopen(), [RationalePool.open(path, evaluator=name) for path in read])
+        module.objective.prepare_choice(module.pool.choice(grown, module.selector))
+        return grown
+
+    # -- refreshing --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes up for a refresh that was due where the run that is resumed had ended."""
+        if trainer.global_step > 0:
+            self._refresh_if_due(trainer, cast(EmbeddingModule, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refreshes where it is due and training goes on."""
+        if not 0 <= trainer.max_steps <= trainer.global_step:
+            self._refresh_if_due(trainer, cast(EmbeddingModule, pl_module))
+
+    def _refresh_if_due(self, trainer: L.Trainer, module: EmbeddingModule) -> None:
+        step = trainer.global_step
+        if step % self.refresh_every_n_steps or step in self.steps:
+            return
+        data: PairDataModule = module.datamodule
+        coming = data.coming_pairs(self.refresh_every_n_steps)
+        if not coming:  # the phase that reads the pool is over
+            return
+        pairs = coming[: self.most_pairs]
+        assert self.folder is not None
+        assert module.pool is not None
+        started = time.monotonic()
+        path = self.folder / _name(step) / f"rank-{trainer.global_rank}"
+        if path.exists():  # of a run that was killed before it could write a checkpoint
+            shutil.rmtree(path)
+        try:
+            generate(
+                pairs,
+                [self.worker],
+                self.candidates,
+                pool=path,
+                seed=seed_of(self.seed, step),
+                leaks=module.pool.leaks,
+                progress=False,
+            )
+            added = score(pairs, self.evaluator, path, progress=False)
+        finally:  # training needs the memory of models of their own
+            self.worker.release()
+            self.evaluator.release()
+        trainer.strategy.barrier()
+        self.steps.append(step)
+        grown = self._use(module)
+        data.restart()
+        self._report(trainer, module, coming, added, grown, seconds=time.monotonic() - started)
+
+    def _report(
+        self,
+        trainer: L.Trainer,
+        module: EmbeddingModule,
+        coming: Sequence[Pair],
+        added: RationalePool,
+        grown: GrownPool,
+        *,
+        seconds: float,
+    ) -> None:
+        """Logs what all ranks have added: each knows its own pairs alone, and only rank zero's loggers write."""
+        assert module.selector is not None
+        gained = [gain for pair_id in added for gain in gains(added.candidates(pair_id))]
+        own = counts_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
+        new = (len(coming), len(added), len(gained), sum(gain > 0 for gain in gained), math.fsum(gained))
+        # In one collective, on the device that the strategy's backend takes: NCCL has none for the CPU.
+        device = trainer.strategy.root_device if trainer.world_size > 1 else "cpu"  # float64 is not on every device
+        *summed, total_gain = all_sum(torch.tensor([*own, *new], dtype=torch.float64, device=device)).tolist()
+        every, made, chosen, made_chosen, pairs, covered, candidates, helping = map(round, summed)
+        values = {
+            "covered": _share(covered, pairs),
+            "self_made": _share(made, every),
+            "self_made_chosen": _share(made_chosen, chosen),
+            "mean_gain": _share(total_gain, candidates),
+            "keep_rate": _share(helping, candidates),
+            "seconds": seconds,
+        }
+        for logger in trainer.loggers:
+            finite = {f"refresh/{name}": value for name, value in values.items() if math.isfinite(value)}
+            logger.log_metrics(finite, step=trainer.global_step)
+        worth = f", mean gain {values['mean_gain']:+.3f}, {values['keep_rate']:.0%} help" if candidates else ""
+        of_all = f"{values['self_made']:.0%} of all candidates" if every else "no candidates"
+        of_chosen = f", {values['self_made_chosen']:.0%} of those chosen" if chosen else ", none chosen"
+        rank_zero_info(
+            f"Step {trainer.global_step}: {candidates} new candidates for {covered} of {pairs} coming pairs"
+            f"{worth}; self-made are {of_all}{of_chosen}; {seconds:.1f} s."
+        )
+
+
+class Counts(NamedTuple):
+    """How many candidates some pairs have, and how many of them are the run's own; the same of those chosen."""
+
+    every: int
+    made: int
+    chosen: int
+    made_chosen: int
+
+
+def counts_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, seed: int) -> Counts:
+    """How much of what the pairs train on the run has made itself."""
+    every = made = chosen = made_chosen = 0
+    for pair in pairs:
+        there, both = len(grown.base.candidates(pair.id).rationales), grown.candidates(pair.id)
+        every += len(both.rationales)
+        made += len(both.rationales) - there
+        for selection in selector.select_many(both, seed=seed_of(seed, pair.id)):
+            if selection.index is not None:
+                chosen += 1
+                made_chosen += selection.index >= there  # the pool's own come first
+    return Counts(every, made, chosen, made_chosen)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan

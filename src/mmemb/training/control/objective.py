@@ -1,0 +1,397 @@
+"""The control phase: the model learns by its own rollouts when to think, and what (GRPO).
+
+A step samples G rollouts a query, scores each one's embedding among the task's own candidates, and takes
+
+    L = decision_weight GRPO(decision) + rationale_weight GRPO(rationale tokens)
+        + direct_weight InfoNCE(e_d, e_t) + reasoned_weight InfoNCE(e_r, e_t)
+
+The decision's advantage is the total reward against all rollouts of the query; the rationale's against those that
+thought too, so that a rationale is not praised for a query on which any thought helps. Early on a fair coin is mixed
+into the decision (the exploration floor); importance weights pi / (what was drawn from), at most 1 / (1 - exploration),
+keep the gradient the policy's own. The contrastive losses go on over the same rollouts, which anchors the embedding.
+
+Cost of a step over N queries: N prompts and their rollouts without a graph, N targets twice, and one pass with
+gradients over N prompts and the rollouts that thought (a second one without for a KL). Memory: one chunk's graph.
+
+Source: GRPO for the reasoning decision, MMEmb-R1 (arXiv 2604.06156) [S]; rewards, credit and floor are ours [D].
+Legend: N queries, G rollouts of each, R = N G, L longest rationale, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmemb.drawing.rollout_table import draw_rollouts
+from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.inference.rollout import Rollouts, rollout
+from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.grpo import GRPO, PolicyLoss, Size
+from mmemb.losses.infonce import InfoNCE
+from mmemb.training.contrast import Path, contrast
+from mmemb.training.control.batch import ControlBatch, control_batch
+from mmemb.training.control.candidate_bank import CandidateBank
+from mmemb.training.control.decision import Policy, sample, standardised
+from mmemb.training.control.logs import measures, over_ranks, shown
+from mmemb.training.control.plan import Plan
+from mmemb.training.control.replay import Pool, Reference, differentiable, replay
+from mmemb.training.control.rewards import Format, Outcome, OverLength, Reward, Utility
+from mmemb.training.objective import Engine, Objective, Parts, check_chunk_size
+from mmemb.types import EvaluationTask, Item, ModelInputs, Pair
+
+
+class Control(Objective):
+    """GRPO on decision and rationale over the model's own rollouts, and the contrastive losses on the same batch.
+
+    Args:
+        rewards: what a rollout is worth; the weighted sum counts.
+        grpo: the policy loss.
+        group_size: G, rollouts a query.
+        temperature: of the rationale's tokens in rollouts. The decision has its own unit: it is drawn with probability
+            sigmoid((l_think - l_emb - center) / spread), center and spread being median and standard deviation of that
+            difference over the phase's queries when the phase begins, so that at first both decisions are as likely.
+        max_new_tokens: most rationale tokens of a rollout.
+        exploration: share of a fair coin in the drawn decision at the phase's first step; it falls linearly.
+        final_exploration: the same at its last step.
+        decision_weight: weight of the decision's policy loss.
+        rationale_weight: weight of the rationale tokens' policy loss.
+        direct_weight: weight of the direct path's InfoNCE.
+        reasoned_weight: weight of the reasoned path's InfoNCE, over the rollouts that thought.
+        infonce: the contrastive loss; null takes the joint phase's, with its temperature.
+        chunk_size: queries of one backward pass, with all their rollouts.
+        iterations: updates on the same rollouts; the contrastive losses are part of the first.
+        bank_size: most candidates of a task that rollouts are scored against.
+        refresh_every: steps after which the candidates are embedded anew.
+        score_temperature: divides the cosines in a positive's probability.
+        rollout_batch_size: rollouts decoded, and candidates embedded, together.
+        show_every: steps between two tables of sampled rollouts in the run's log; 0 for none.
+
+    Raises:
+        ValueError: a number is out of its range, or there is no reward.
+    """
+
+    needs_candidates = True
+
+    def __init__(
+        self,
+        *,
+        rewards: list[Reward] | None = None,
+        grpo: GRPO | None = None,
+        group_size: int = 8,
+        temperature: float = 1.0,
+        max_new_tokens: int = 48,
+        exploration: float = 0.5,
+        final_exploration: float = 0.1,
+        decision_weight: float = 1.0,
+        rationale_weight: float = 0.5,
+        direct_weight: float = 0.5,
+        reasoned_weight: float = 0.5,
+        infonce: InfoNCE | None = None,
+        chunk_size: int = 16,
+        iterations: int = 1,
+        bank_size: int = 256,
+        refresh_every: int = 20,
+        score_temperature: float = 0.05,
+        rollout_batch_size: int = 256,
+        show_every: int = 20,
+    ) -> None:
+        super().__init__()
+        check_chunk_size(chunk_size)
+        for name, least, value in (
+            ("group_size", 2, group_size),
+            ("max_new_tokens", 1, max_new_tokens),
+            ("iterations", 1, iterations),
+            ("bank_size", 1, bank_size),
+            ("refresh_every", 1, refresh_every),
+            ("rollout_batch_size", 1, rollout_batch_size),
+            ("show_every", 0, show_every),
+        ):
+            if value < least:
+                raise ValueError(f"control: {name} is {value}; give {least} or more")
+        if not 0 <= final_exploration <= exploration <= 1:
+            raise ValueError(
+                f"control: exploration falls from {exploration} to {final_exploration}; "
+                "use 0 <= final_exploration <= exploration <= 1"
+            )
+        if not (temperature > 0 and score_temperature > 0):
+            raise ValueError(
+                f"control: temperature is {temperature}, score_temperature {score_temperature}; both are above 0"
+            )
+        self.rewards = [Utility(), Format(weight=0.1), OverLength(weight=0.1)] if rewards is None else rewards
+        names = [reward.name for reward in self.rewards]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"control: the rewards are {names or 'none'}; give at least one, and each class once")
+        self.grpo = grpo if grpo is not None else GRPO(scaling="batch")
+        self.group_size = group_size
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.exploration = exploration
+        self.final_exploration = final_exploration
+        self.decision_weight = decision_weight
+        self.rationale_weight = rationale_weight
+        self.direct_weight = direct_weight
+        self.reasoned_weight = reasoned_weight
+        self.infonce = infonce
+        self.chunk_size = chunk_size
+        self.iterations = iterations
+        self.bank_size = bank_size
+        self.refresh_every = refresh_every
+        self.score_temperature = score_temperature
+        self.rollout_batch_size = rollout_batch_size
+        self.show_every = show_every
+        self._bank: CandidateBank | None = None
+        self._queries: list[Item] = []
+        self._policy: Policy | None = None
+        self._reference: Reference | None = None
+        self._restored: dict[str, Any] = {}
+        # In a tuple: a module assigned would become part of this one, and its temperature be stored twice.
+        self._previous: tuple[InfoNCE, ...] = ()
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
+        self._bank = CandidateBank(tasks, size=self.bank_size)
+        self._queries = sample(tasks)
+
+    def follow(self, previous: Objective) -> None:
+        found = getattr(previous, "infonce", None)
+        self._previous = (found,) if isinstance(found, InfoNCE) else ()
+
+    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ControlBatch:
+        return control_batch(parts.backbone, pairs, seed, chunk_size=self.chunk_size)
+
+    # -- resume ------------------------------------------------------------------------------------------------------
+
+    def phase_state(self) -> dict[str, Any]:
+        if self._restored:
+            return self._restored  # a run stopped before its first step leaves what it was given
+        if self._bank is None:
+            return {}
+        policy = None if self._policy is None else [self._policy.center, self._policy.spread]
+        reference = self._reference.state() if self._reference else None
+        return {"bank": self._bank.state(), "policy": policy, "reference": reference}
+
+    def load_phase_state(self, state: dict[str, Any]) -> None:
+        self._restored = state
+
+    def _ready(self, parts: Parts, step: int) -> tuple[CandidateBank, Policy, Reference | None]:
+        """Candidates as fresh as they should be, the decision's policy, and the reference if a KL is asked for."""
+        if self._bank is None:
+            raise ValueError("control: no candidates; call prepare_candidates before the first step")
+        if self.grpo.kl_weight and self._reference is None:
+            self._reference = Reference(parts.backbone)
+            if step and self._restored.get("reference"):
+                self._reference.load_state(self._restored["reference"])
+        if step and self._restored:
+            self._bank.load_state(self._restored["bank"])
+            if self._restored["policy"] is not None:
+                self._policy = Policy(*self._restored["policy"])
+        self._restored = {}
+        if step % self.refresh_every == 0 or not self._bank.ready:
+            self._bank.refresh(Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size))
+        if self._policy is None:
+            encoder = Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size)
+            self._policy = standardised(encoder, self._queries)
+        return self._bank, self._policy, self._reference
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self, parts: Parts, batch: ControlBatch, engine: Engine) -> dict[str, Tensor]:
+        bank, policy, reference = self._ready(parts, engine.step)
+        share = min(engine.step / max(engine.steps - 1, 1), 1.0)
+        exploration = self.exploration + (self.final_exploration - self.exploration) * share
+        rollouts = rollout(
+            parts.backbone,
+            parts.pooler,
+            [pair.query for pair in batch.pairs],
+            group_size=self.group_size,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=batch.seeds,
+            exploration=exploration,
+            margin_center=policy.center,
+            margin_spread=policy.spread / self.temperature,
+            batch_size=self.rollout_batch_size,
+        )
+        with evaluating(parts.backbone, parts.pooler):
+            target = torch.cat([_embed(parts, inputs) for _, inputs in batch.chunks])
+        outcome = self._outcome(bank, batch, rollouts, target[batch.positive].float().cpu())
+        values = {reward.name: reward(outcome).float() for reward in self.rewards}
+        total = torch.stack([reward.weight * values[reward.name] for reward in self.rewards]).sum(0)
+        plan = self._plan(parts, batch, rollouts, policy, outcome, total, target, reference)
+        logs: dict[str, float | Tensor] = {"exploration": exploration}
+        for iteration in range(self.iterations):
+            if iteration:
+                engine.update()
+            logs |= self._update(parts, batch, plan, engine, anchored=iteration == 0)
+        if engine.show is not None and self.show_every and engine.step % self.show_every == 0:
+            engine.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
+        return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=parts.backbone.device)
+
+    def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
+        """Scores every rollout, and every query's direct embedding, among the task's candidates."""
+        count = len(batch.pairs)
+        query = torch.arange(count).repeat_interleave(self.group_size)
+        rows = torch.cat([query, torch.arange(count)])
+        embedding = torch.cat([rollouts.embedding, rollouts.direct])
+        scored = bank.score(batch.pairs, positive, embedding, rows, temperature=self.score_temperature)
+        (log_probability, direct_log_probability), (rank, direct_rank) = (
+            each.split([len(query), count]) for each in scored
+        )
+        return Outcome(
+            pairs=batch.pairs,
+            query=query,
+            think=rollouts.think,
+            tokens=rollouts.tokens,
+            truncated=rollouts.truncated,
+            rationale=rollouts.rationale,
+            log_probability=log_probability,
+            rank=rank,
+            direct_log_probability=direct_log_probability[query],
+            direct_rank=direct_rank[query],
+        )
+
+    def _plan(
+        self,
+        parts: Parts,
+        batch: ControlBatch,
+        rollouts: Rollouts,
+        policy: Policy,
+        outcome: Outcome,
+        total: Tensor,
+        target: Tensor,
+        reference: Reference | None,
+    ) -> Plan:
+        device, query = parts.backbone.device, outcome.query
+        thinking = rollouts.think.nonzero().flatten()
+        decided = policy.log_prob(rollouts.decision_logits)[query, (~rollouts.think).long()]
+        thought = torch.zeros(len(batch.pairs)).index_add(0, query[thinking], torch.ones(len(thinking)))
+        rollouts = rollouts.to(device)
+        paths = [
+            Path("direct", "direct", self.direct_weight, torch.arange(len(batch.pairs), device=device)),
+            # A query counts once, however many of its rollouts thought.
+            Path(
+                "reasoned",
+                "reasoned",
+                self.reasoned_weight,
+                query[thinking].to(device),
+                (1 / thought[query[thinking]]).to(device),
+            ),
+        ]
+        embeddings = {"direct": rollouts.direct, "reasoned": rollouts.embedding[thinking.to(device)], "target": target}
+        plan = Plan(
+            rollouts=rollouts,
+            thinking=thinking.to(device),
+            decision_advantage=self.grpo.advantages(total, query).to(device),
+            rationale_advantage=self.grpo.advantages(total[thinking], query[thinking]).to(device),
+            policy=policy,
+            importance=(decided.to(device) - rollouts.decision_log_prob).exp(),
+            contrast=contrast(self._infonce(), embeddings, batch, paths),
+            references=None,
+        )
+        if reference is not None:
+            with reference.model(parts.backbone) as model:
+                plan.references = [
+                    replay(model, prompt.to(device), rollouts, rows, source, pool=None).log_prob
+                    for (prompt, _), (_, rows, source) in zip(batch.chunks, plan.spans(batch), strict=True)
+                ]
+        return plan
+
+    def _infonce(self) -> InfoNCE:
+        if self.infonce is None:
+            if not self._previous:
+                raise ValueError("control: no phase came before that had a contrastive loss; give `infonce`")
+            return self._previous[0]
+        return self.infonce
+
+    def _update(
+        self, parts: Parts, batch: ControlBatch, plan: Plan, engine: Engine, *, anchored: bool
+    ) -> dict[str, float | Tensor]:
+        """Accumulates the gradients of one pass over all chunks; with ``anchored`` those of the contrastive losses."""
+        rollouts, group = plan.rollouts, self.group_size
+        token_mask = rollouts.token_mask[plan.thinking]
+        decided = torch.ones(len(rollouts), 1, dtype=torch.bool, device=token_mask.device)
+        decision_size = Size.of(decided, longest=1)
+        rationale_size = Size.of(token_mask, longest=self.max_new_tokens + 1)
+        gradients = plan.contrast.gradients
+        sums = torch.zeros(5, device=token_mask.device)  # losses, KL, clipped: decision and rationale
+        last = len(batch.chunks) - 1
+        targets = thoughts = 0
+        for index, ((prompt, target), (queries, rows, source)) in enumerate(
+            zip(batch.chunks, plan.spans(batch), strict=True)
+        ):
+            with (
+                nullcontext() if index == last else engine.no_sync(),
+                differentiable(parts.backbone, parts.pooler),
+            ):
+                pool = Pool(parts.pooler, [pair.query for pair in batch.pairs[queries]]) if anchored else None
+                found = replay(parts.backbone, prompt.to(sums.device), rollouts, rows, source, pool=pool)
+                mine = slice(queries.start * group, queries.stop * group)
+                own = slice(thoughts, thoughts + len(rows))
+                decision = self._decision(plan, found.decision_logits, mine, decision_size)
+                rationale = self._rationale(plan, found.log_prob, rows, own, index, rationale_size)
+                terms = [self.decision_weight * decision.loss, self.rationale_weight * rationale.loss]
+                if anchored:
+                    assert found.direct is not None
+                    terms.append((found.direct * gradients["direct"][queries]).sum())
+                    if found.reasoned is not None:
+                        terms.append((found.reasoned * gradients["reasoned"][own]).sum())
+                    embedded = _embed(parts, target)
+                    terms.append((embedded * gradients["target"][targets : targets + len(target)]).sum())
+                    if index == last and plan.contrast.term is not None:
+                        terms.append(plan.contrast.term)
+                engine.backward(torch.stack(terms).sum())
+            losses = torch.stack([decision.loss, rationale.loss]).detach() / world_size()
+            sums += torch.cat([losses, torch.stack([rationale.kl, decision.clipped, rationale.clipped])])
+            targets, thoughts = targets + len(target), thoughts + len(rows)
+        decision_loss, rationale_loss, kl, decision_clips, rationale_clips = all_sum(sums)
+        loss = self.decision_weight * decision_loss + self.rationale_weight * rationale_loss
+        logs: dict[str, float | Tensor] = {
+            "loss": loss + plan.contrast.loss,
+            "decision_loss": decision_loss,
+            "rationale_loss": rationale_loss,
+            "decision_clip_share": decision_clips / decision_size.tokens,
+            "rationale_clip_share": rationale_clips / rationale_size.tokens,
+        }
+        if plan.references is not None:
+            words = all_sum((rollouts.tokens[plan.thinking] - 2).clamp(min=0).sum().to(kl))
+            logs["kl"] = kl / words.clamp(min=1)
+        # Those of the first pass: later ones do not include the contrastive losses.
+        return {**logs, **plan.contrast.logs} if anchored else {k: v for k, v in logs.items() if k != "loss"}
+
+    def _decision(self, plan: Plan, logits: Tensor, rows: slice, size: Size) -> PolicyLoss:
+        """The policy loss of the decisions of a chunk's rollouts."""
+        rollouts = plan.rollouts
+        choice = (~rollouts.think[rows]).long()[:, None]
+        now = plan.policy.log_prob(logits).repeat_interleave(self.group_size, dim=0).gather(1, choice)
+        queries = slice(rows.start // self.group_size, rows.stop // self.group_size)
+        old = plan.policy.log_prob(rollouts.decision_logits[queries])
+        old = old.repeat_interleave(self.group_size, dim=0).gather(1, choice)
+        mask = torch.ones_like(choice, dtype=torch.bool)
+        return self.grpo(now, old, plan.decision_advantage[rows], mask, size=size, weight=plan.importance[rows])
+
+    def _rationale(self, plan: Plan, log_prob: Tensor, rows: Tensor, own: slice, chunk: int, size: Size) -> PolicyLoss:
+        """The policy loss of the rationale tokens of a chunk's rollouts that thought."""
+        rollouts = plan.rollouts
+        mask = rollouts.token_mask[rows]
+        # The end token is the format's, which a base model without the joint phase does not know.
+        words = torch.arange(mask.shape[1], device=mask.device) < (rollouts.tokens[rows] - 2)[:, None]
+        return self.grpo(
+            log_prob,
+            rollouts.log_prob[rows],
+            plan.rationale_advantage[own],
+            mask,
+            size=size,
+            reference=None if plan.references is None else plan.references[chunk],
+            reference_mask=words,
+            weight=plan.importance[rows],
+        )
+
+
+def _embed(parts: Parts, inputs: ModelInputs) -> Tensor:
+    inputs = inputs.to(parts.backbone.device)
+    return parts.pooler(parts.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)

@@ -1,0 +1,127 @@
+"""The joint phase: one model learns to write rationales and to embed with and without them.
+
+    L = InfoNCE(e_r, e_t) + lambda_d InfoNCE(e_d, e_t) + lambda_cot NLL(r and the decision token | q)     [S]
+
+over large in-batch negatives by gradient caching. A pair without a surviving rationale trains the direct path and the
+decision ``<emb>``; with one, both paths and the decision ``<think>`` [D]. Both paths go on from one pass over the
+prompt where the model allows it (`query_paths`). Costs two forward passes a row (one in a chunk that keeps its graph)
+and one backward; memory is that of the kept graphs plus O((N + M) D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmemb.common.checks import refuse_below
+from mmemb.data.augment import PictureAugment
+from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
+from mmemb.losses.infonce import InfoNCE
+from mmemb.training.contrast import Path, contrast
+from mmemb.training.joint.batch import TrainBatch, TrainChunk, joint_batch
+from mmemb.training.objective import Choose, Engine, Objective, Parts, check_chunk_size
+from mmemb.types import Pair
+
+
+class Joint(Objective):
+    """InfoNCE on the reasoned and the direct path, and next-token loss on rationale and decision.
+
+    Args:
+        chunk_size: queries of one backward pass; the global batch is as many chunks as the batch size needs.
+        direct_weight: lambda_d, weight of the direct path's InfoNCE.
+        reasoned_weight: weight of the reasoned path's InfoNCE.
+        next_token_weight: lambda_cot, weight of the mean next-token loss.
+        infonce: temperature of the contrastive loss (learnable and clamped, or fixed).
+        augment: picture augmentation; null for none.
+        kept_graphs: chunks whose graphs may be in memory at once. Every one beyond the first saves a forward pass: as
+            many as fit.
+
+    Raises:
+        ValueError: ``chunk_size`` or ``kept_graphs`` below one.
+    """
+
+    needs_rationales = True
+
+    def __init__(
+        self,
+        *,
+        chunk_size: int = 32,
+        direct_weight: float = 1.0,
+        reasoned_weight: float = 1.0,
+        next_token_weight: float = 0.5,
+        infonce: InfoNCE | None = None,
+        augment: PictureAugment | None = None,
+        kept_graphs: int = 1,
+    ) -> None:
+        super().__init__()
+        check_chunk_size(chunk_size)
+        refuse_below(1, "joint", kept_graphs=kept_graphs)
+        self.chunk_size = chunk_size
+        self.direct_weight = direct_weight
+        self.reasoned_weight = reasoned_weight
+        self.next_token_weight = next_token_weight
+        self.infonce = infonce if infonce is not None else InfoNCE()
+        self.augment = augment
+        self.kept_graphs = kept_graphs
+        self._choose: Choose | None = None
+
+    def prepare_choice(self, choose: Choose) -> None:
+        self._choose = choose
+
+    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> TrainBatch:
+        return joint_batch(parts, pairs, seed, choose=self._choose, chunk_size=self.chunk_size, augment=self.augment)
+
+    def step(self, parts: Parts, batch: TrainBatch, engine: Engine) -> dict[str, Tensor]:
+        device = batch.query_id.device
+        tokens = torch.stack([chunk.query.written() for chunk in batch.chunks]).sum()
+        total = all_sum(tokens.to(device)).clamp(min=1)
+        # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
+        token_scale = self.next_token_weight * world_size() / total
+        written = torch.zeros((), device=device)
+
+        def forward(chunk: TrainChunk, final: bool) -> ChunkOutput:
+            chunk = chunk.to(device)
+            query = chunk.query.encode(parts, write=final and bool(self.next_token_weight))
+            target = parts.backbone(chunk.target)
+            embeddings = {
+                "query": query.direct,
+                "target": parts.pooler(target, chunk.target.tensors["attention_mask"], chunk.target.emb_position),
+            }
+            if query.reasoned is not None:
+                embeddings["reasoned"] = query.reasoned
+            if query.nll is None:
+                return ChunkOutput(embeddings)
+            written.add_(query.nll.detach())
+            return ChunkOutput(embeddings, loss=query.nll * token_scale)
+
+        def loss(embeddings: dict[str, Tensor]) -> CachedLoss:
+            return self._contrast(embeddings, batch)
+
+        result = cached_step(
+            batch.chunks,
+            forward,
+            loss,
+            backward=engine.backward,
+            no_sync=engine.no_sync,
+            kept_graphs=self.kept_graphs,
+        )
+        logs = {key: torch.as_tensor(value).detach() for key, value in result.logs.items()}
+        logs["next_token"] = all_sum(written) / total
+        logs["loss"] = result.loss.detach() + self.next_token_weight * logs["next_token"]
+        logs["temperature"] = self.infonce.temperature.detach()
+        return logs
+
+    def _contrast(self, embeddings: dict[str, Tensor], batch: TrainBatch) -> CachedLoss:
+        """Both InfoNCE terms over the global batch, with the gradient of every embedding and of the temperature."""
+        device = embeddings["query"].device
+        offsets = torch.tensor([0, *[len(chunk.query) for chunk in batch.chunks]]).cumsum(0)
+        rows = torch.cat([chunk.query.rows + int(start) for chunk, start in zip(batch.chunks, offsets, strict=False)])
+        weight = torch.cat([chunk.reasoned_weight for chunk in batch.chunks])
+        paths = [
+            Path("direct", "query", self.direct_weight, torch.arange(len(embeddings["query"]), device=device)),
+            Path("reasoned", "reasoned", self.reasoned_weight, rows.to(device), weight.to(device)),
+        ]
+        return contrast(self.infonce, embeddings, batch, paths)

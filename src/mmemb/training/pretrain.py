@@ -1,0 +1,77 @@
+"""Next-token pretraining: the phase that turns random weights into a small VLM that can name, recall and caption.
+
+Each pair is a prompt (the query item) and a response (the positive's text). Memory holds one chunk's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmemb.data.augment import PictureAugment
+from mmemb.losses.distributed import all_sum, world_size
+from mmemb.training.objective import Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
+from mmemb.types import ModelInputs, Pair
+
+
+@dataclass
+class ResponseBatch:
+    """Prompts with responses, cut into chunks; a step moves each when it is its turn."""
+
+    chunks: list[ModelInputs]
+
+    def to(self, device: torch.device) -> ResponseBatch:
+        """Itself: without this a trainer would move every chunk at once."""
+        return self
+
+
+class NextToken(Objective):
+    """Mean cross-entropy of the response tokens.
+
+    Args:
+        chunk_size: rows of one backward pass.
+        augment: picture augmentation; null for none.
+
+    Raises:
+        ValueError: ``chunk_size`` below one.
+    """
+
+    def __init__(self, *, chunk_size: int = 32, augment: PictureAugment | None = None) -> None:
+        super().__init__()
+        check_chunk_size(chunk_size)
+        self.chunk_size = chunk_size
+        self.augment = augment
+
+    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
+        # Rows of one task are of like length: sorted, a chunk wastes little on padding.
+        rows = sorted(enumerate(pairs), key=lambda row: row[1].task)
+        chunks = []
+        for start in range(0, len(rows), self.chunk_size):
+            chunk = rows[start : start + self.chunk_size]
+            inputs = parts.backbone.prepare_response(
+                [pair.query for _, pair in chunk],
+                [pair.positive.text for _, pair in chunk],
+                augment=augmenter(self.augment, [seed + number for number, _ in chunk]),
+            )
+            chunks.append(inputs)
+        return ResponseBatch(chunks)
+
+    def step(self, parts: Parts, batch: ResponseBatch, engine: Engine) -> dict[str, Tensor]:
+        counts = torch.stack([(chunk.labels[:, 1:] != -100).sum() for chunk in batch.chunks])
+        # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
+        device = parts.backbone.device
+        total = all_sum(counts.sum().to(device)).clamp(min=1)
+        scale = world_size() / total
+        loss = torch.zeros((), device=device)
+        for number, chunk in enumerate(batch.chunks):
+            last = number == len(batch.chunks) - 1
+            with nullcontext() if last else engine.no_sync():
+                chunk = chunk.to(device)
+                part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
+                engine.backward(part * scale)
+            loss += part.detach()
+        return {"loss": all_sum(loss) / total}

@@ -1,5 +1,0 @@
-"""The tiny models of every family, for the decode engine too."""
-
-from tests.components.conftest import make_backbone, model_folder, picture
-
-__all__ = ["make_backbone", "model_folder", "picture"]

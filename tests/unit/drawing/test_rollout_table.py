@@ -1,0 +1,33 @@
+"""The table of rollouts: a row each, ranks coloured by whether thinking helped."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image as PILImage
+
+from mmemb.drawing.cards import RIGHT, WRONG
+from mmemb.drawing.rollout_table import RolloutRow, draw_rollouts
+from mmemb.types import Image, Item, Pair, Text
+
+
+def row(*, thought: bool, before: float, after: float) -> RolloutRow:
+    query = Item("what", (Image(PILImage.new("RGB", (8, 8), "#3333ff")),))
+    pair = Pair("0", "name", query, Item("", (Text("dog"),)), "dog")
+    return RolloutRow(pair, thought, 0.4, "a dog" if thought else "", 4 if thought else 0, before, after, 0.25)
+
+
+def has(sheet: PILImage.Image, colour: str) -> bool:
+    rgb = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return bool((np.asarray(sheet) == rgb).all(axis=-1).any())
+
+
+def test_ranks_are_coloured_by_what_thinking_did() -> None:
+    helped, hurt = row(thought=True, before=9, after=1), row(thought=True, before=1, after=9)
+    direct = row(thought=False, before=3, after=3)
+    assert has(draw_rollouts([helped]), RIGHT)
+    assert not has(draw_rollouts([helped]), WRONG)
+    assert has(draw_rollouts([hurt]), WRONG)
+    plain = draw_rollouts([direct])
+    assert not has(plain, RIGHT)
+    assert not has(plain, WRONG)
+    assert draw_rollouts([helped, hurt, direct]).height > plain.height

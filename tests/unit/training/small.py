@@ -1,0 +1,78 @@
+"""A small training run of the real parts: the tiny model from random weights, two tasks of the bundled data."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from mmemb.components.backbones.tiny import TinyBackbone
+from mmemb.components.controllers.always_reason import AlwaysReason
+from mmemb.components.controllers.never import Never
+from mmemb.components.poolers.embed_token import EmbedToken
+from mmemb.components.workers.metadata import MetadataWorker
+from mmemb.data.augment import PictureAugment
+from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.losses.infonce import InfoNCE
+from mmemb.training.joint.objective import Joint
+from mmemb.training.module import EmbeddingModule
+from mmemb.types import Pair, Rationale
+
+
+def metadata_choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
+    """The row's own rationale, for two pairs in three: the rest train the direct path alone."""
+    if sum(pair.id.encode()) % 3 == 0:
+        return []
+    return [(MetadataWorker().propose([pair.query], 1, seed=seed)[0][0], 1.0)]
+
+
+def small_module(*, chunk_size: int = 4, lr: float = 0.05, **settings: Any) -> EmbeddingModule:
+    """Plain SGD, so that a difference of weights is a difference of gradients."""
+    torch.manual_seed(0)
+    objective = Joint(chunk_size=chunk_size, infonce=InfoNCE(temperature=0.2), augment=PictureAugment())
+    objective.prepare_choice(metadata_choice)
+    options: dict[str, Any] = {
+        "backbone": TinyBackbone(weights="random"),
+        "objective": objective,
+        "pooler": EmbedToken(),
+        "controllers": [Never(), AlwaysReason()],
+        "optimizer": partial(torch.optim.SGD, lr=lr, momentum=0.9),
+        "schedule": "constant",
+        "warmup_steps": 0,
+    }
+    return EmbeddingModule(**{**options, **settings})
+
+
+def small_data(*, batch_size: int = 16, sub_batch_size: int = 8, **settings: Any) -> PairDataModule:
+    """Names of pictures and flags' attributes; 16 rows a global batch unless told."""
+    sources = [Source(path="bundled:train", tasks=["name", "flagattr"])]
+    return PairDataModule(train=sources, batch_size=batch_size, sub_batch_size=sub_batch_size, **settings)
+
+
+def small_trainer(folder: Path, **settings: Any) -> L.Trainer:
+    """One CPU process unless told; no bars, no logger."""
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 3,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+    }
+    return L.Trainer(default_root_dir=folder, **{**options, **settings})
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference of two sets of weights."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left if left[name].numel())
