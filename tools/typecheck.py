@@ -35,7 +35,7 @@ def link_package(root: Path) -> Path:
     for old in package.iterdir():
         old.unlink()
     for entry in (root / "src" / "mmemb").iterdir():
-        if entry.name != "__pycache__":
+        if entry.name not in ("__pycache__", "components"):
             (package / entry.name).symlink_to(entry)
     (package / "components").symlink_to(root / "components")
     return package

@@ -16,8 +16,8 @@ Bits are the same in every run: every value has one writer, sums have a fixed or
 (`mmemb.kernels.triton.tiles`). Memory beyond inputs and outputs: the workspace (the slab, its float32 copy where the
 library has no mixed products, the sums of its rows), of which one tile's rows is the least; a slab's rows of dQ, some
 blocks of 4096 embeddings and, for 16-bit input, both gradients once more in float32. Embeddings whose width is no
-multiple of 16 are copied with columns of zeros up to the next, which change no dot product; their gradients are as wide until they are
-returned.
+multiple of 16 are copied with columns of zeros up to the next, which change no dot product; their gradients are as
+wide until they are returned.
 
 As in the tiled engine the positive is kept out of the sums (loss = log(1 + exp(o - p)), G at it = -sigmoid(o - p)), and
 here out of the blocks of G too: its part of dQ and dK is added in float32. Rounded to 16 bits, G at it, which outweighs
