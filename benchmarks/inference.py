@@ -31,10 +31,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from benchmarks import harness
 from mmemb.data.bundled import evaluation_tasks
-from mmemb.inference.adaptive import Paths, length_order, pool_last, prefill
+from mmemb.inference.adaptive import AdaptivePaths
 from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.inference.prompts import embed_states, length_order, prefill
 from mmemb.inference.token_loop import COMPACT_SHARE
-from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.interfaces import Backbone, Controller, Model, Pooler
 from mmemb.registry import create
 from mmemb.types import EMB, END_THINK, THINK, Item
 
@@ -120,7 +121,7 @@ class Ways:
         self.paths = self.mmemb()
         self.emb = backbone.token_id(EMB)
 
-    def mmemb(self) -> Paths:
+    def mmemb(self) -> AdaptivePaths:
         """Ours."""
         return self.encoder.encode_paths(self.items, self.controller)
 
@@ -146,7 +147,7 @@ class Ways:
         with evaluating(self.backbone, self.pooler):
             for rows in self.batches(self.batch_size):
                 prefix = prefill(self.backbone, [self.items[row] for row in rows])
-                whole[rows] = pool_last(self.pooler, self._fed(prefix, rows)).cpu()
+                whole[rows] = embed_states(self.pooler, self._fed(prefix, rows)).cpu()
         return whole
 
     def _fed(self, prefix: Any, rows: Sequence[int]) -> Tensor:
@@ -188,7 +189,7 @@ class Ways:
         whole = torch.zeros(len(self.items), self.pooler.size)
         with evaluating(self.backbone, self.pooler):
             for rows in self.batches(size, in_order=in_order):
-                whole[rows] = pool_last(self.pooler, self._generated([self.items[row] for row in rows], read)).cpu()
+                whole[rows] = embed_states(self.pooler, self._generated([self.items[row] for row in rows], read)).cpu()
         return whole
 
     def _generated(self, items: Sequence[Item], read: bool) -> Tensor:
@@ -243,7 +244,7 @@ def measure(
     """
     backbone: Any = create("backbone", "tiny")
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    Model.assemble(backbone, pooler)
     backbone.to(device).eval()
     items = rows(count)
     offset = 1e4 if reason == "always" else _even_offset(backbone, pooler, items, batch_size)

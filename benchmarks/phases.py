@@ -21,9 +21,10 @@ from benchmarks import harness
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.bundled import evaluation_tasks, load_pairs
+from mmemb.interfaces import Model, SetupContext
 from mmemb.training.control.objective import Control
 from mmemb.training.joint.objective import Joint
-from mmemb.training.objective import Engine, Objective, Parts
+from mmemb.training.objective import Objective, StepContext
 from mmemb.types import Pair, Rationale
 
 LAST = 9
@@ -35,15 +36,15 @@ def true_rationale(pair: Pair, seed: int) -> Sequence[tuple[Rationale, float]]:
     return [(Rationale(pair.query.fields["rationale"]), 1.0)]
 
 
-def step(objective: Objective, parts: Parts, pairs: Sequence[Pair], *, shared: bool = True) -> Callable[[], None]:
+def step(objective: Objective, model: Model, pairs: Sequence[Pair], *, shared: bool = True) -> Callable[[], None]:
     """One step of the objective to the parameters' gradients, collation included; ``shared`` prompts or not."""
 
     def run() -> None:
-        for parameter in parts.backbone.parameters():
+        for parameter in model.backbone.parameters():
             parameter.grad = None
         with mock.patch.object(TinyBackbone, "keeps_cache_in_training", shared):
-            batch = objective.collate(parts, pairs, 0).to(parts.backbone.device)
-        objective.step(parts, batch, Engine(step=LAST, steps=LAST + 1))
+            batch = objective.collate(model, pairs, 0).to(model.backbone.device)
+        objective.step(model, batch, StepContext(step=LAST, steps=LAST + 1))
 
     return run
 
@@ -53,30 +54,28 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a phase; the joint phase is the first."""
     torch.manual_seed(0)
-    parts = Parts(TinyBackbone().to(device), EmbedToken())
-    parts.pooler.build(parts.backbone.hidden_size)
+    model = Model.assemble(TinyBackbone().to(device), EmbedToken())
     tasks = evaluation_tasks("control")
     # Tasks in turn, so that prompts and rationales of every length are there.
     of_task = [[pair for pair in load_pairs("control") if pair.task == task.name] for task in tasks]
     pairs = [each[row] for row in range(-(-count // len(tasks))) for each in of_task][:count]
     joint = Joint(chunk_size=chunk).to(device)
-    joint.prepare_choice(true_rationale)
+    joint.setup(SetupContext(choose=true_rationale))
     kept = Joint(chunk_size=chunk, kept_graphs=-(-count // chunk)).to(device)
-    kept.prepare_choice(true_rationale)
+    kept.setup(SetupContext(choose=true_rationale))
     control = Control(chunk_size=queries, group_size=group, max_new_tokens=budget, show_every=0).to(device)
-    control.prepare_candidates(tasks)
-    control.follow(joint)
+    control.setup(SetupContext(tasks=tasks, previous=joint))
     steps = {
-        "joint": step(joint, parts, pairs),
-        "control": step(control, parts, pairs),
-        "joint, graphs kept": step(kept, parts, pairs),
-        "joint, paths apart": step(joint, parts, pairs, shared=False),
+        "joint": step(joint, model, pairs),
+        "control": step(control, model, pairs),
+        "joint, graphs kept": step(kept, model, pairs),
+        "joint, paths apart": step(joint, model, pairs, shared=False),
     }
     steps["control"]()  # its candidates are embedded, once in many steps
     times = harness.paired(steps, repeats=repeats, device=device)
     peaks = {}
     for name, run in steps.items():
-        parts.backbone.zero_grad()  # else the gradients that a step frees would count in some rows only
+        model.backbone.zero_grad()  # else the gradients that a step frees would count in some rows only
         peaks[name] = harness.peak_megabytes(run, device=device)
     return [
         {

@@ -30,10 +30,9 @@ from mmemb.components.evaluators.retrieval import RetrievalEvaluator
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.bundled import load_pairs
 from mmemb.inference import shared_prompts as inference
-from mmemb.inference.adaptive import length_order
 from mmemb.inference.encoder import evaluating
-from mmemb.inference.shared_prompts import left_padded
-from mmemb.interfaces import Backbone, Evaluator
+from mmemb.inference.prompts import length_order, pad_tokens
+from mmemb.interfaces import Backbone, Evaluator, Model, SetupContext
 from mmemb.rationales.pool import RationalePool
 from mmemb.types import Item, ModelInputs, Pair
 
@@ -43,7 +42,7 @@ _TASKS = ("name", "flagattr", "left1", "findscene")
 def evaluators(device: str) -> dict[str, Evaluator]:
     """All, on the shipped model. It was never taught to say yes or no; which two words are compared costs the same."""
     backbone, pooler = TinyBackbone().to(device), EmbedToken()
-    pooler.build(backbone.hidden_size)
+    model = Model.assemble(backbone, pooler)
     yes, no, *_ = (word for word in ("red", "apple", "dog", "left", "of") if len(backbone.tokenize(word)) == 1)
     found: dict[str, Evaluator] = {
         "retrieval": RetrievalEvaluator(),
@@ -51,7 +50,7 @@ def evaluators(device: str) -> dict[str, Evaluator]:
         "plausible": PlausibleEvaluator(RetrievalEvaluator()),
     }
     for evaluator in found.values():
-        evaluator.bind(backbone, pooler)
+        evaluator.setup(SetupContext(model=model))
     return found
 
 
@@ -76,7 +75,7 @@ def plain_states(
         tails = [continuations[row] for row in rows]
         with evaluating(backbone):
             prompts = backbone.prepare([items[row] for row in rows], embed=False)
-            tokens, mask = left_padded(tails, backbone.device)
+            tokens, mask = pad_tokens(tails, side="left", device=backbone.device)
             hidden = backbone(continued(prompts, tails).to(backbone.device))[:, -tokens.shape[1] :]
         yield rows, hidden, tokens, mask
 
@@ -116,7 +115,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for task in _TASKS[:2] if options.smoke else _TASKS:
             pairs = load_pairs("train", tasks=[task])[: max(2, each // 8) if kind == "plausible" else each]
             shared, texts = rows_of(pairs, most=5)
-            evaluator.prepare_bank(pairs)
+            evaluator.setup(SetupContext(pairs=pairs))
             rivals = {
                 "shared": functools.partial(evaluator.score, shared, texts),
                 "apart": functools.partial(apart, evaluator, shared, texts),

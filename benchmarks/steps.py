@@ -31,6 +31,7 @@ from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.pairs import read_pairs
 from mmemb.data.sources import Source
+from mmemb.interfaces import Model
 from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step
 from mmemb.types import ModelInputs
 
@@ -74,7 +75,7 @@ class Bench:
         self.chunk, self.device = task.chunk, task.device
         self.backbone = TinyBackbone(weights="random").to(task.device)
         self.pooler = EmbedToken()
-        self.pooler.build(self.backbone.hidden_size)
+        Model.assemble(self.backbone, self.pooler)
         self.loss = InfoNCE(temperature=TEMPERATURE, learnable=False).to(task.device)
         self.parameters = [*self.backbone.parameters(), *self.pooler.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmemb.data.images import load_image
 from mmemb.data.templates import render
+from mmemb.inference.prompts import thought_tokens
 from mmemb.types import EMB, END_THINK, THINK, Item, ModelInputs, Text, Video, pictures
 
 from .pictures import Pictures, Shape
@@ -80,23 +81,19 @@ class PromptProcessor:
         """See `mmemb.interfaces.Backbone.prepare`."""
         if rationales is not None and not embed:
             raise ValueError("rationales need embed=True; a bare prompt has none")
-        think, end, emb = (np.array([self.ids[token]]) for token in (THINK, END_THINK, EMB))
         suffixes: list[Ids] = []
         for rationale in rationales if rationales is not None else [None] * len(items):
-            if not embed:
-                suffixes.append(np.empty(0, dtype=np.int64))
-            elif rationale is None:
-                suffixes.append(emb)
-            else:
-                suffixes.append(np.concatenate([think, self._tokenise(rationale), end, emb]))
+            written = None if rationale is None else self._tokenise(rationale)
+            following = thought_tokens(self.ids.__getitem__, written) if embed else []
+            suffixes.append(np.array(following, dtype=np.int64))
         return self._assemble(items, suffixes, unlabelled=0, embed=embed, augment=augment)
 
     def prepare_response(
         self, items: Sequence[Item], responses: Sequence[str], *, augment: Augment | None = None
     ) -> ModelInputs:
         """See `mmemb.interfaces.Backbone.prepare_response`."""
-        think, end = (np.array([self.ids[token]]) for token in (THINK, END_THINK))
-        suffixes = [np.concatenate([think, self._tokenise(response), end]) for response in responses]
+        tokens = [thought_tokens(self.ids.__getitem__, self._tokenise(response)) for response in responses]
+        suffixes = [np.array(ids[:-1], dtype=np.int64) for ids in tokens]  # without ``<emb>``
         return self._assemble(items, suffixes, unlabelled=1, embed=False, augment=augment)
 
     def tokenize(self, text: str) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 
 from mmemb.common.digests import module_digest
 from mmemb.inference.shared_prompts import last_states
-from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.interfaces import Backbone, Evaluator, SetupContext
 from mmemb.types import Item, Pair, Text
 
 _SLOT = "{rationale}"
@@ -64,20 +64,22 @@ class JudgeEvaluator(Evaluator, name="judge"):
         if backbone is not None:
             self._answer_ids(backbone)
 
-    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
+    def setup(self, context: SetupContext) -> None:
         """Gives the evaluator the model in training; a judge of its own moves to where that model is, to score.
+
+        A judge looks at one pair at a time, so it needs no negatives.
 
         Raises:
             ValueError: yes or no is no single token of the model.
         """
+        if context.model is None:
+            return
+        backbone = context.model.backbone
         if not self._is_own:
             self._answer_ids(backbone)
             self.backbone = backbone
         else:
             self._device = backbone.device
-
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        """Does nothing: a judge looks at one pair at a time."""
 
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
         """See `Evaluator.score`.
@@ -135,7 +137,9 @@ class JudgeEvaluator(Evaluator, name="judge"):
 
     def _bound(self) -> Backbone:
         if self.backbone is None:
-            raise ValueError("judge evaluator: no model yet; pass backbone= or call bind(backbone, pooler) first")
+            raise ValueError(
+                "judge evaluator: no model yet; pass backbone=, or call setup with the model in training first"
+            )
         return self.backbone
 
     def _answer_ids(self, backbone: Backbone) -> list[int]:

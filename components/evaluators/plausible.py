@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from mmemb.common.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.embedder import load_encoder
+from mmemb.inference.prompts import thought_tokens
 from mmemb.inference.shared_prompts import log_likelihoods
-from mmemb.interfaces import Backbone, Evaluator, Pooler
-from mmemb.types import END_THINK, THINK, Item, Pair
+from mmemb.interfaces import Backbone, Evaluator, SetupContext
+from mmemb.types import Item, Pair
 
 _SPARE = 8  # times as many queries are kept as are compared: those with the pair's own target do not count
 
@@ -48,7 +49,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
     Args:
         evaluator: gives the confidence c.
         writer: the model p: a checkpoint or run folder of ``mmemb fit``, a folder of `Embedder.save`, or a bare
-            backbone's folder or hub id. None: the backbone given to `bind`, as it is when scoring.
+            backbone's folder or hub id. None: the backbone given to `setup`, as it is when scoring.
         alternatives: most rearrangements, and most other queries, a rationale. Each costs a continuation of its length,
             as does the rationale itself.
         batch_size: rows of one forward pass.
@@ -77,15 +78,18 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         self._backbone: Backbone | None = None
         self._queries: dict[str, list[_Asked]] = {}  # by task
 
-    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
-        """Gives the model in training to both; a writer of its own is kept."""
-        self.evaluator.bind(backbone, pooler)
-        if self.writer is None:
-            self._backbone = backbone
+    def setup(self, context: SetupContext) -> None:
+        """See `Evaluator.setup`; sets the other evaluator up too. A writer of its own is kept.
 
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        """See `Evaluator.prepare_bank`; draws the other queries too, whatever the order of the pairs."""
-        self.evaluator.prepare_bank(pairs)
+        The other queries are drawn from ``context.pairs``, whatever their order.
+        """
+        self.evaluator.setup(context)
+        if self.writer is None and context.model is not None:
+            self._backbone = context.model.backbone
+        if context.pairs:
+            self._draw_queries(context.pairs)
+
+    def _draw_queries(self, pairs: Sequence[Pair]) -> None:
         every: dict[str, dict[Hashable, _Asked]] = {}
         for pair in sorted(pairs, key=lambda pair: pair.id):
             asked = every.setdefault(pair.task, {})
@@ -133,20 +137,21 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
     def _model(self) -> Backbone:
         if self._backbone is None:
             if self.writer is None:
-                raise ValueError("plausible evaluator: no writer; pass writer= or bind(backbone, pooler) first")
+                raise ValueError(
+                    "plausible evaluator: no writer; pass writer=, or call setup with the model in training first"
+                )
             self._backbone = load_encoder(self.writer, self.batch_size).backbone
         return self._backbone
 
     def _doubts(self, asked: Sequence[tuple[Pair, str]]) -> list[float]:
         """Nats >= 0 to take off, a (pair, text)."""
         backbone = self._model()
-        think, end_think = backbone.token_id(THINK), backbone.token_id(END_THINK)
         items: list[Item] = []
         continuations: list[list[int]] = []
 
         def ask(item: Item, text: str) -> int:
             items.append(item)
-            continuations.append([think, *backbone.tokenize(text), end_think])
+            continuations.append(thought_tokens(backbone.token_id, backbone.tokenize(text))[:-1])  # without ``<emb>``
             return len(items) - 1
 
         distinct = {id(pair): pair for pair, _ in asked}
@@ -189,7 +194,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
             known = ", ".join(sorted(self._queries)) or "none"
             raise ValueError(
                 f"plausible evaluator: no other queries for the task {pair.task!r}, only for: {known}; "
-                f"call prepare_bank with the pairs of every task to be scored"
+                f"call setup with the pairs of every task to be scored"
             )
         own = item_key(pair.query)
         others = (

@@ -13,7 +13,7 @@ from mmemb.common.digests import module_digest, portable_id, seed_of
 from mmemb.inference.embedder import load_encoder
 from mmemb.inference.encoder import Encoder
 from mmemb.inference.shared_prompts import encode_arms
-from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.interfaces import Evaluator, SetupContext
 from mmemb.types import Item, Pair
 
 
@@ -59,14 +59,15 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         self._bank: dict[str, dict[str, Item]] = {}
         self._embedded: dict[str, tuple[list[str], Tensor]] = {}
 
-    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
-        """Gives the evaluator the model in training; one that names an embedder of its own keeps that."""
-        if self.embedder is None:
-            self._encoder = Encoder(backbone, pooler, batch_size=self.batch_size)
+    def setup(self, context: SetupContext) -> None:
+        """See `Evaluator.setup`; an evaluator that names an embedder of its own keeps that."""
+        if self.embedder is None and context.model is not None:
+            self._encoder = Encoder(context.model.backbone, context.model.pooler, batch_size=self.batch_size)
             self._embedded = {}
+        if context.pairs:
+            self._draw_negatives(context.pairs)
 
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        """See `Evaluator.prepare_bank`."""
+    def _draw_negatives(self, pairs: Sequence[Pair]) -> None:
         every: dict[str, dict[str, Item]] = {}
         for pair in pairs:
             every.setdefault(pair.task, {}).setdefault(pair.positive_id, pair.positive)
@@ -131,7 +132,9 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
     def _frozen(self) -> Encoder:
         if self._encoder is None:
             if self.embedder is None:
-                raise ValueError("retrieval evaluator: no embedder; pass embedder= or bind(backbone, pooler) first")
+                raise ValueError(
+                    "retrieval evaluator: no embedder; pass embedder=, or call setup with the model in training first"
+                )
             self._encoder = load_encoder(self.embedder, self.batch_size)
         return self._encoder
 
@@ -141,7 +144,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
             known = ", ".join(sorted(self._bank)) or "none"
             raise ValueError(
                 f"retrieval evaluator: no negatives for the task {task!r}, only for: {known}; "
-                f"call prepare_bank with the pairs of every task to be scored"
+                f"call setup with the pairs of every task to be scored"
             )
         if task not in self._embedded:
             items = self._bank[task]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmemb.interfaces import SetupContext
+
 from .base import ProjectedPooler
 
 
@@ -30,13 +32,14 @@ class Attention(ProjectedPooler, name="attention"):
             raise ValueError(f"heads must be at least 1, got {heads}")
         self.heads = heads
 
-    def build(self, hidden_size: int) -> None:
-        """Creates the parameters for hidden states of width H.
+    def setup(self, context: SetupContext) -> None:
+        """See `Pooler.setup`.
 
         Raises:
             ValueError: the heads do not divide H, or ``dim`` is larger than the width it cuts.
         """
-        super().build(hidden_size)
+        super().setup(context)
+        hidden_size = context.hidden_size
         if hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the hidden width {hidden_size}; take a divisor")
         self.query = nn.Parameter(torch.zeros(self.heads, hidden_size // self.heads))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmemb.interfaces import Pooler
+from mmemb.interfaces import Pooler, SetupContext
 
 
 class ProjectedPooler(Pooler):
@@ -31,22 +31,22 @@ class ProjectedPooler(Pooler):
         self.dim = dim
         self.project: nn.Linear | None = None
 
-    def build(self, hidden_size: int) -> None:
-        """Creates the parameters for hidden states of width H.
+    def setup(self, context: SetupContext) -> None:
+        """See `Pooler.setup`.
 
         Raises:
             ValueError: ``dim`` is larger than the width it cuts.
         """
-        width = self.projection or hidden_size
+        width = self.projection or context.hidden_size
         if self.dim is not None and self.dim > width:
             raise ValueError(f"dim={self.dim} is larger than the pooled width {width}; lower dim or set projection")
         if self.projection is not None:
-            self.project = nn.Linear(hidden_size, self.projection, bias=False)
+            self.project = nn.Linear(context.hidden_size, self.projection, bias=False)
         self._size = self.dim or width
 
     @property
     def size(self) -> int:
-        """Width D of the embeddings (after `build`)."""
+        """Width D of the embeddings (after `setup`)."""
         return self._size
 
     @abstractmethod

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mmemb.common.digests import item_digest, item_key, seed_of
-from mmemb.interfaces import Backbone, Worker
+from mmemb.interfaces import SetupContext, Worker
 from mmemb.types import Item, Rationale
 
 Corruption = Literal["wrong_entity", "shuffled", "empty_talk"]
@@ -66,14 +66,12 @@ class CorruptingWorker(Worker, name="corrupting"):
         self._items: list[Item] = []
         self._of_instruction: dict[str, list[int]] = {}
 
-    def bind(self, backbone: Backbone) -> None:
-        """Hands the model in training on."""
-        self.worker.bind(backbone)
-
-    def prepare(self, items: Sequence[Item]) -> None:
-        """Keeps the items: a wrong entity is taken from one of them."""
-        self.worker.prepare(items)
-        self._items = list(items)
+    def setup(self, context: SetupContext) -> None:
+        """Sets the other worker up, and keeps the items: a wrong entity is taken from one of them."""
+        self.worker.setup(context)
+        if not context.items:
+            return
+        self._items = list(context.items)
         self._of_instruction = {}
         for number, item in enumerate(self._items):
             self._of_instruction.setdefault(item.instruction, []).append(number)
@@ -82,10 +80,10 @@ class CorruptingWorker(Worker, name="corrupting"):
         """See `Worker.propose`: the other worker's candidates, damaged or as they are, all under this worker's name.
 
         Raises:
-            ValueError: a wrong entity is asked for and `prepare` was not called.
+            ValueError: a wrong entity is asked for and `setup` got no items.
         """
         if "wrong_entity" in self.kinds and not self._items and items:
-            raise ValueError("corrupting worker: a wrong entity needs other items; call prepare(items) first")
+            raise ValueError("corrupting worker: a wrong entity needs other items; call setup with items first")
         proposals = self.worker.propose(items, k, seed=seed)
         donors = [self._donors(item, seed) if "wrong_entity" in self.kinds else [] for item in items]
         foreign = iter(self.worker.propose([donor for of_item in donors for donor in of_item], k, seed=seed))

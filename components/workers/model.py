@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mmemb.interfaces import Backbone, Worker
+from mmemb.interfaces import Backbone, SetupContext, Worker
 from mmemb.types import Item, Rationale, Text, pictures
 
 from ._sampling import check_sampling, model_settings, sample_rationales
@@ -44,10 +44,10 @@ class ModelWorker(Worker, name="model"):
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
 
-    def bind(self, backbone: Backbone) -> None:
+    def setup(self, context: SetupContext) -> None:
         """Gives the worker the model in training; one that was built with a model of its own keeps that."""
-        if self.backbone is None:
-            self.backbone = backbone
+        if self.backbone is None and context.model is not None:
+            self.backbone = context.model.backbone
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
         """See `Worker.propose`. A sample is seeded by its item's content and number, whatever the items around it.
@@ -79,7 +79,9 @@ class ModelWorker(Worker, name="model"):
 
     def _bound(self) -> Backbone:
         if self.backbone is None:
-            raise ValueError("model worker: no model yet; pass backbone= or call bind(backbone) first")
+            raise ValueError(
+                "model worker: no model yet; pass backbone=, or call setup with the model in training first"
+            )
         return self.backbone
 
     def prompt(self, item: Item) -> Item:

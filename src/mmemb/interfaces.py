@@ -12,13 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mmemb.registry import Component
-from mmemb.types import NO_LIMIT, Candidates, Decision, Item, ModelInputs, Pair, PrefillState, Rationale, Selection
+from mmemb.types import (
+    NO_LIMIT,
+    Candidates,
+    Decision,
+    EvaluationTask,
+    Item,
+    ModelInputs,
+    Pair,
+    PrefillState,
+    Rationale,
+    Selection,
+)
 
 
 @dataclass
@@ -173,33 +184,79 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
 
 class Pooler(nn.Module, Component, ABC, kind="pooler"):
-    """Hidden states -> one normalised embedding a row. ``build`` is called once, when the backbone is known."""
+    """Hidden states -> one normalised embedding per row."""
 
     needs_all_states: ClassVar[bool] = False
     """Whether the embedding depends on more than the state at ``<emb>``, so that the prompt's states must be kept."""
 
     @abstractmethod
-    def build(self, hidden_size: int) -> None:
-        """Creates the parameters for hidden states of width H."""
+    def setup(self, context: SetupContext) -> None:
+        """Creates the parameters for hidden states of width ``context.hidden_size``."""
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Width D of the embeddings (after `build`)."""
+        """Width D of the embeddings (after `setup`)."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
         """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> [B, D] float32, L2-normalised."""
 
 
+@dataclass
+class Model:
+    """A backbone with its pooler: what embeds."""
+
+    backbone: Backbone
+    pooler: Pooler
+
+    @classmethod
+    def assemble(cls, backbone: Backbone, pooler: Pooler) -> Model:
+        """Sets a new pooler up for the backbone's hidden states and returns both."""
+        pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
+        return cls(backbone, pooler)
+
+    def embed(self, inputs: ModelInputs) -> Tensor:
+        """Embeddings [B, D] of B prepared rows that end in ``<emb>``, by one forward pass, on the model's device."""
+        inputs = inputs.to(self.backbone.device)
+        return self.pooler(self.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
+
+
+Choose: TypeAlias = Callable[[Pair, int], Sequence[tuple[Rationale, float]]]
+"""(pair, seed) -> the rationales that the pair trains on, each with its loss weight; none: the direct path only."""
+
+
+@dataclass(frozen=True)
+class SetupContext:
+    """What a part may ask for before its first use: every contract has one ``setup(context)``.
+
+    A part takes what it needs and ignores the rest. It may be set up again, with other data or another model; an empty
+    field leaves in place what an earlier setup gave.
+
+    Attributes:
+        hidden_size: width H of the backbone's hidden states, for a pooler.
+        model: the model in training; None where there is none, such as when a pool is made by models of its own.
+        items: every item that a worker will be asked about.
+        pairs: the pairs whose targets are an evaluator's negatives.
+        tasks: the retrieval tasks of a phase's data, with all their candidates.
+        choose: the selector's choice of rationales; None trains the direct path alone.
+        previous: the objective of the phase before; None for the first.
+    """
+
+    hidden_size: int = 0
+    model: Model | None = None
+    items: Sequence[Item] = ()
+    pairs: Sequence[Pair] = ()
+    tasks: Sequence[EvaluationTask] = ()
+    choose: Choose | None = None
+    previous: Any = None
+
+
 class Worker(Component, ABC, kind="worker"):
     """Writes rationales. Sees the item only, never the target."""
 
-    def bind(self, backbone: Backbone) -> None:
-        """Receives the model in training, before the first proposal."""
-
-    def prepare(self, items: Sequence[Item]) -> None:
-        """Receives every item that will be asked about, before the first proposal; most workers need none of it."""
+    def setup(self, context: SetupContext) -> None:
+        """Receives the model in training and every item that will be asked about, before the first proposal."""
 
     @abstractmethod
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
@@ -228,12 +285,12 @@ class Worker(Component, ABC, kind="worker"):
 class Evaluator(Component, ABC, kind="evaluator"):
     """Matching confidence c(q, t | r) of a pair given a rationale, given none, given a placebo."""
 
-    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
-        """Receives the model in training, before the first score."""
-
     @abstractmethod
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        """Fixes the negatives: every pair is scored against targets of its own task among these."""
+    def setup(self, context: SetupContext) -> None:
+        """Receives the model in training, and the pairs that fix the negatives, before the first score.
+
+        Every pair is scored against targets of its own task among ``context.pairs``.
+        """
 
     @abstractmethod
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from mmemb.inference.embedder import Embedder
+from mmemb.interfaces import SetupContext
 from mmemb.registry import create
 from mmemb.search.exact import read_embeddings
 
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model."""
     pooler = create("pooler", "embed_token")
     backbone = create("backbone", "tiny", weights="random")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     return Embedder(backbone, pooler).save(tmp_path_factory.mktemp("model"))
 
 
@@ -94,7 +95,7 @@ def test_options_may_stand_in_a_file(cli: Cli, model: Path, pictures: Path) -> N
 def test_an_index_of_another_checkpoint_is_refused(cli: Cli, model: Path, pictures: Path) -> None:
     backbone = create("backbone", "tiny", weights="random", seed=1)
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     other = Embedder(backbone, pooler).save(pictures / "other")
     assert embed(cli, model, "--input", "pictures/more").code == 0
     code, _, err = search(cli, other, "--query", "apple")

@@ -34,7 +34,7 @@ class Mine(Selector):
 
 
 class Box:
-    """Parts at every depth."""
+    """Model at every depth."""
 
     def __init__(
         self,

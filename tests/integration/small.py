@@ -28,6 +28,7 @@ CAPITALS = {
     "qatar": "doha",
     "spain": "madrid",
 }
+JOINT = {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 4}}
 SETTINGS: dict[str, Any] = {
     "seed_everything": 3,
     "trainer": {
@@ -40,11 +41,10 @@ SETTINGS: dict[str, Any] = {
     },
     "model": {
         "backbone": {"class_path": "tiny", "init_args": {"weights": "random"}},
-        "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 4}},
+        "phases": [{"objective": JOINT, "warmup_steps": 2}],
         "selector": "random",
         "pool": {"path": "pool", "workers": ["metadata"]},
         "budget": 6,
-        "warmup_steps": 2,
     },
     "data": {
         "train": [{"path": "pairs.jsonl"}],

@@ -82,18 +82,18 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
     from mmemb.rationales.generate import generate
     from mmemb.rationales.score import score
 
-    settings, parts = model.pool, model.parts
+    settings, parts = model.pool, model.model
     if action == "generate":
         if not settings.workers:
             raise UsageError("model.pool.workers is empty: name who writes the candidates, e.g. [metadata, model]")
         model.to(device)
-        settings.bind(parts)
         generate(
             pairs,
             settings.workers,
             settings.candidates,
             pool=settings.path,
             seed=settings.seed,
+            model=parts,
             leaks=settings.leaks,
             shard_size=settings.shard_size,
         )
@@ -101,8 +101,7 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
     if settings.evaluator is None:
         raise UsageError("model.pool.evaluator is missing: name who scores the candidates, e.g. retrieval")
     model.to(device)
-    settings.bind(parts)
-    score(pairs, settings.evaluator, settings.path)
+    score(pairs, settings.evaluator, settings.path, model=parts)
 
 
 def _open(settings: Any, pairs: Sequence[Any]) -> Any:

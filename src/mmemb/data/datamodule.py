@@ -9,7 +9,7 @@ Lightning therefore puts no sampler of its own into them, and each rank's share 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -21,10 +21,30 @@ from mmemb.data.items import read_items
 from mmemb.data.loaders import Batches, Box, Collate, Shard, Streams, TrainLoader, TrainRows, in_box, in_list
 from mmemb.data.pairs import read_pairs, read_tasks
 from mmemb.data.sampler import TaskBatchSampler
-from mmemb.data.sources import Source
+from mmemb.data.sources import Source, Stream
 from mmemb.types import EvaluationTask, Item, Pair
 
 __all__ = ["Collate", "PairDataModule", "Source"]
+
+
+_SPLITS = ("train", "validation", "test", "predict")
+
+
+@dataclass(frozen=True)
+class PhaseBatches:
+    """Which batches of a run a phase takes.
+
+    Attributes:
+        first: number of its first batch within the run.
+        stream: where its pairs come from.
+        collate: turns the pairs of a batch into the module's batch.
+        reads_rationales: whether its pairs are trained with candidates of the rationale pool.
+    """
+
+    first: int
+    stream: str
+    collate: Collate
+    reads_rationales: bool = False
 
 
 class PairDataModule(L.LightningDataModule):
@@ -35,7 +55,7 @@ class PairDataModule(L.LightningDataModule):
         validation: sources of retrieval tasks scored during training.
         test: sources of retrieval tasks scored at the end.
         predict: sources of items to embed: files of items or folders of pictures.
-        control: sources of the control phase's pairs, which the phase before should not have seen.
+        streams: further training data by name, for phases that train on other pairs than ``train``.
         batch_size: rows of one rank's batch.
         sub_batch_size: rows that share a task, so that in-batch negatives are of the query's own kind; divides
             `batch_size`.
@@ -43,8 +63,6 @@ class PairDataModule(L.LightningDataModule):
         task_weights: how often each task is drawn, relative to the others; a task not named keeps the weight of its
             source, 0 leaves a task out.
         num_workers: processes that prepare training batches; 0 prepares them in the training process.
-        control_batch_size: queries of one rank's batch in the control phase.
-        control_sub_batch_size: rows of it that share a task; divides it.
         seed: of the order of training rows, and of all that the collate function draws.
         bundled_seed: of the scenes that the bundled data composes.
     """
@@ -55,47 +73,44 @@ class PairDataModule(L.LightningDataModule):
         validation: list[Source] | None = None,
         test: list[Source] | None = None,
         predict: list[Source] | None = None,
-        control: list[Source] | None = None,
+        streams: dict[str, Stream] | None = None,
         *,
         batch_size: int = 64,
         sub_batch_size: int = 16,
         steps_per_epoch: int | None = None,
         task_weights: dict[str, float] | None = None,
         num_workers: int = 0,
-        control_batch_size: int = 32,
-        control_sub_batch_size: int = 8,
         seed: int = 0,
         bundled_seed: int = 0,
     ) -> None:
         super().__init__()
         refuse_below(0, "data", num_workers=num_workers)
         refuse_below(1, "data", batch_size=batch_size, sub_batch_size=sub_batch_size, steps_per_epoch=steps_per_epoch)
-        refuse_below(1, "data", control_batch_size=control_batch_size, control_sub_batch_size=control_sub_batch_size)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict may have fewer batches than ranks
         self.sources: dict[str, list[Source]] = {
             "train": train or [],
             "validation": validation or [],
             "test": test or [],
             "predict": predict or [],
-            "control": control or [],
         }
         for name, sources in self.sources.items():
             for source in sources:
                 source.check(f"data.{name}")
+        self.streams: dict[str, Stream] = {"train": Stream(train or [], batch_size, sub_batch_size, task_weights)}
+        for name, stream in (streams or {}).items():
+            if name in _SPLITS:
+                raise ValueError(f"data.streams.{name}: that name is taken by data.{name}; give the stream another one")
+            stream.check(f"data.streams.{name}")
+            self.streams[name] = stream
+            self.sources[name] = stream.sources
         self.batch_size = batch_size
         self.sub_batch_size = sub_batch_size
         self.steps_per_epoch = steps_per_epoch
-        self.task_weights = task_weights
         self.num_workers = num_workers
-        self.control_batch_size = control_batch_size
-        self.control_sub_batch_size = control_sub_batch_size
         self.seed = seed
         self.bundled_seed = bundled_seed
-        self._collate: Collate | None = None
-        self._train: TrainRows | None = None
-        self._control: TrainRows | None = None
-        self._control_collate: Collate | None = None
-        self._control_start = 0
+        self._phases: list[PhaseBatches] = []
+        self._rows: dict[str, TrainRows] = {}
         self._tasks: dict[str, list[EvaluationTask]] = {}
         self._items: list[Item] = []
         self._loader: TrainLoader | None = None
@@ -111,11 +126,11 @@ class PairDataModule(L.LightningDataModule):
             ValueError: the stage has no source, or a row is wrong.
         """
         if stage == "fit":
-            self._train = self._train or TrainRows(self._named("train"), self.bundled_seed)
-            self._sampler()
-            if self.sources["control"]:
-                self._control = self._control or TrainRows(self.sources["control"], self.bundled_seed)
-                self._control_sampler()
+            self._named("train")
+            for name, stream in self.streams.items():
+                if stream.sources:
+                    self.stream_pairs(name)
+                    self._sampler(name)
             self.evaluation_tasks("validation")
         elif stage in ("validate", "test"):
             split = "validation" if stage == "validate" else "test"
@@ -124,15 +139,18 @@ class PairDataModule(L.LightningDataModule):
         elif stage == "predict":
             self._items = [item for source in self._named("predict") for item in self._read_items(source)]
 
-    @property
-    def train_pairs(self) -> Sequence[Pair]:
-        """All training rows, after ``setup("fit")``."""
-        if self._train is None:
-            raise RuntimeError("the training pairs are read by setup('fit'); call it first")
-        return self._train
+    def stream_pairs(self, name: str) -> Sequence[Pair]:
+        """All rows of a stream (``train``, or a name in ``streams``), read once.
+
+        Raises:
+            ValueError: there is no such stream, or it has no source.
+        """
+        if name not in self._rows:
+            self._rows[name] = TrainRows(self._named(name), self.bundled_seed)
+        return self._rows[name]
 
     def evaluation_tasks(self, split: str) -> list[EvaluationTask]:
-        """All retrieval tasks of a split (``validation``, ``test``, ``control`` or ``train``), not only this rank's.
+        """All retrieval tasks of a split (``validation``, ``test``) or a stream, not only this rank's.
 
         Empty where there is no source.
 
@@ -154,48 +172,50 @@ class PairDataModule(L.LightningDataModule):
             self._tasks[split] = found
         return self._tasks[split]
 
-    def use_collate(self, collate: Collate) -> None:
-        """Sets what turns the pairs of a batch into the module's batch; until then loaders yield lists of pairs."""
-        self._collate = collate
+    def use_phases(self, phases: Sequence[PhaseBatches]) -> None:
+        """Sets which batches of the run come from which stream; until then loaders yield lists of training pairs.
 
-    def use_control(self, collate: Collate, *, start: int) -> None:
-        """From batch number ``start`` on, training batches come from ``control``, by a collate function of their own.
+        Args:
+            phases: in order; the first one starts at batch 0.
 
         Raises:
-            ValueError: there is no control source.
+            ValueError: a stream has no source.
         """
-        self._named("control")
-        assert self._control is not None
-        shared = {pair.id for pair in self._control} & {pair.id for pair in self.train_pairs} if start else set()
-        if shared:
-            rank_zero_warn(
-                f"{len(shared)} of the {len(self._control)} control pairs are training pairs too: a model that has "
-                "memorised their answers finds nothing to think about."
-            )
-        self._control_collate, self._control_start = collate, start
+        for number, phase in enumerate(phases):
+            rows = self.stream_pairs(phase.stream)
+            earlier = {other.stream for other in phases[:number] if other.first < phase.first} - {phase.stream}
+            shared = len(self._ids(phase.stream) & set().union(*map(self._ids, earlier))) if earlier else 0
+            if shared:
+                rank_zero_warn(
+                    f"{shared} of the {len(rows)} pairs of {phase.stream!r} were trained on in an earlier phase: a "
+                    "model that has memorised their answers does not learn when thinking helps."
+                )
+        self._phases = list(phases)
 
     # -- loaders -----------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TrainLoader:
-        sampler, rows = self._sampler(), self.train_pairs
         if self._restored.get("stream", self._stream()) != self._stream():
             rank_zero_warn(
-                "The checkpoint was trained on other data, seed or batch size: training goes on at the same batch "
+                "The checkpoint was trained on other data, seed or batch size: training continues at the same batch "
                 "number, but not with the batches of an uninterrupted run."
             )
         keep = in_list if self.trainer is None else in_box
+        phases = self._phases or [PhaseBatches(0, "train", keep)]
 
         def streams() -> Streams:
-            found = [(0, Batches(rows, sampler, self._collate or keep, self.seed))]
-            if self._control is not None and self._control_collate is not None:
-                control = Batches(self._control, self._control_sampler(), self._control_collate, self.seed)
-                found.append((self._control_start, control))
+            found = []
+            for each in phases:
+                sampler = self._sampler(each.stream)
+                found.append((each.first, Batches(self._rows[each.stream], sampler, each.collate, self.seed)))
             return Streams(found)
 
+        first = phases[0].stream
+        rows = len(self.stream_pairs(first))
         self._loader = TrainLoader(
             streams,
             position=lambda: self.batches_trained,
-            length=self.steps_per_epoch or -(-len(rows) // (self.batch_size * self._world()[1])),
+            length=self.steps_per_epoch or -(-rows // (self.streams[first].batch_size * self._world()[1])),
             num_workers=self.num_workers,
         )
         return self._loader
@@ -229,15 +249,20 @@ class PairDataModule(L.LightningDataModule):
         self.teardown("fit")
 
     def coming_pairs(self, batches: int) -> list[Pair]:
-        """The distinct training pairs of this rank's next batches in order; the control phase's are left out.
+        """The distinct pairs with rationales of this rank's next batches, in order.
 
         Args:
-            batches: how many batches to look ahead.
+            batches: how many batches to look ahead; those of phases that read no rationales are left out.
         """
-        first, sampler, rows = self.batches_trained, self._sampler(), self.train_pairs
-        end = first + batches if self._control_collate is None else min(first + batches, self._control_start)
-        numbers = dict.fromkeys(number for index in range(first, end) for number in sampler.batch(index))
-        return [rows[number] for number in numbers]
+        now = self.batches_trained
+        ends = [phase.first for phase in self._phases[1:]] + [now + batches]
+        found: dict[tuple[str, int], None] = {}
+        for phase, end in zip(self._phases, ends, strict=True):
+            if phase.reads_rationales:
+                sampler = self._sampler(phase.stream)
+                for index in range(max(now, phase.first), min(now + batches, end)):
+                    found |= dict.fromkeys((phase.stream, row) for row in sampler.batch(index - phase.first))
+        return [self.stream_pairs(stream)[row] for stream, row in found]
 
     def restart(self) -> None:
         """Drops the training batches prepared ahead: what the collate function reads from has changed."""
@@ -256,7 +281,7 @@ class PairDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How far the stream was trained, and what makes the stream what it is."""
-        return {"batches": self.batches_trained, "stream": self._stream()} if self._train else {}
+        return {"batches": self.batches_trained, "stream": self._stream()} if self._rows else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a stream; with a trainer the trainer's own restored progress says the position."""
@@ -265,8 +290,9 @@ class PairDataModule(L.LightningDataModule):
     # -- details -----------------------------------------------------------------------------------------------------
 
     def _named(self, name: str) -> list[Source]:
-        if not self.sources[name]:
-            raise ValueError(f"there is no {name} source; give data.{name} a list such as [{{path: pairs.jsonl}}]")
+        if not self.sources.get(name):
+            place = f"data.{name}" if name in _SPLITS else f"data.streams.{name}.sources"
+            raise ValueError(f"there is no {name} source; give {place} a list such as [{{path: pairs.jsonl}}]")
         return self.sources[name]
 
     def _read_items(self, source: Source) -> Sequence[Item]:
@@ -278,57 +304,41 @@ class PairDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _sampler(self) -> TaskBatchSampler:
-        assert self._train is not None
+    def _ids(self, name: str) -> set[str]:
+        self.stream_pairs(name)
+        return self._rows[name].listed_ids()
+
+    def _sampler(self, name: str) -> TaskBatchSampler:
+        self.stream_pairs(name)
+        rows, stream = self._rows[name], self.streams[name]
         rank, world_size = self._world()
         return TaskBatchSampler(
-            self._train.rows,
-            {**self._train.weights, **(self.task_weights or {})},
-            batch_size=self.batch_size,
-            sub_batch_size=self.sub_batch_size,
+            rows.rows,
+            {**rows.weights, **(stream.task_weights or {})},
+            batch_size=stream.batch_size,
+            sub_batch_size=stream.sub_batch_size,
             seed=self.seed,
             rank=rank,
             world_size=world_size,
         )
 
-    def _control_sampler(self) -> TaskBatchSampler:
-        assert self._control is not None
-        rank, world_size = self._world()
-        return TaskBatchSampler(
-            self._control.rows,
-            self._control.weights,
-            batch_size=self.control_batch_size,
-            sub_batch_size=self.control_sub_batch_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def _stream(self) -> dict[str, Any]:
-        """All that decides the stream but the rows' content."""
-        assert self._train is not None
-        return {
-            "rows": {task: len(rows) for task, rows in self._train.rows.items()},
-            "weights": {**self._train.weights, **(self.task_weights or {})},
-            "global_batch_size": self.batch_size * self._world()[1],
-            "sub_batch_size": self.sub_batch_size,
-            "seed": self.seed,
-            **self._control_stream(),
-        }
-
-    def _control_stream(self) -> dict[str, Any]:
-        """What decides the control phase's part of the stream; empty without one."""
-        if self._control is None:
-            return {}
-        return {
-            "control": {
-                "rows": {task: len(rows) for task, rows in self._control.rows.items()},
-                "weights": self._control.weights,
-                "global_batch_size": self.control_batch_size * self._world()[1],
-                "sub_batch_size": self.control_sub_batch_size,
-                "start": self._control_start,
-            }
-        }
+    def _stream(self) -> list[dict[str, Any]]:
+        """All that decides the order of the batches but the rows' content, phase by phase."""
+        found = []
+        for phase in self._phases or [PhaseBatches(0, "train", in_list)]:
+            self.stream_pairs(phase.stream)
+            rows, stream = self._rows[phase.stream], self.streams[phase.stream]
+            found.append(
+                {
+                    "first": phase.first,
+                    "rows": {task: len(numbers) for task, numbers in rows.rows.items()},
+                    "weights": {**rows.weights, **(stream.task_weights or {})},
+                    "global_batch_size": stream.batch_size * self._world()[1],
+                    "sub_batch_size": stream.sub_batch_size,
+                    "seed": self.seed,
+                }
+            )
+        return found
 
     def _boxed(self, values: Sequence[Any]) -> Shard:
         return Shard(values, boxed=self.trainer is not None)

@@ -38,6 +38,7 @@ class TrainRows(Sequence[Pair]):
         self.weights: dict[str, float] = {}
         self.rows: dict[str, Sequence[int]] = {}
         self._parts = [read_pairs(source, seed=seed) for source in sources]
+        self._computed = [source.bundled == "pretrain" for source in sources]
         self._starts: list[int] = []
         self._length = 0
         owners: dict[str, Source] = {}
@@ -59,6 +60,11 @@ class TrainRows(Sequence[Pair]):
                 self.weights[task] = self.weights.get(task, 0.0) + source.weight
             self._starts.append(self._length)
             self._length += len(pairs)
+
+    def listed_ids(self) -> set[str]:
+        """Ids of all pairs but those of a source that is computed on access, which are random in themselves."""
+        parts = zip(self._parts, self._computed, strict=True)
+        return {pair.id for part, computed in parts if not computed for pair in part}
 
     def __len__(self) -> int:
         return self._length

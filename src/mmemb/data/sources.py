@@ -46,3 +46,35 @@ class Source:
     def bundled(self) -> str | None:
         """Split of the bundled data, None for a file."""
         return self.path.removeprefix(BUNDLED) if self.path.startswith(BUNDLED) else None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Training pairs of a phase, and the shape of its batches.
+
+    Args:
+        sources: where the pairs come from, mixed by their weights.
+        batch_size: rows of one rank's batch.
+        sub_batch_size: rows that share a task, so that in-batch negatives are of the query's own kind; divides
+            `batch_size`.
+        task_weights: how often each task is drawn, relative to the others; a task not named keeps the weight of its
+            source, 0 leaves a task out.
+    """
+
+    sources: list[Source]
+    batch_size: int = 32
+    sub_batch_size: int = 8
+    task_weights: dict[str, float] | None = None
+
+    def check(self, owner: str) -> None:
+        """Refuses sizes below one and sources that can have no row.
+
+        Args:
+            owner: the stream's place in the settings, for messages.
+
+        Raises:
+            ValueError: as said.
+        """
+        refuse_below(1, owner, batch_size=self.batch_size, sub_batch_size=self.sub_batch_size)
+        for source in self.sources:
+            source.check(f"{owner}.sources")

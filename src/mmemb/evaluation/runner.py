@@ -28,9 +28,10 @@ from torch import Tensor
 from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
 from mmemb.evaluation.ranking import Ranking
 from mmemb.evaluation.ranks import gather, in_order, sharded, share, world
-from mmemb.inference.adaptive import Paths
-from mmemb.inference.encoder import Everyone, merge_paths
+from mmemb.inference.adaptive import AdaptivePaths
+from mmemb.inference.encoder import merge_paths
 from mmemb.interfaces import Controller, Worker
+from mmemb.registry import create
 from mmemb.types import Decision, EvaluationResults, EvaluationTask, Item, PrefillState, QueryRecord
 
 TRUE_RATIONALE = "true_rationale"
@@ -47,7 +48,7 @@ class QueryEncoder(Protocol):
     def encode_targets(self, items: Sequence[Item]) -> Tensor: ...
     def encode_paths(
         self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
-    ) -> Paths: ...
+    ) -> AdaptivePaths: ...
     def count_tokens(self, text: str) -> int: ...
 
 
@@ -154,7 +155,7 @@ class _Run:
 
     task: EvaluationTask
     ranking: Ranking
-    paths: Paths
+    paths: AdaptivePaths
     state: PrefillState
 
     @classmethod
@@ -211,7 +212,9 @@ def _controller_scores(encoder: QueryEncoder, run: _Run, controller: Controller)
     for budget in decision.budget[over].unique().tolist():
         rows = (over & (decision.budget == budget)).nonzero().flatten()
         queries = [run.task.queries[row].query for row in rows.tolist()]
-        again = encoder.encode_paths(queries, Everyone(budget), bank=run.ranking.candidates)
+        again = encoder.encode_paths(
+            queries, create("controller", "always_reason", budget=budget), bank=run.ranking.candidates
+        )
         embedding[rows], tokens[rows] = again.embedding, again.tokens
         seconds += again.think_seconds
     return _scores(run, embedding, tokens, think, seconds)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from mmemb.common.digests import seed_of
+from mmemb.inference.prompts import embed_items, embed_states, encode_prompts, length_order, prefill
 from mmemb.inference.token_loop import Sampler, Writing
-from mmemb.interfaces import Backbone, Controller, Pooler, Prefix
-from mmemb.types import EMB, THINK, Decision, Encoded, Item, PrefillState, pictures
+from mmemb.interfaces import Backbone, Controller, Model
+from mmemb.types import Decision, Encoded, Item, PrefillState
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sampled:
 
 
 @dataclass
-class Paths:
+class AdaptivePaths:
     """What one adaptive pass over B items found, both paths apart.
 
     Attributes:
@@ -81,15 +82,6 @@ class Paths:
             tokens=self.tokens,
             truncated=self.truncated,
         )
-
-
-def length_order(items: Sequence[Item]) -> list[int]:
-    """Row indices by rough prompt length (pictures, then characters), longest first: little padding in a batch.
-
-    Longest first, too, so that a batch that does not fit the memory fails at once.
-    """
-    sizes = [(sum(1 for _ in pictures(item)), len(item.instruction) + len(item.text)) for item in items]
-    return sorted(range(len(items)), key=lambda row: (-sizes[row][0], -sizes[row][1], row))
 
 
 def confidence_over(direct: Tensor, bank: Tensor, *, temperature: float) -> Tensor:
@@ -166,8 +158,7 @@ def sample(
 
 @torch.no_grad()
 def adaptive_paths(
-    backbone: Backbone,
-    pooler: Pooler,
+    model: Model,
     items: Sequence[Item],
     controller: Controller,
     *,
@@ -178,12 +169,11 @@ def adaptive_paths(
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
     reached: Callable[[int], None] | None = None,
-) -> Paths:
+) -> AdaptivePaths:
     """Encodes B items, at least one, thinking where the controller says so, and keeps both paths.
 
     Args:
-        backbone: the model, best in eval mode (`mmemb.inference.encoder.Encoder` sees to it).
-        pooler: reads the embedding.
+        model: backbone and pooler, best in eval mode (`mmemb.inference.encoder.Encoder` sees to it).
         items: the items.
         controller: decides from the prefill, a batch at a time.
         budget: most rationale tokens of a row, brackets not counted; a controller's smaller budget holds, and so does
@@ -196,6 +186,7 @@ def adaptive_paths(
             None: all at once.
         reached: is told after each batch how many prompts have been encoded.
     """
+    backbone, pooler = model.backbone, model.pooler
     device, size, all_states = backbone.device, batch_size or len(items), pooler.needs_all_states
     budget = min(budget, backbone.max_rationale_tokens)
     writing = Writing(
@@ -211,7 +202,13 @@ def adaptive_paths(
     for start in range(0, len(items), size):
         started = time.perf_counter()
         batch = items[start : start + size]
-        prefix, state = _prompts(backbone, pooler, batch, bank, confidence_temperature)
+        prompts = encode_prompts(model, batch)
+        prefix, direct = prompts.prefix, prompts.direct()
+        state = PrefillState(
+            decision_logits=prompts.decision_logits,
+            direct=direct,
+            confidence=None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature),
+        )
         decision = controller.decide(state)
         decision = replace(decision, budget=decision.budget.clamp(max=budget))
         decisions.append(Decision(decision.think.cpu(), decision.probability.float().cpu(), decision.budget.cpu()))
@@ -225,7 +222,7 @@ def adaptive_paths(
                 prefix = backbone.fork(prefix, here)
             seeds = [seed_of(seed, row) if isinstance(seed, int) else seed[row] for row in rows]
             writing.add(prefix, decision.budget.to(device)[here], seeds)
-        del prefix
+        del prefix, prompts
         writing.run(leave=_stragglers(backbone, size))
         direct_seconds += decided - started
         think_seconds += time.perf_counter() - decided
@@ -240,32 +237,16 @@ def adaptive_paths(
             paths.rationale[row], paths.token_ids[row], paths.tokens[row] = backbone.decode(ids), ids, len(ids) + 2
         paths.truncated[thinking] = written.truncated
         if written.hidden is not None:
-            paths.embedding[thinking] = pool_last(pooler, written.hidden).to(paths.embedding)
+            paths.embedding[thinking] = embed_states(pooler, written.hidden).to(paths.embedding)
         else:
             for first in range(0, len(thinking), size):
                 rows = thinking[first : first + size]
                 thoughts = [paths.rationale[row] for row in rows]
-                again = pool_prepared(backbone, pooler, [items[row] for row in rows], thoughts)
+                again = embed_items(model, [items[row] for row in rows], thoughts)
                 paths.embedding[rows] = again.to(paths.embedding)
     paths.direct_seconds = direct_seconds
     paths.think_seconds = think_seconds + time.perf_counter() - started
     return paths
-
-
-def _prompts(
-    backbone: Backbone, pooler: Pooler, items: Sequence[Item], bank: Tensor | None, confidence_temperature: float
-) -> tuple[Prefix, PrefillState]:
-    """The encoded prompts, and what is known before anybody thinks."""
-    prefix = prefill(backbone, items)
-    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=backbone.device)
-    decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
-    if pooler.needs_all_states:
-        direct = pool_prepared(backbone, pooler, items)
-    else:
-        hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
-        direct = pool_last(pooler, hidden[:, -1])
-    confidence = None if bank is None else confidence_over(direct, bank, temperature=confidence_temperature)
-    return prefix, PrefillState(decision_logits=decision_logits, direct=direct, confidence=confidence)
 
 
 def _stragglers(backbone: Backbone, batch_size: int) -> int:
@@ -279,12 +260,12 @@ def _on_cpu(state: PrefillState) -> PrefillState:
     return PrefillState(state.decision_logits.cpu(), state.direct.cpu(), confidence)
 
 
-def _without_rationales(states: Sequence[PrefillState], decisions: Sequence[Decision]) -> Paths:
+def _without_rationales(states: Sequence[PrefillState], decisions: Sequence[Decision]) -> AdaptivePaths:
     """Batches joined, as if nobody had thought."""
     direct = torch.cat([state.direct for state in states])
     confidences = [state.confidence for state in states if state.confidence is not None]
     rows = len(direct)
-    return Paths(
+    return AdaptivePaths(
         state=PrefillState(
             decision_logits=torch.cat([state.decision_logits for state in states]),
             direct=direct,
@@ -299,23 +280,3 @@ def _without_rationales(states: Sequence[PrefillState], decisions: Sequence[Deci
         tokens=torch.zeros(rows, dtype=torch.int64),
         truncated=torch.zeros(rows, dtype=torch.bool),
     )
-
-
-def pool_prepared(
-    backbone: Backbone, pooler: Pooler, items: Sequence[Item], rationales: Sequence[str | None] | None = None
-) -> Tensor:
-    """Embeddings [B, D] by one plain forward pass, teacher-forced where a row has a rationale; left on the device."""
-    inputs = backbone.prepare(items, rationales=rationales).to(backbone.device)
-    return pooler(backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
-
-
-def prefill(backbone: Backbone, items: Sequence[Item]) -> Prefix:
-    """Encodes the prompts of B items once and keeps the key-value cache."""
-    return backbone.prefill(backbone.prepare(items, embed=False).to(backbone.device))
-
-
-def pool_last(pooler: Pooler, hidden: Tensor) -> Tensor:
-    """Pools rows of which only the state at ``<emb>`` [R, H] is at hand."""
-    rows = len(hidden)
-    mask = torch.ones(rows, 1, dtype=torch.int64, device=hidden.device)
-    return pooler(hidden[:, None], mask, torch.zeros(rows, dtype=torch.int64, device=hidden.device))

@@ -23,7 +23,7 @@ from mmemb.inference import saved
 from mmemb.inference.embedding_files import model_identity
 from mmemb.inference.embeddings import Embeddings, direct, similarity
 from mmemb.inference.encoder import Encoder
-from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.interfaces import Backbone, Controller, Model, Pooler
 from mmemb.registry import create
 from mmemb.types import Encoded, Image, Item, Page, Part, Text, Video
 
@@ -249,6 +249,6 @@ def load_encoder(model: str, batch_size: int) -> Encoder:
         return Encoder(embedder.backbone, embedder.pooler, batch_size=batch_size)
     backbone = create("backbone", "transformers", model=model)
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    Model.assemble(backbone, pooler)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Encoder(backbone.to(device), pooler.to(device), batch_size=batch_size)

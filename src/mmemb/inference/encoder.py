@@ -17,8 +17,10 @@ from rich.errors import LiveError
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from mmemb.inference.adaptive import Paths, adaptive_paths, length_order, pool_prepared
-from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.inference.adaptive import AdaptivePaths, adaptive_paths
+from mmemb.inference.prompts import embed_items, length_order
+from mmemb.interfaces import Backbone, Controller, Model, Pooler
+from mmemb.registry import create
 from mmemb.types import Decision, Encoded, Item, PrefillState
 
 Result = TypeVar("Result")
@@ -40,18 +42,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-class Everyone(Controller):
-    """Every row thinks with one budget: how `Encoder.encode_paths` sees both paths of a row. It has no short name."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-
-    def decide(self, state: PrefillState) -> Decision:
-        """B times yes."""
-        rows = len(state.direct)
-        return Decision(torch.ones(rows, dtype=torch.bool), torch.ones(rows), torch.full((rows,), self.limit))
 
 
 class Encoder:
@@ -80,6 +70,7 @@ class Encoder:
             raise ValueError(f"Encoder: batch_size {batch_size} and budget {budget} given; both count from 1")
         self.backbone = backbone
         self.pooler = pooler
+        self.model = Model(backbone, pooler)
         self.batch_size = batch_size
         self.budget = budget
         self.confidence_temperature = confidence_temperature
@@ -98,7 +89,7 @@ class Encoder:
 
         def run(rows: list[int], size: int, reached: Callable[[int], None]) -> Tensor:
             thoughts = None if rationales is None else [rationales[row] for row in rows]
-            return pool_prepared(self.backbone, self.pooler, [items[row] for row in rows], thoughts).float().cpu()
+            return embed_items(self.model, [items[row] for row in rows], thoughts).float().cpu()
 
         order, parts = self._batches(items, run, "encode")
         if not parts:
@@ -124,27 +115,30 @@ class Encoder:
 
     def encode_paths(
         self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
-    ) -> Paths:
+    ) -> AdaptivePaths:
         """Both paths in one pass: ``state.direct`` of all B items, and ``embedding`` after a self-written rationale.
 
         Args:
             items: B items.
-            controller: who thinks; None means everybody, with the encoder's budget.
+            controller: decides which rows reason; None: all of them, with the encoder's budget.
             bank: [M, D] reference embeddings that give the confidence.
         """
-        return self._adaptive(items, Everyone(self.budget) if controller is None else controller, bank, self.budget)
+        if controller is None:
+            controller = create("controller", "always_reason")
+        return self._adaptive(items, controller, bank, self.budget)
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in the backbone's tokens."""
         return self.backbone.count_tokens(text)
 
-    def _adaptive(self, items: Sequence[Item], controller: Controller, bank: Tensor | None, budget: int) -> Paths:
+    def _adaptive(
+        self, items: Sequence[Item], controller: Controller, bank: Tensor | None, budget: int
+    ) -> AdaptivePaths:
         bank = None if bank is None else bank.to(self.backbone.device)
 
-        def run(rows: list[int], size: int, reached: Callable[[int], None]) -> Paths:
+        def run(rows: list[int], size: int, reached: Callable[[int], None]) -> AdaptivePaths:
             return adaptive_paths(
-                self.backbone,
-                self.pooler,
+                self.model,
                 [items[row] for row in rows],
                 controller,
                 budget=budget,
@@ -206,7 +200,7 @@ def _no_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or _CPU_MEMORY in str(error)
 
 
-def merge_paths(order: Sequence[int], parts: Sequence[Paths], *, width: int) -> Paths:
+def merge_paths(order: Sequence[int], parts: Sequence[AdaptivePaths], *, width: int) -> AdaptivePaths:
     """Joins batches whose rows, in turn, are rows ``order`` of the whole; the result is in the original order.
 
     Args:
@@ -218,14 +212,14 @@ def merge_paths(order: Sequence[int], parts: Sequence[Paths], *, width: int) -> 
         no_rows = torch.zeros(0)
         state = PrefillState(torch.zeros(0, 2), torch.zeros(0, width))
         nobody = Decision(no_rows.bool(), no_rows, no_rows.long())
-        return Paths(state, nobody, torch.zeros(0, width), [], [], no_rows.long(), no_rows.bool())
+        return AdaptivePaths(state, nobody, torch.zeros(0, width), [], [], no_rows.long(), no_rows.bool())
     back = _inverse(order)
     places = back.tolist()
     confidences = [part.state.confidence for part in parts]
     known = [each for each in confidences if each is not None]
     rationale = [text for part in parts for text in part.rationale]
     token_ids = [ids for part in parts for ids in part.token_ids]
-    return Paths(
+    return AdaptivePaths(
         state=PrefillState(
             decision_logits=torch.cat([part.state.decision_logits for part in parts])[back],
             direct=torch.cat([part.state.direct for part in parts])[back],

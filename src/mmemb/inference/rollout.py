@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mmemb.common.digests import seed_of
-from mmemb.inference.adaptive import length_order, pool_last, pool_prepared, prefill
 from mmemb.inference.encoder import evaluating
+from mmemb.inference.prompts import embed_items, embed_states, encode_prompts, length_order, pad_tokens, thought_tokens
 from mmemb.inference.token_loop import Sampler, Writing, Written, rationale_logits
-from mmemb.interfaces import Backbone, Pooler
-from mmemb.types import EMB, END_THINK, THINK, Item
+from mmemb.interfaces import Backbone, Model
+from mmemb.types import Item
 
 SAMPLED = -1
 """Entry of ``decision`` for a rollout whose decision is drawn."""
@@ -82,7 +82,7 @@ class Rollouts:
 
 
 @dataclass
-class Continuation:
+class RolloutTokens:
     """What follows the prompts of R rollouts, right-padded: for a pass with gradients over what was drawn.
 
     With ``states, _ = backbone.extend(prefix, tokens, mask)`` the state of column j is the one that chose
@@ -100,8 +100,7 @@ class Continuation:
 
 
 def rollout(
-    backbone: Backbone,
-    pooler: Pooler,
+    model: Model,
     items: Sequence[Item],
     *,
     group_size: int,
@@ -117,8 +116,7 @@ def rollout(
     """Samples G decisions and rationales of each of N queries from the model as it is, in evaluation mode.
 
     Args:
-        backbone: the model.
-        pooler: reads the embeddings.
+        model: backbone and pooler.
         items: the queries.
         group_size: G, rollouts a query.
         temperature: of decision and rationale, > 0.
@@ -144,26 +142,25 @@ def rollout(
     order = length_order(items)
     step = max(1, batch_size // group_size)
     parts = []
-    with evaluating(backbone, pooler):
+    with evaluating(model.backbone, model.pooler):
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             parts.append(
                 _group(
-                    backbone,
-                    pooler,
+                    model,
                     [items[row] for row in rows],
                     [seeds[row] for row in rows],
                     wanted[rows],
                     temperature=temperature,
-                    budget=min(max_new_tokens, backbone.max_rationale_tokens),
+                    budget=min(max_new_tokens, model.backbone.max_rationale_tokens),
                     exploration=exploration,
                     margin=(margin_center, margin_spread),
                 )
             )
-    return _joined(parts, order, group_size, temperature, width=pooler.size)
+    return _joined(parts, order, group_size, temperature, width=model.pooler.size)
 
 
-def continuation(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None = None) -> Continuation:
+def rollout_tokens(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None = None) -> RolloutTokens:
     """What to feed after the prompts to pass over the rollouts again; on the rollouts' device.
 
     Args:
@@ -171,22 +168,17 @@ def continuation(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None = N
         rollouts: what was drawn.
         rows: [r] int64, rollouts wanted; None: all of them.
     """
-    think_id, end_id, emb_id = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
     chosen = torch.arange(len(rollouts), device=rollouts.think.device) if rows is None else rows
-    thinks = rollouts.think[chosen]
-    written = (rollouts.tokens[chosen] - 2).clamp(min=0)  # [r], end token left out
-    length = torch.where(thinks, written + 3, 1)
-    width = int(length.max())
-    column = torch.arange(width, device=chosen.device)
-    ids = torch.zeros(len(chosen), width, dtype=torch.int64, device=chosen.device)
-    ids[:, 0] = think_id
-    copied = min(width - 1, rollouts.token_ids.shape[1])
-    ids[:, 1 : 1 + copied] = rollouts.token_ids[chosen, :copied]
-    # Whatever token ended the rationale, ``</think>`` is what was fed.
-    ids = torch.where(column == (length - 2)[:, None], end_id, ids)
-    ids = torch.where(column == (length - 1)[:, None], emb_id, ids)
-    mask = (column < length[:, None]).long()
-    return Continuation(ids * mask, mask, length - 1)
+    drawn = zip(
+        rollouts.think[chosen].tolist(),
+        rollouts.tokens[chosen].tolist(),
+        rollouts.token_ids[chosen].tolist(),
+        strict=True,
+    )
+    # Without the two brackets, and without the end token: whatever ended the rationale, ``</think>`` is what was fed.
+    fed = [thought_tokens(backbone.token_id, ids[: count - 2] if think else None) for think, count, ids in drawn]
+    tokens, mask = pad_tokens(fed, side="right", device=chosen.device)
+    return RolloutTokens(tokens, mask, mask.sum(1) - 1)
 
 
 def token_log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
@@ -231,8 +223,7 @@ def _wanted(decision: Tensor | None, queries: int, group_size: int) -> Tensor:
 
 @torch.no_grad()
 def _group(
-    backbone: Backbone,
-    pooler: Pooler,
+    model: Model,
     items: Sequence[Item],
     seeds: Sequence[int],
     wanted: Tensor,
@@ -243,15 +234,10 @@ def _group(
     margin: tuple[float, float],
 ) -> Rollouts:
     """The rollouts of one batch of queries."""
+    backbone, pooler = model.backbone, model.pooler
     device, group = backbone.device, wanted.shape[1]
-    prefix = prefill(backbone, items)
-    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=device)
-    decision_logits = backbone.logits(prefix.hidden)[:, ids].float().cpu()
-    if pooler.needs_all_states:
-        direct = pool_prepared(backbone, pooler, items)
-    else:
-        hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(items), 1))
-        direct = pool_last(pooler, hidden[:, -1])
+    prompts = encode_prompts(model, items)
+    decision_logits, direct = prompts.decision_logits.cpu(), prompts.direct()
     center, spread = margin
     own = ((decision_logits[:, 0] - decision_logits[:, 1] - center) / (spread * temperature)).sigmoid()
     probability = exploration / 2 + (1 - exploration) * own
@@ -270,7 +256,7 @@ def _group(
     if len(rows):
         row_seeds = [seed_of(seeds[row // group], row % group) for row in rows.tolist()]
         sampler = Sampler(steps=budget + 1, temperature=temperature, device=device)
-        forks = backbone.fork(prefix, (rows // group).to(device))
+        forks = backbone.fork(prompts.prefix, (rows // group).to(device))
         budgets = torch.full((len(rows),), budget, device=device)
         writing = Writing(backbone, sampler, longest=budget, embed=not pooler.needs_all_states, log_probs=True)
         writing.add(forks, budgets, row_seeds)
@@ -280,11 +266,11 @@ def _group(
         truncated[rows] = written.truncated
         token_ids, token_mask, log_prob = _actions(written, rows, total)
         if written.hidden is not None:
-            embedding[rows.to(device)] = pool_last(pooler, written.hidden)
+            embedding[rows.to(device)] = embed_states(pooler, written.hidden)
         else:
             thoughts = [rationale[row] for row in rows.tolist()]
             queries = [items[row // group] for row in rows.tolist()]
-            embedding[rows.to(device)] = pool_prepared(backbone, pooler, queries, thoughts)
+            embedding[rows.to(device)] = embed_items(model, queries, thoughts)
     return Rollouts(
         group_size=group,
         temperature=temperature,

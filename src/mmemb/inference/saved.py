@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmemb.common.checkpoint import read_checkpoint, refuse_other_backbone
-from mmemb.interfaces import Backbone, Pooler
+from mmemb.interfaces import Backbone, Model, Pooler
 from mmemb.registry import create
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -122,7 +122,7 @@ def _read_lightning(path: Path) -> Saved:
         raise ValueError(f"{path}: its settings do not build a model here: {first}") from error
     backbone, pooler = built.backbone, built.pooler
     refuse_other_backbone(checkpoint, identity=backbone.identity, path=path)
-    pooler.build(backbone.hidden_size)
+    Model.assemble(backbone, pooler)
     _load(backbone, checkpoint["state_dict"], "backbone.", path)
     _load(pooler, checkpoint["state_dict"], "pooler.", path)
     return Saved(backbone, pooler, decision=_decision(path, checkpoint))
@@ -133,7 +133,8 @@ def _decision(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, float]:
 
     The phase learns sigmoid((l_think - l_emb - center) / spread); a model without one follows its logits as they are.
     """
-    policy = (checkpoint.get("control") or {}).get("policy")
+    policies = [state["policy"] for state in checkpoint.get("phases", ()) if state.get("policy")]
+    policy = policies[-1] if policies else None
     learned = {} if policy is None else {"offset": -float(policy[0]), "spread": float(policy[1])}
     summary = path.parent.parent / "summary.json"
     if not summary.is_file():
@@ -158,7 +159,7 @@ def _read_folder(folder: Path) -> Saved:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--pooler", type=Pooler)
     pooler = parser.instantiate_classes(parser.parse_object({"pooler": settings["pooler"]})).pooler
-    pooler.build(backbone.hidden_size)
+    Model.assemble(backbone, pooler)
     pooler.load_state_dict(load_file(folder / _POOLER))
     return Saved(backbone, pooler, settings.get("identity"), settings.get("decision") or {})
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mmemb.inference.adaptive import length_order, pool_last, prefill
 from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.inference.prompts import embed_states, length_order, pad_tokens, prefill, rationale_tokens, thought_tokens
 from mmemb.interfaces import Backbone
-from mmemb.types import EMB, END_THINK, THINK, Item
+from mmemb.types import Item
 
 _TOKENS_AT_ONCE = 512
 
@@ -82,15 +82,11 @@ def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[st
     if alone or encoder.pooler.needs_all_states:
         return encoder.encode_queries(items, rationales)
     backbone, pooler = encoder.backbone, encoder.pooler
-    think, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
-    written = {text: backbone.tokenize(text) for text in rationales if text is not None}
-    continuations = [
-        [emb] if text is None else [think, *written[text][: backbone.max_rationale_tokens], end_think, emb]
-        for text in rationales
-    ]
+    written = {text: rationale_tokens(backbone, text) for text in rationales if text is not None}
+    continuations = [thought_tokens(backbone.token_id, None if text is None else written[text]) for text in rationales]
     states = last_states(backbone, items, continuations, batch_size=encoder.batch_size)
     with evaluating(pooler):
-        return pool_last(pooler, states).float().cpu()
+        return embed_states(pooler, states).float().cpu()
 
 
 def continuation_states(
@@ -106,7 +102,7 @@ def continuation_states(
             prefix = prefill(backbone, list(distinct.values()))
             place = {key: index for index, key in enumerate(distinct)}
             owner = torch.tensor([place[id(items[row])] for row in rows], device=backbone.device)
-            tokens, mask = left_padded([continuations[row] for row in rows], backbone.device)
+            tokens, mask = pad_tokens([continuations[row] for row in rows], side="left", device=backbone.device)
             hidden, _ = backbone.extend(backbone.fork(prefix, owner), tokens, mask)
         yield rows, hidden, tokens, mask
 
@@ -120,11 +116,3 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
     order = [row for group in length_order([items[group[0]] for group in groups]) for row in groups[group]]
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [N, L] int64; padding on the left, so that the last column is every row's last token."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return tokens, mask

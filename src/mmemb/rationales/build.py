@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmemb.interfaces import Evaluator, Worker
+from mmemb.interfaces import Evaluator, Model, SetupContext, Worker
 from mmemb.rationales.generate import generate, generation_settings
 from mmemb.rationales.leaks import LeakCheck
 from mmemb.rationales.maker_lock import at_work, sign_of, wait_until
@@ -29,6 +29,7 @@ def build_pool(
     path: str | Path,
     k: int,
     seed: int,
+    model: Model | None = None,
     leaks: LeakCheck | None = None,
     shard_size: int = 256,
     progress: bool = True,
@@ -44,6 +45,7 @@ def build_pool(
         path: folder, ``.parquet`` file or ``bundled:pool``; a file is never made, only reused.
         k: most candidates a worker and pair.
         seed: derives every sampled candidate.
+        model: the model in training, for workers and an evaluator that use it.
         leaks: flags candidates that hold the target; None: the default check.
         shard_size: pairs a shard of a new pool.
         progress: bars and a line at the end of each stage.
@@ -63,10 +65,25 @@ def build_pool(
         wait_until(lambda: _finished(path, name), sign_of(place))
     elif not _finished(path, name):
         with at_work(sign_of(place)):
-            generate(pairs, workers, k, pool=path, seed=seed, leaks=leaks, shard_size=shard_size, progress=progress)
+            generate(
+                pairs,
+                workers,
+                k,
+                pool=path,
+                seed=seed,
+                model=model,
+                leaks=leaks,
+                shard_size=shard_size,
+                progress=progress,
+            )
             if evaluator is not None:
-                score(pairs, evaluator, path, progress=progress)
+                score(pairs, evaluator, path, model=model, progress=progress)
     barrier()
+    # Settings name the model, also where nothing was made by this process.
+    for worker in workers:
+        worker.setup(SetupContext(model=model))
+    if evaluator is not None:
+        evaluator.setup(SetupContext(model=model))
     pool = RationalePool.open(path, evaluator=name)
     pool.check(
         pairs,

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from mmemb.common.checks import refuse_below
 from mmemb.common.digests import digest
-from mmemb.interfaces import Worker
+from mmemb.interfaces import Model, SetupContext, Worker
 from mmemb.rationales.leaks import LeakCheck
 from mmemb.rationales.pool import RationalePool
 from mmemb.rationales.storage import (
@@ -71,6 +71,7 @@ def generate(
     *,
     pool: str | Path,
     seed: int,
+    model: Model | None = None,
     sides: Sequence[Side] = ("query",),
     leaks: LeakCheck | None = None,
     progress: bool = True,
@@ -84,6 +85,7 @@ def generate(
         k: most candidates a worker, pair and side.
         pool: the folder; a finished single-file pool is only compared with what is asked for.
         seed: derives every sampled candidate.
+        model: the model in training, for workers that use it.
         sides: which items are thought about; training reads the queries' candidates.
         leaks: flags candidates that hold the other side; None: the default check.
         progress: a bar with rate and time left, and a line at the end.
@@ -101,6 +103,9 @@ def generate(
         raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
     refuse_below(1, "generate", k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
     folder, check = resolve(pool), leaks or LeakCheck()
+    context = SetupContext(model=model, items=[_sides_of(pair, side)[0] for side in sides for pair in pairs])
+    for worker in workers:
+        worker.setup(context)
     asked = Manifest(
         data=data_digest(pairs),
         pairs=len(pairs),
@@ -129,10 +134,6 @@ def _fill(
     missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
     written = leaking = 0
-    if missing:
-        items = [_sides_of(pair, side)[0] for side in sides for pair in pairs]
-        for worker in workers:
-            worker.prepare(items)
     with bar("generate rationales", len(pairs), done=done, show=progress) as advance:
         for start in missing:
             shard = pairs[start : start + asked.shard_size]

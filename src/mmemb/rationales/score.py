@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmemb.common.digests import digest
-from mmemb.interfaces import Evaluator
+from mmemb.interfaces import Evaluator, Model, SetupContext
 from mmemb.rationales.generate import bar, say
 from mmemb.rationales.placebo import Placebos
 from mmemb.rationales.pool import RationalePool
@@ -43,7 +43,14 @@ def evaluator_name(evaluator: Evaluator) -> str:
     return evaluator.name or type(evaluator).__qualname__
 
 
-def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, progress: bool = True) -> RationalePool:
+def score(
+    pairs: Sequence[Pair],
+    evaluator: Evaluator,
+    pool: str | Path,
+    *,
+    model: Model | None = None,
+    progress: bool = True,
+) -> RationalePool:
     """Scores a pool's candidates, or goes on with what is there.
 
     Equal texts of a pair are scored once, and a pair's arms together, so that an evaluator may share their prompt.
@@ -52,6 +59,7 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
         pairs: the pairs that the pool was made from; the evaluator's negatives come from them.
         evaluator: gives the confidence.
         pool: the folder, every candidate in place.
+        model: the model in training, for an evaluator that uses it.
         progress: a bar with rate and time left, and a line at the end.
 
     Raises:
@@ -59,6 +67,7 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
         ValueError: the pool is of other data, incomplete or read-only, or scored by this evaluator with other settings;
             another process scores it by this evaluator; a score is no number.
     """
+    evaluator.setup(SetupContext(model=model))
     folder, name, settings = resolve(pool), evaluator_name(evaluator), evaluator.settings
     manifest = read_manifest(pool)
     asked = data_digest(pairs)
@@ -81,12 +90,17 @@ def score(pairs: Sequence[Pair], evaluator: Evaluator, pool: str | Path, *, prog
             f"finish `mmemb rationales generate` first"
         )
     with sole_maker(folder, f"scores-{name}"):
-        _fill(folder, pairs, evaluator, settings, progress)
+        _fill(folder, pairs, evaluator, settings, model, progress)
     return RationalePool.open(pool, evaluator=name)
 
 
 def _fill(
-    folder: Path, pairs: Sequence[Pair], evaluator: Evaluator, settings: Mapping[str, Any], progress: bool
+    folder: Path,
+    pairs: Sequence[Pair],
+    evaluator: Evaluator,
+    settings: Mapping[str, Any],
+    model: Model | None,
+    progress: bool,
 ) -> None:
     """Makes the shards of scores that are missing."""
     name = evaluator_name(evaluator)
@@ -101,7 +115,7 @@ def _fill(
     total_gain = 0.0
     placebos = Placebos({}, {})
     if missing:
-        evaluator.prepare_bank(pairs)
+        evaluator.setup(SetupContext(model=model, pairs=pairs))
         placebos = Placebos.collect([candidates_shard(folder, start) for start in manifest.starts()], pairs)
     with bar("score rationales", len(pairs), done=done, show=progress) as advance:
         for start in missing:

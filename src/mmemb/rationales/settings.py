@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmemb.common.checks import refuse_below
-from mmemb.interfaces import Evaluator, Selector, Worker
+from mmemb.interfaces import Choose, Evaluator, Model, Selector, SetupContext, Worker
 from mmemb.rationales.build import build_pool
 from mmemb.rationales.choose import CandidateSource, choose_many
 from mmemb.rationales.leaks import LeakCheck
 from mmemb.rationales.pool import RationalePool
 from mmemb.rationales.score import evaluator_name
-from mmemb.training.objective import Choose, Parts
 from mmemb.types import Pair, Rationale
 
 
@@ -52,18 +51,11 @@ class PoolSettings:
         self.leaks = leaks
         self.shard_size = shard_size
 
-    def bind(self, parts: Parts) -> None:
-        """Gives the model in training to the workers and the evaluator."""
-        for worker in self.workers:
-            worker.bind(parts.backbone)
-        if self.evaluator is not None:
-            self.evaluator.bind(parts.backbone, parts.pooler)
-
     def open(
         self,
         pairs: Sequence[Pair],
         *,
-        parts: Parts,
+        model: Model,
         is_builder: bool = True,
         barrier: Callable[[], object] = lambda: None,
     ) -> RationalePool:
@@ -71,7 +63,7 @@ class PoolSettings:
 
         Args:
             pairs: the training pairs.
-            parts: the model as it is, which workers and evaluator may use.
+            model: the model as it is, which workers and evaluator may use.
             is_builder: whether this process makes a missing pool (rank zero); the others wait for it.
             barrier: where all processes meet.
 
@@ -79,8 +71,9 @@ class PoolSettings:
             FileNotFoundError: there is no pool and no worker to make one.
             ValueError: the pool was made from other data or settings, or is not finished and nobody is named to do it.
         """
-        self.bind(parts)
         if not self.workers:
+            if self.evaluator is not None:
+                self.evaluator.setup(SetupContext(model=model))
             pool = self.reopen()
             pool.check_complete("before training reads it")
             pool.check(pairs, evaluator=None if self.evaluator is None else self.evaluator.settings)
@@ -93,6 +86,7 @@ class PoolSettings:
             path=Path(self.path) if "bundled:" not in self.path else self.path,
             k=self.candidates,
             seed=self.seed,
+            model=model,
             leaks=self.leaks,
             shard_size=self.shard_size,
             is_builder=is_builder,

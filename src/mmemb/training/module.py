@@ -1,4 +1,4 @@
-"""The LightningModule: composes backbone, pooler, objective, selector and controllers, and runs the method's phases.
+"""The LightningModule: composes backbone, pooler, phases, selector and controllers, and runs the phases one by one.
 
 Optimisation is manual, because the gradient cache needs two passes; everything else of the trainer (strategies,
 precision, callbacks, loggers, resume) keeps working. The module knows contracts only: the parts come built.
@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,25 +20,28 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmemb.common.checkpoint import IDENTITY_KEY, refuse_other_backbone
 from mmemb.common.checks import refuse_below
-from mmemb.data.datamodule import PairDataModule
+from mmemb.data.datamodule import PairDataModule, PhaseBatches
 from mmemb.evaluation import report
 from mmemb.evaluation.runner import calibrate, evaluate, merge_results
 from mmemb.inference.encoder import Encoder
-from mmemb.interfaces import Backbone, Controller, Pooler, Selector, Worker
+from mmemb.interfaces import Backbone, Choose, Controller, Model, Pooler, Selector, SetupContext, Worker
 from mmemb.rationales.settings import PoolSettings
-from mmemb.training.objective import Engine, Objective, Parts
+from mmemb.training.objective import StepContext
 from mmemb.training.optimization import clip_gradient_norm, parameter_groups, vector_names
-from mmemb.training.phases import Phase, Schedule, Span, scheduler
-from mmemb.training.preflight import check_calibrated, check_choice
+from mmemb.training.phases import Phase, PhaseSpan, phase_spans, scheduler, span_at
+from mmemb.training.preflight import check_calibrated, check_choice, check_strategy
 from mmemb.training.random_state import random_state, restore_random_state
 from mmemb.types import EvaluationResults, EvaluationTask, Item, Pair
+
+BOTH_PATHS = ("never", "always_reason")
+"""The controllers that score one path alone; they need no calibration."""
 
 
 class EmbeddingModule(L.LightningModule):
@@ -45,23 +49,19 @@ class EmbeddingModule(L.LightningModule):
 
     Args:
         backbone: the vision-language model.
-        objective: what the phase optimises (joint, or next-token pretraining).
         pooler: hidden states -> embedding.
-        control: a phase that follows on ``data.control``: when to think, learned by reinforcement; null for none.
+        phases: what is trained, in order: each phase has its objective, its data and its length.
         selector: which rationale candidate a pair trains on; null trains the direct path alone.
         controllers: compared in evaluation, each under its short name; calibrated on validation data where needed.
         pool: where rationale candidates come from and are kept.
-        reference: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
-        optimizer: any torch optimiser by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit. Its weight
-            decay leaves norms, biases and the temperature alone.
-        schedule: learning-rate schedule over the steps of the run (those before ``control``), by the transformers
-            library.
-        warmup_steps: steps of linear warm-up.
-        gradient_clip: largest gradient norm; 0 for none.
+        true_rationale: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
+        optimizer: any torch optimiser, e.g. AdamW or bitsandbytes.optim.AdamW8bit. Its weight decay leaves norms,
+            biases and the temperature alone.
+        gradient_clip: maximum gradient norm; 0 for none.
         encode_batch_size: rows of one forward pass in evaluation.
-        budget: most rationale tokens a row may write in evaluation; a controller's own smaller budget holds, and so
-            does the backbone's max_rationale_tokens.
-        validation_queries: queries a task scored at each validation during training; `mmemb validate` and the final
+        budget: maximum rationale tokens per row in evaluation; a controller's own smaller budget holds, and so does
+            the backbone's max_rationale_tokens.
+        validation_queries: queries per task scored at each validation during training; `mmemb validate` and the final
             evaluation take all.
     """
 
@@ -69,16 +69,13 @@ class EmbeddingModule(L.LightningModule):
         self,
         *,
         backbone: Backbone,
-        objective: Objective,
         pooler: Pooler,
-        control: Phase | None = None,
+        phases: list[Phase],
         selector: Selector | None = None,
         controllers: list[Controller] | None = None,
         pool: PoolSettings | None = None,
-        reference: Worker | None = None,
+        true_rationale: Worker | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = "cosine",
-        warmup_steps: int = 50,
         gradient_clip: float = 1.0,
         encode_batch_size: int = 64,
         budget: int = 48,
@@ -86,41 +83,37 @@ class EmbeddingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        refuse_below(0, "model", warmup_steps=warmup_steps, gradient_clip=gradient_clip)
+        refuse_below(0, "model", gradient_clip=gradient_clip)
         refuse_below(1, "model", encode_batch_size=encode_batch_size, validation_queries=validation_queries)
         refuse_below(1, "model", budget=budget)
         # Under LightningCLI these are class paths and plain values, from which a checkpoint rebuilds the parts. Built
         # in Python they would be the parts themselves, which belong in no checkpoint.
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
+        phase_spans(phases)
         self.backbone = backbone
-        self.objective = objective
-        self.control = control
-        self.control_objective = None if control is None else control.objective
-        if self.control_objective is not None:
-            self.control_objective.follow(objective)
+        self.objectives = nn.ModuleList(phase.objective for phase in phases)
         self.pooler = pooler
-        self.pooler.build(backbone.hidden_size)
+        self.model = Model.assemble(backbone, pooler)
+        self.phases = phases
         self.selector = selector
         self.controllers: dict[str, Controller] = {}
         for controller in controllers or []:
             name = controller.name or type(controller).__name__
             if name in self.controllers:
-                raise ValueError(f"controllers: {name!r} is there twice, and a summary has one row a name; drop one")
+                raise ValueError(f"controllers: {name!r} is there twice, and a summary has one row per name; drop one")
             self.controllers[name] = controller
         self.pool = pool
-        self.reference = reference
+        self.true_rationale = true_rationale
         self.optimizer = optimizer
-        self.schedule = schedule
-        self.warmup_steps = warmup_steps
         self.gradient_clip = gradient_clip
         self.encode_batch_size = encode_batch_size
         self.budget = budget
         self.validation_queries = validation_queries
         self.trained_steps = 0
         self.trained_seconds = 0.0
-        self.before_training: dict[str, Any] | None = None
-        self.before_control: dict[str, Any] = {}
+        self.earlier_rows: dict[str, Any] = {}
+        self._contexts: list[SetupContext] = []
         self._vectors: frozenset[str] = frozenset()
         self._started = time.monotonic()
         self._results: list[EvaluationResults] = []
@@ -129,14 +122,18 @@ class EmbeddingModule(L.LightningModule):
     # -- composition -------------------------------------------------------------------------------------------------
 
     @property
-    def parts(self) -> Parts:
-        """Backbone and pooler, as objectives take them."""
-        return Parts(self.backbone, self.pooler)
+    def run_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
 
     @property
-    def in_control(self) -> bool:
-        """Whether the step at hand belongs to the control phase."""
-        return self.control is not None and self.global_step >= self.control.start
+    def spans(self) -> list[PhaseSpan]:
+        """Where each phase lies within the run."""
+        return phase_spans(self.phases, run_steps=self.run_steps)
+
+    def phase_at(self, step: int) -> PhaseSpan:
+        """The phase that a step of the run belongs to."""
+        return span_at(self.spans, step)
 
     @property
     def datamodule(self) -> PairDataModule:
@@ -153,44 +150,67 @@ class EmbeddingModule(L.LightningModule):
         if stage != "fit":
             return
         self._vectors = vector_names(self)
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache "
-                "runs backward passes inside it, which FSDP does not allow. Use ddp; for a model that is too large, "
-                "lora, quantization or gradient_checkpointing of the backbone"
-            )
-        if self.objective.needs_rationales:
+        check_strategy(self.trainer.strategy)
+        if any(phase.objective.needs_rationales for phase in self.phases):
             check_choice(self.selector, self.pool)
         if self.datamodule.sources["test"] and not self.datamodule.sources["validation"]:
             check_calibrated(self.controllers)
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
-        if self.objective.needs_rationales and self.selector is not None and self.pool is not None:
-            if self.pool.workers:
-                # The trainer moves the model only after this hook; a pool is made where the model will train.
-                self.to(self.trainer.strategy.root_device)
-            pool = self.pool.open(
-                self.datamodule.train_pairs,
-                parts=self.parts,
-                is_builder=self.trainer.is_global_zero,
-                barrier=self.trainer.strategy.barrier,
-            )
-            self.objective.prepare_choice(self.pool.choice(pool, self.selector))
-        if self.control is not None:
-            self.datamodule.use_control(self._control_collate, start=self.control.start)
-        for objective, split in ((self.objective, "train"), (self.control_objective, "control")):
-            if objective is not None and objective.needs_candidates:
-                objective.prepare_candidates(self.datamodule.evaluation_tasks(split))
+        choose = self._open_pool()
+        self._contexts = []
+        previous = None
+        for phase in self.phases:
+            tasks = self.datamodule.evaluation_tasks(phase.data) if phase.objective.needs_candidates else ()
+            context = SetupContext(model=self.model, tasks=tasks, choose=choose, previous=previous)
+            phase.objective.setup(context)
+            self._contexts.append(context)
+            previous = phase.objective
+        self.datamodule.use_phases(
+            [
+                PhaseBatches(span.first_step, span.phase.data, self._collate(span.phase), self._reads_pool(span.phase))
+                for span in phase_spans(self.phases)
+            ]
+        )
 
+    def _reads_pool(self, phase: Phase) -> bool:
+        return phase.objective.needs_rationales and self.selector is not None and self.pool is not None
+
+    def _open_pool(self) -> Choose | None:
+        """Makes or opens the rationale pool for the pairs of the phases that read it; None where no phase does."""
+        if self.pool is None or self.selector is None or not any(map(self._reads_pool, self.phases)):
+            return None
+        if self.pool.workers:
+            # The trainer moves the model only after this hook; a pool is made where the model will train.
+            self.to(self.trainer.strategy.root_device)
+        pool = self.pool.open(
+            self.rationale_pairs(self.datamodule),
+            model=self.model,
+            is_builder=self.trainer.is_global_zero,
+            barrier=self.trainer.strategy.barrier,
+        )
+        return self.pool.choice(pool, self.selector)
+
+    def rationale_pairs(self, datamodule: PairDataModule) -> Sequence[Pair]:
+        """The pairs of every phase that trains on rationales, after the data module's ``setup("fit")``."""
+        streams = list(dict.fromkeys(phase.data for phase in self.phases if phase.objective.needs_rationales))
+        if len(streams) == 1:
+            return datamodule.stream_pairs(streams[0])
+        return [pair for name in streams for pair in datamodule.stream_pairs(name)]
+
+    def use_choice(self, choose: Choose) -> None:
+        """Sets the phases that train on rationales up again, with another choice: the pool has grown."""
+        for number, phase in enumerate(self.phases):
+            if phase.objective.needs_rationales:
+                self._contexts[number] = replace(self._contexts[number], choose=choose)
+                phase.objective.setup(self._contexts[number])
+
+    def _collate(self, phase: Phase) -> Any:
         def collate(pairs: list[Pair], seed: int) -> Any:
-            return self.objective.collate(self.parts, pairs, seed)
+            return phase.objective.collate(self.model, pairs, seed)
 
-        self.datamodule.use_collate(collate)
-
-    def _control_collate(self, pairs: list[Pair], seed: int) -> Any:
-        assert self.control_objective is not None
-        return self.control_objective.collate(self.parts, pairs, seed)
+        return collate
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -200,62 +220,62 @@ class EmbeddingModule(L.LightningModule):
         except ValueError as error:  # of torch, about a value such as a negative lr
             raise ValueError(f"model.optimizer: {error}") from error
         if self.trainer.estimated_stepping_batches == float("inf"):
-            raise ValueError("trainer: the run has no end, and the schedule needs one; give max_steps or max_epochs")
-        steps = int(self.trainer.estimated_stepping_batches)
-        first = steps if self.control is None else min(self.control.start, steps)
-        spans = [Span(first, self.schedule, self.warmup_steps)]
-        # A run that never comes to the phase must not end at its rate: resumed with more steps it would begin with it.
-        if self.control is not None and first < steps:
-            follows = self.control
-            spans.append(Span(steps - first, follows.schedule, follows.warmup_steps, follows.learning_rate_factor))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer, spans), "interval": "step"}}
+            raise ValueError(
+                "trainer: the run has no end, and the schedule needs one; give every phase its steps, or the trainer "
+                "max_steps or max_epochs"
+            )
+        schedule = scheduler(optimizer, self.spans)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self._started = time.monotonic()
-        if self.objective.needs_rationales and self.global_step == 0 and self.before_training is None:
-            tasks = self.datamodule.evaluation_tasks("test")
-            never = {name: part for name, part in self.controllers.items() if name == "never"}
-            if tasks and never and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                rank_zero_info("Scoring the model before training (the 'pretrained' row of the summary).")
-                results = evaluate(self.encoder(), tasks, controllers=never, true_rationale=None, progress=False)
-                self.before_training = results.modes.get("never")
+        if self.phases[0].objective.needs_rationales and self.global_step == 0:
+            self._score_before("before_training", ("never",), "before_training")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # As late as can be: making loaders and sanity checks draw random numbers that the uninterrupted run did not.
         if self._random_state is not None:
             restore_random_state(self._random_state, self.device, rank=self.global_rank)
             self._random_state = None
-        if self.control is not None and self.global_step == self.control.start:
-            self._begin_control()
+        span = self.phase_at(self.global_step)
+        if span.number and self.global_step == span.first_step:
+            # Moments of the gradients of another objective would steer the first steps of this one.
+            cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()
+            if self.global_step > 0:
+                self._score_before(f"before_{span.name}", BOTH_PATHS, f"{{mode}}_before_{span.name}")
 
-    def _begin_control(self) -> None:
-        """Forgets the optimiser's memory of the phase before, and scores the model as it is."""
-        cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()
-        if self.global_step == 0 or self.before_control or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def _score_before(self, moment: str, names: Sequence[str], row: str) -> None:
+        """Scores the model as it is on the test split, for rows of the summary; once per moment, across resumes.
+
+        Args:
+            moment: when, as the rows' names end.
+            names: controllers to score, of those that the run has.
+            row: the rows' names; ``{mode}`` stands for the controller's.
+        """
+        known = any(name.endswith(moment) for name in self.earlier_rows)
+        controllers = {name: part for name, part in self.controllers.items() if name in names}
+        if known or not controllers or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         tasks = self.datamodule.evaluation_tasks("test")
-        paths = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
-        if tasks and paths:
-            rank_zero_info("Scoring the model before the control phase (the '..._before_control' rows of the summary).")
-            results = evaluate(self.encoder(), tasks, controllers=paths, true_rationale=None, progress=False)
-            self.before_control = results.modes
+        if tasks:
+            rank_zero_info(f"Scoring the model for the rows '{row.format(mode='...')}' of the summary.")
+            results = evaluate(self.encoder(), tasks, controllers=controllers, true_rationale=None, progress=False)
+            self.earlier_rows |= {row.format(mode=mode): scores for mode, scores in results.modes.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
-        phase, objective = ("control", self.control_objective) if self.in_control else ("train", self.objective)
-        assert objective is not None
-        logs = objective.step(self.parts, batch, self._engine(optimizer))
+        span = self.phase_at(self.global_step)
+        logs = span.phase.objective.step(self.model, batch, self._step_context(optimizer, span))
         optimizer.step()
         schedule = self.lr_schedulers()
         schedule.step()  # type: ignore[union-attr]
         logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
-        self.log_dict({f"{phase}/{key}": value for key, value in logs.items()})
+        self.log_dict({f"{span.name}/{key}": value for key, value in logs.items()})
         self.log("loss", logs["loss"], prog_bar=True, logger=False)
 
-    def _engine(self, optimizer: torch.optim.Optimizer) -> Engine:
+    def _step_context(self, optimizer: torch.optim.Optimizer, span: PhaseSpan) -> StepContext:
         """What this step's objective needs of the trainer."""
-        start = self.control.start if self.control is not None else int(self.trainer.estimated_stepping_batches)
 
         def update() -> None:
             # Past the wrapper, which would count it as a step of the run.
@@ -266,15 +286,14 @@ class EmbeddingModule(L.LightningModule):
         writer: Any = getattr(self.logger, "experiment", None) if self.trainer.is_global_zero else None
 
         def show(name: str, picture: Any) -> None:
-            writer.add_image(name, np.asarray(picture), self.global_step, dataformats="HWC")
+            writer.add_image(f"{span.name}/{name}", np.asarray(picture), self.global_step, dataformats="HWC")
 
-        total = int(self.trainer.estimated_stepping_batches)
-        return Engine(
+        return StepContext(
             backward=self.manual_backward,
             # Only strategies that reduce gradients have the context; the others have nothing to hold back.
             no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
-            step=self.global_step - (start if self.in_control else 0),
-            steps=total - start if self.in_control else min(start, total),
+            step=self.global_step - span.first_step,
+            steps=span.steps or 0,
             update=update,
             show=show if hasattr(writer, "add_image") else None,
         )
@@ -288,20 +307,21 @@ class EmbeddingModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY_KEY] = self.backbone.identity
         checkpoint["trained_seconds"] = self.trained_seconds + time.monotonic() - self._started
-        checkpoint["before_training"] = self.before_training
-        if self.control_objective is not None:
-            checkpoint["control"] = self.control_objective.phase_state() if self.in_control else {}
-            checkpoint["before_control"] = self.before_control
+        checkpoint["earlier_rows"] = self.earlier_rows
+        reached = self.phase_at(self.global_step).number
+        checkpoint["phases"] = [
+            phase.objective.phase_state() if number <= reached else {} for number, phase in enumerate(self.phases)
+        ]
         checkpoint["random_state"] = random_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_backbone(checkpoint, identity=self.backbone.identity)
         self.trained_steps = checkpoint["global_step"]
         self.trained_seconds = checkpoint["trained_seconds"]
-        self.before_training = checkpoint["before_training"]
-        self.before_control = checkpoint.get("before_control", {})
-        if self.control_objective is not None and checkpoint.get("control"):
-            self.control_objective.load_phase_state(checkpoint["control"])
+        self.earlier_rows = checkpoint["earlier_rows"]
+        for phase, state in zip(self.phases, checkpoint["phases"], strict=False):
+            if state:
+                phase.objective.load_phase_state(state)
         self._random_state = checkpoint["random_state"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -325,9 +345,7 @@ class EmbeddingModule(L.LightningModule):
         most = self.validation_queries if fitting else None
         short = EvaluationTask(task.name, task.queries[:most], task.candidates, task.candidate_ids)
         # While training, the two paths alone: what a controller makes of them needs a calibration.
-        controllers = {
-            name: part for name, part in self.controllers.items() if not fitting or name in ("never", "always_reason")
-        }
+        controllers = {name: part for name, part in self.controllers.items() if not fitting or name in BOTH_PATHS}
         results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
         self._results.append(results)
 
@@ -356,7 +374,7 @@ class EmbeddingModule(L.LightningModule):
 
     def test_step(self, task: EvaluationTask, batch_idx: int) -> None:
         results = evaluate(
-            self.encoder(), [task], controllers=self.controllers, true_rationale=self.reference, progress=False
+            self.encoder(), [task], controllers=self.controllers, true_rationale=self.true_rationale, progress=False
         )
         self._results.append(results)
 
@@ -365,10 +383,7 @@ class EmbeddingModule(L.LightningModule):
         self._results = []
         if not results.modes or not self.trainer.is_global_zero:
             return
-        if self.before_training:
-            results.modes["pretrained"] = self.before_training
-        for mode, scores in self.before_control.items():
-            results.modes[f"{mode}_before_control"] = scores
+        results.modes |= self.earlier_rows
         step = self.global_step or self.trained_steps  # `mmemb test` takes no step of its own
         settings = {"step": step, "split": "test", **self._settings()}
         seconds = self.trained_seconds + time.monotonic() - self._started
@@ -387,8 +402,10 @@ class EmbeddingModule(L.LightningModule):
             "backbone": self.backbone.identity,
             "pooler": type(self.pooler).__name__,
             "selector": type(self.selector).__name__ if self.selector else None,
-            "objective": type(self.objective).__name__,
-            "control": type(self.control_objective).__name__ if self.control_objective else None,
+            "phases": [
+                {"name": span.name, "objective": type(span.phase.objective).__name__, "steps": span.phase.steps}
+                for span in phase_spans(self.phases)
+            ],
             "batch_size": self.datamodule.batch_size,
             "world_size": self.trainer.world_size,
             "budget": self.budget,

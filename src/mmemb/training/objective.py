@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmemb.data.augment import PictureAugment
-from mmemb.interfaces import Backbone, Pooler
-from mmemb.types import EvaluationTask, ModelInputs, Pair, Rationale
+from mmemb.interfaces import Backbone, Model, SetupContext
+from mmemb.types import ModelInputs, Pair
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
-
-Choose = Callable[[Pair, int], Sequence[tuple[Rationale, float]]]
-"""(pair, seed) -> the rationales that the pair trains on, each with its loss weight; none: the direct path only."""
 
 
 def _nothing() -> None:
@@ -27,15 +24,7 @@ def _nothing() -> None:
 
 
 @dataclass
-class Parts:
-    """The built parts an objective works on."""
-
-    backbone: Backbone
-    pooler: Pooler
-
-
-@dataclass
-class Engine:
+class StepContext:
     """What a step needs of its trainer.
 
     Attributes:
@@ -59,19 +48,16 @@ class Engine:
 class Objective(nn.Module, ABC):
     """A phase's loss. Its own parameters (a learnable temperature) are trained with the model."""
 
-    def prepare_choice(self, choose: Choose) -> None:
-        """Receives the selector's choice, before the first batch; objectives without rationales ignore it."""
-
     needs_rationales: bool = False
     """Whether the phase wants a rationale pool to be made before it starts."""
     needs_candidates: bool = False
     """Whether the phase wants the candidates of its data's tasks."""
 
-    def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
-        """Receives the tasks of the phase's data with their candidates, before the first step."""
+    def setup(self, context: SetupContext) -> None:
+        """Receives the selector's choice, the tasks of the phase's data, and the objective of the phase before.
 
-    def follow(self, previous: Objective) -> None:
-        """Receives the objective of the phase before, if there is one, before the first step."""
+        Called before the first batch, and again with another choice when the rationale pool has grown.
+        """
 
     def phase_state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides parameters for a resumed phase to go on exactly; plain containers."""
@@ -81,11 +67,11 @@ class Objective(nn.Module, ABC):
         """Takes up a `phase_state`, before the first step."""
 
     @abstractmethod
-    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> Any:
+    def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> Any:
         """Pairs -> a batch of CPU tensors; runs in data-loader workers; deterministic in the seed."""
 
     @abstractmethod
-    def step(self, parts: Parts, batch: Any, engine: Engine) -> dict[str, Tensor]:
+    def step(self, model: Model, batch: Any, context: StepContext) -> dict[str, Tensor]:
         """Accumulates gradients for one batch; returns scalars to log, ``loss`` among them."""
 
 

@@ -1,4 +1,7 @@
-"""A phase that follows another within one run: from which step, on which objective, at which learning rate."""
+"""The phases of a run: what each optimises, on which data, for how long, at which learning rate.
+
+A run is a list of phases, one after the other. Step numbers count over the whole run; a phase's own steps count from 0.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmemb.common.checks import refuse_below
 from mmemb.training.objective import Objective
 
 Schedule: TypeAlias = Literal[
@@ -18,80 +22,142 @@ Schedule: TypeAlias = Literal[
 
 
 class Phase:
-    """The rest of a run from one step on.
+    """One entry of ``model.phases``.
 
-    Its batches come from ``data.control``. The optimiser begins anew: what it remembers of other gradients is dropped.
+    Every phase but the first starts with an empty optimiser state: moments of other gradients are dropped.
 
     Args:
         objective: what the phase optimises.
-        start: steps of the run before it; a run that is shorter never comes to it, and 0 leaves the first phase out.
-        learning_rate_factor: the phase's highest learning rate over the optimiser's own.
+        data: where its pairs come from: ``train`` for ``data.train``, or a name in ``data.streams``.
+        steps: optimiser steps; 0 skips the phase. Only the last phase may leave it out: it lasts until the run ends.
+        learning_rate_factor: the phase's highest learning rate divided by the optimiser's own.
         schedule: learning-rate schedule over the phase's steps, by the transformers library.
         warmup_steps: steps of linear warm-up.
+        name: what logs and result rows call the phase; by default the objective's short name.
 
     Raises:
-        ValueError: ``start`` is negative, or the factor is not positive.
+        ValueError: a number is out of its range.
     """
 
     def __init__(
         self,
         objective: Objective,
         *,
-        start: int,
+        data: str = "train",
+        steps: int | None = None,
         learning_rate_factor: float = 1.0,
         schedule: Schedule = "cosine",
-        warmup_steps: int = 5,
+        warmup_steps: int = 50,
+        name: str | None = None,
     ) -> None:
-        if start < 0 or not learning_rate_factor > 0:
-            raise ValueError(
-                f"phase: start is {start}, learning_rate_factor {learning_rate_factor}; "
-                "start counts from 0, the factor is above 0"
-            )
+        refuse_below(0, "phase", steps=steps, warmup_steps=warmup_steps)
+        if not learning_rate_factor > 0:
+            raise ValueError(f"phase.learning_rate_factor: is {learning_rate_factor}; give a number above 0")
         self.objective = objective
-        self.start = start
+        self.data = data
+        self.steps = steps
         self.learning_rate_factor = learning_rate_factor
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
+        self.name = name or getattr(objective, "name", "") or type(objective).__name__.lower()
 
 
 @dataclass(frozen=True)
-class Span:
-    """The learning rate of some steps.
+class PhaseSpan:
+    """Where a phase lies within a run.
 
     Attributes:
-        steps: how many.
-        schedule: its form.
-        warmup_steps: of them.
-        factor: its highest value over the optimiser's own.
+        number: its place in the list, from 0.
+        name: unique within the run: a second phase of the same name gets ``_2``.
+        phase: the phase.
+        first_step: step of the run at which it starts.
+        steps: its length in this run, which may end before the phase does; None where nothing says when it ends.
     """
 
-    steps: int
-    schedule: Schedule
-    warmup_steps: int
-    factor: float = 1.0
+    number: int
+    name: str
+    phase: Phase
+    first_step: int
+    steps: int | None
 
 
-def scheduler(optimizer: torch.optim.Optimizer, spans: Sequence[Span]) -> LambdaLR:
-    """A schedule of one span after the other, each from its own beginning; every parameter group follows it alike."""
-    factors = [_factor(span) for span in spans]
+def phase_spans(phases: Sequence[Phase], *, run_steps: int | None = None) -> list[PhaseSpan]:
+    """Lays the phases out one after the other.
+
+    Args:
+        phases: at least one.
+        run_steps: length of the run; None where it is not known yet.
+
+    Raises:
+        ValueError: there is no phase, a phase before the last has no length, or the run is longer than its phases.
+    """
+    if not phases:
+        raise ValueError("model.phases: is empty; give at least one phase, such as [{objective: joint}]")
+    for number, phase in enumerate(phases[:-1]):
+        if phase.steps is None:
+            raise ValueError(
+                f"model.phases[{number}].steps: is missing, and another phase follows; only the last may leave it out"
+            )
+    total = total_steps(phases)
+    if run_steps is not None and total is not None and run_steps > total:
+        raise ValueError(
+            f"trainer.max_steps: the run has {run_steps} steps, its phases {total} together; lengthen a phase, leave "
+            "out the last one's steps, or lower trainer.max_steps"
+        )
+    spans: list[PhaseSpan] = []
+    first = 0
+    for number, phase in enumerate(phases):
+        repeats = sum(other.name == phase.name for other in phases[:number])
+        name = f"{phase.name}_{repeats + 1}" if repeats else phase.name
+        length = phase.steps
+        if run_steps is not None:
+            rest = max(run_steps - first, 0)
+            length = rest if length is None else min(length, rest)
+        spans.append(PhaseSpan(number, name, phase, first, length))
+        first += phase.steps or 0
+    return spans
+
+
+def total_steps(phases: Sequence[Phase]) -> int | None:
+    """Steps of all phases together; None where the last one lasts until the run ends."""
+    lengths = [phase.steps for phase in phases]
+    return None if None in lengths else sum(length or 0 for length in lengths)
+
+
+def span_at(spans: Sequence[PhaseSpan], step: int) -> PhaseSpan:
+    """The phase that a step of the run belongs to; a phase without steps is passed over."""
+    return [span for span in spans if span.first_step <= step][-1]
+
+
+def scheduler(optimizer: torch.optim.Optimizer, spans: Sequence[PhaseSpan]) -> LambdaLR:
+    """A learning-rate schedule of one phase after the other; every parameter group follows it alike.
+
+    Args:
+        optimizer: whose learning rate is the highest of a phase with factor 1.
+        spans: with their lengths. Phases that the run does not reach are left out, so that a run that ends before one
+            and is resumed with more steps does not start at that phase's rate.
+    """
+    reached = [span for span in spans if span.number == 0 or span.steps]
+    factors = [_factor(span) for span in reached]
 
     def factor(step: int) -> float:
-        start = 0
-        for span, value in zip(spans[:-1], factors, strict=False):
-            if step < start + span.steps:
-                return span.factor * value(step - start)
-            start += span.steps
-        return spans[-1].factor * factors[-1](step - start)
+        place = max(number for number, span in enumerate(reached) if number == 0 or span.first_step <= step)
+        span = reached[place]
+        return span.phase.learning_rate_factor * factors[place](step - span.first_step)
 
     return LambdaLR(optimizer, factor)
 
 
-def _factor(span: Span) -> Callable[[int], float]:
-    """The library's schedule as a function of the step, for a learning rate of 1."""
+def _factor(span: PhaseSpan) -> Callable[[int], float]:
+    """The library's schedule as a function of the phase's step, for a learning rate of 1."""
     from transformers import get_scheduler  # loads peft and bitsandbytes, seconds that only a training should take
 
+    steps = span.steps or 0
     one = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     made = get_scheduler(
-        span.schedule, one, num_warmup_steps=min(span.warmup_steps, span.steps), num_training_steps=max(span.steps, 1)
+        span.phase.schedule,
+        one,
+        num_warmup_steps=min(span.phase.warmup_steps, steps),
+        num_training_steps=max(steps, 1),
     )
     return made.lr_lambdas[0]

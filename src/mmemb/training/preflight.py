@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+
 from mmemb.interfaces import Controller, Selector
 from mmemb.rationales.settings import PoolSettings
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses strategies that a gradient cache cannot run in.
+
+    Raises:
+        ValueError: the strategy is FSDP's first version.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache runs "
+            "backward passes inside it, which FSDP does not allow. Use ddp; for a model that is too large, lora, "
+            "quantization or gradient_checkpointing of the backbone"
+        )
 
 
 def check_choice(selector: Selector | None, pool: PoolSettings | None) -> None:

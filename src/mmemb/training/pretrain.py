@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
+from mmemb.interfaces import Model
 from mmemb.losses.distributed import all_sum, world_size
-from mmemb.training.objective import Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
+from mmemb.training.objective import Objective, StepContext, augmenter, check_chunk_size, next_token_loss
 from mmemb.types import ModelInputs, Pair
 
 
@@ -46,13 +47,13 @@ class NextToken(Objective):
         self.chunk_size = chunk_size
         self.augment = augment
 
-    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
+    def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
         # Rows of one task are of like length: sorted, a chunk wastes little on padding.
         rows = sorted(enumerate(pairs), key=lambda row: row[1].task)
         chunks = []
         for start in range(0, len(rows), self.chunk_size):
             chunk = rows[start : start + self.chunk_size]
-            inputs = parts.backbone.prepare_response(
+            inputs = model.backbone.prepare_response(
                 [pair.query for _, pair in chunk],
                 [pair.positive.text for _, pair in chunk],
                 augment=augmenter(self.augment, [seed + number for number, _ in chunk]),
@@ -60,18 +61,18 @@ class NextToken(Objective):
             chunks.append(inputs)
         return ResponseBatch(chunks)
 
-    def step(self, parts: Parts, batch: ResponseBatch, engine: Engine) -> dict[str, Tensor]:
+    def step(self, model: Model, batch: ResponseBatch, context: StepContext) -> dict[str, Tensor]:
         counts = torch.stack([(chunk.labels[:, 1:] != -100).sum() for chunk in batch.chunks])
         # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
-        device = parts.backbone.device
+        device = model.backbone.device
         total = all_sum(counts.sum().to(device)).clamp(min=1)
         scale = world_size() / total
         loss = torch.zeros((), device=device)
         for number, chunk in enumerate(batch.chunks):
             last = number == len(batch.chunks) - 1
-            with nullcontext() if last else engine.no_sync():
+            with nullcontext() if last else context.no_sync():
                 chunk = chunk.to(device)
-                part = next_token_loss(parts.backbone, parts.backbone(chunk), chunk)
-                engine.backward(part * scale)
+                part = next_token_loss(model.backbone, model.backbone(chunk), chunk)
+                context.backward(part * scale)
             loss += part.detach()
         return {"loss": all_sum(loss) / total}

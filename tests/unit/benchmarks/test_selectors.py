@@ -22,7 +22,7 @@ from tests.unit.rationales.fakes import make_pairs
 class Honest(Evaluator):
     """Knows which rationale is the pair's own; of every fifth pair it thinks the opposite."""
 
-    def prepare_bank(self, pairs: object) -> None: ...
+    def setup(self, context: object) -> None: ...
 
     def score(self, pairs: list[Pair], rationales: list[str | None]) -> list[float]:  # type: ignore[override]
         return [

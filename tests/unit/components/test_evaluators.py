@@ -21,7 +21,7 @@ from mmemb.data.items import content_identity
 from mmemb.inference import embedder
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.encoder import Encoder
-from mmemb.interfaces import Evaluator
+from mmemb.interfaces import Evaluator, Model, SetupContext
 from mmemb.registry import available, create
 from mmemb.types import Image, Item, Pair, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
@@ -43,13 +43,13 @@ def make_pairs(count: int, *, tasks: int = 2) -> list[Pair]:
 
 def model() -> tuple[FakeBackbone, FakePooler]:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return FakeBackbone(seed=1), pooler
 
 
 def bound(**options: Any) -> RetrievalEvaluator:
     evaluator = RetrievalEvaluator(**options)
-    evaluator.bind(*model())
+    evaluator.setup(SetupContext(model=Model(*model())))
     return evaluator
 
 
@@ -61,7 +61,7 @@ def test_the_drawn_negatives_do_not_depend_on_the_disk() -> None:
             for number in range(40)
         ]
         evaluator = bound(negatives=5)
-        evaluator.prepare_bank(pairs)
+        evaluator.setup(SetupContext(pairs=pairs))
         return [Path(target).name for target in evaluator._bank["t"]]
 
     assert bank("/disk/a") == bank("/mnt/b")
@@ -78,7 +78,7 @@ def evaluator(request: pytest.FixtureRequest) -> Evaluator:
     checked = {"evaluator": RetrievalEvaluator()} if request.param == "plausible" else {}
     made = create("evaluator", request.param, **checked, **ARGUMENTS.get(request.param, {}))
     assert isinstance(made, Evaluator)
-    made.bind(*model())
+    made.setup(SetupContext(model=Model(*model())))
     return made
 
 
@@ -88,7 +88,7 @@ def rows(pairs: Sequence[Pair]) -> list[str | None]:
 
 def test_every_evaluator_scores_a_row_whatever_the_others(evaluator: Evaluator) -> None:
     pairs = make_pairs(40)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     whole = evaluator.score(pairs, rows(pairs))
     assert len(whole) == 40
     assert all(math.isfinite(value) for value in whole)
@@ -100,14 +100,14 @@ def test_every_evaluator_scores_a_row_whatever_the_others(evaluator: Evaluator) 
 
 def test_every_evaluator_hears_the_rationale(evaluator: Evaluator) -> None:
     pairs = make_pairs(12)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, ["red apple"] * 12) != evaluator.score(pairs, [None] * 12)
 
 
 def test_every_evaluator_encodes_a_prompt_once_for_all_its_arms(evaluator: Evaluator) -> None:
     pairs = make_pairs(6)
     arms = (None, "chile peso", "peru lima sol", "red apple", "blue dog left")
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     evaluator.score(pairs, [None] * 6)  # whatever is made once
     inner = evaluator.evaluator if isinstance(evaluator, PlausibleEvaluator) else evaluator  # one model in both
     backbone = inner._bound() if isinstance(inner, JudgeEvaluator) else inner._frozen().backbone
@@ -131,13 +131,13 @@ def test_every_evaluator_knows_the_limits_of_its_model(evaluator: Evaluator) -> 
 
     before = evaluator.settings
     for other in (FakeBackbone(seed=1, max_rationale_tokens=3), Seeing(seed=1)):
-        evaluator.bind(other, model()[1])
+        evaluator.setup(SetupContext(model=Model(other, model()[1])))
         assert evaluator.settings != before
 
 
 def test_every_evaluator_scores_the_same_after_it_gave_its_memory_back(evaluator: Evaluator) -> None:
     pairs = make_pairs(12)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     before = evaluator.score(pairs, rows(pairs))
     evaluator.release()
     assert evaluator.score(pairs, rows(pairs)) == before
@@ -146,7 +146,7 @@ def test_every_evaluator_scores_the_same_after_it_gave_its_memory_back(evaluator
 def test_retrieval_is_the_log_softmax_of_the_true_target_among_other_targets_of_the_task() -> None:
     pairs = make_pairs(40)
     evaluator = bound(temperature=0.2)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     encoder = Encoder(*model())
     found = evaluator.score(pairs, rows(pairs))
     for pair, text, value in zip(pairs, rows(pairs), found, strict=True):
@@ -169,7 +169,7 @@ def test_retrieval_compares_with_equally_many_negatives_everywhere(negatives: in
     pairs = make_pairs(36)
     evaluator = RetrievalEvaluator(negatives=negatives)
     evaluator._encoder = Alike()  # type: ignore[assignment]
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, [None] * 36) == pytest.approx([-math.log(1 + negatives)] * 36)
 
 
@@ -177,7 +177,7 @@ def test_retrieval_draws_negatives_by_its_seed_alone() -> None:
     pairs = make_pairs(36)
     evaluators = [bound(negatives=3), bound(negatives=3), bound(negatives=3, seed=1)]
     for evaluator, bank in zip(evaluators, (pairs, pairs[::-1], pairs), strict=True):
-        evaluator.prepare_bank(bank)
+        evaluator.setup(SetupContext(pairs=bank))
     one, reordered, other = (evaluator.score(pairs, [None] * 36) for evaluator in evaluators)
     assert one == pytest.approx(reordered, abs=1e-5)
     assert one != pytest.approx(other, abs=1e-2)
@@ -187,8 +187,8 @@ def test_retrieval_embeds_the_bank_once() -> None:
     pairs = make_pairs(36)
     backbone, pooler = model()
     evaluator = RetrievalEvaluator()
-    evaluator.bind(backbone, pooler)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(model=Model(backbone, pooler)))
+    evaluator.setup(SetupContext(pairs=pairs))
     evaluator.score(pairs[:2], [None, None])
     before = len(backbone.calls)
     evaluator.score(pairs[:2], [None, None])
@@ -198,15 +198,15 @@ def test_retrieval_embeds_the_bank_once() -> None:
 def test_retrieval_forgets_embeddings_of_another_model() -> None:
     pairs = make_pairs(36)
     evaluator = bound()
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     first = evaluator.score(pairs, [None] * 36)
     pooler = FakePooler()
-    pooler.build(16)
-    evaluator.bind(FakeBackbone(seed=2), pooler)
+    pooler.setup(SetupContext(hidden_size=16))
+    evaluator.setup(SetupContext(model=Model(FakeBackbone(seed=2), pooler)))
     second = evaluator.score(pairs, [None] * 36)
     fresh = RetrievalEvaluator()
-    fresh.bind(FakeBackbone(seed=2), pooler)
-    fresh.prepare_bank(pairs)
+    fresh.setup(SetupContext(model=Model(FakeBackbone(seed=2), pooler)))
+    fresh.setup(SetupContext(pairs=pairs))
     assert second == fresh.score(pairs, [None] * 36) != first
 
 
@@ -214,13 +214,13 @@ def test_a_task_with_one_target_is_pointed_out_and_scores_zero() -> None:
     pairs = make_pairs(3, tasks=1)
     evaluator = bound()
     with pytest.warns(UserWarning, match="the task 'task-0' has one target only"):
-        evaluator.prepare_bank(pairs)
+        evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, [None] * 3) == pytest.approx([0.0] * 3)
 
 
 def test_a_task_without_a_bank_is_named() -> None:
     evaluator = bound()
-    evaluator.prepare_bank(make_pairs(8))
+    evaluator.setup(SetupContext(pairs=make_pairs(8)))
     with pytest.raises(ValueError, match="no negatives for the task 'task-2', only for: task-0, task-1"):
         evaluator.score(make_pairs(9, tasks=3), [None] * 9)
 
@@ -246,13 +246,13 @@ def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(embedder, "create", create)
     evaluator = RetrievalEvaluator("some/folder")
-    evaluator.bind(FakeBackbone(seed=9), pooler)
+    evaluator.setup(SetupContext(model=Model(FakeBackbone(seed=9), pooler)))
     pairs = make_pairs(20)
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(pairs=pairs))
     scores = evaluator.score(pairs, [None] * 20)
     assert loaded == [("transformers", {"model": "some/folder"}), ("embed_token", {})]
     expected = bound()
-    expected.prepare_bank(pairs)
+    expected.setup(SetupContext(pairs=pairs))
     assert scores == pytest.approx(expected.score(pairs, [None] * 20))
     assert evaluator.settings == expected.settings
     evaluator.release()
@@ -264,20 +264,20 @@ def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.Monk
 def test_a_saved_embedder_scores_as_the_model_it_was_saved_from(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone, pooler = create("backbone", "tiny", weights="random"), create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     folder = Embedder(backbone, pooler).save(tmp_path / "embedder")
     pairs = load_pairs("train", tasks=["fact"])[:4]
     bound, loaded = RetrievalEvaluator(), RetrievalEvaluator(str(folder))
-    bound.bind(backbone, pooler)
+    bound.setup(SetupContext(model=Model(backbone, pooler)))
     for evaluator in (bound, loaded):
-        evaluator.prepare_bank(pairs)
+        evaluator.setup(SetupContext(pairs=pairs))
     texts = [None, "chile", None, "peso"]
     assert loaded.score(pairs, texts) == pytest.approx(bound.score(pairs, texts), abs=1e-4)
 
 
 def judge(**options: Any) -> JudgeEvaluator:
     made = JudgeEvaluator(**{**ARGUMENTS["judge"], **options})
-    made.bind(*model())
+    made.setup(SetupContext(model=Model(*model())))
     return made
 
 
@@ -315,7 +315,7 @@ def test_a_judge_of_its_own_lies_where_it_scores_only_while_it_does() -> None:
     own.release()
     assert moved == ["cpu", "cpu"]
     for _ in range(2):
-        bound.bind(Moving(), model()[1])
+        bound.setup(SetupContext(model=Model(Moving(), model()[1])))
     bound.score(make_pairs(2), [None] * 2)
     bound.release()  # the model in training stays where it trains
     assert moved == ["cpu", "cpu"]

@@ -12,7 +12,7 @@ import torch
 from mmemb.components.evaluators.plausible import PlausibleEvaluator
 from mmemb.data.bundled import load_pairs
 from mmemb.inference.shared_prompts import log_likelihoods
-from mmemb.interfaces import Backbone, Evaluator, Pooler
+from mmemb.interfaces import Evaluator, Model, SetupContext
 from mmemb.registry import create
 from mmemb.types import END_THINK, THINK, Image, Item, Pair, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
@@ -24,11 +24,8 @@ class Fixed(Evaluator):
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def bind(self, backbone: Backbone, pooler: Pooler) -> None:
-        self.told.append("bind")
-
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        self.told.append(f"bank of {len(pairs)}")
+    def setup(self, context: SetupContext) -> None:
+        self.told.append(f"setup with {len(context.pairs)} pairs" if context.pairs else "setup with a model")
 
     def release(self) -> None:
         self.told.append("release")
@@ -49,8 +46,8 @@ def make_pairs(count: int, *, task: str = "t", targets: int = 1000) -> list[Pair
 
 def bound(pairs: Sequence[Pair], **options: int) -> tuple[PlausibleEvaluator, FakeBackbone]:
     evaluator, backbone = PlausibleEvaluator(Fixed(), **options), FakeBackbone(seed=1)
-    evaluator.bind(backbone, FakePooler())
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(model=Model(backbone, FakePooler())))
+    evaluator.setup(SetupContext(pairs=pairs))
     return evaluator, backbone
 
 
@@ -116,7 +113,7 @@ def test_pictures_whose_paths_end_alike_are_different_queries() -> None:
 def test_the_wrapped_evaluator_hears_all_that_it_needs() -> None:
     evaluator, _ = bound(make_pairs(3))
     evaluator.release()
-    assert evaluator.evaluator.told == ["bind", "bank of 3", "release"]  # type: ignore[attr-defined]
+    assert evaluator.evaluator.told == ["setup with a model", "setup with 3 pairs", "release"]  # type: ignore[attr-defined]
 
 
 def test_a_likelihood_that_is_no_number_is_an_error() -> None:
@@ -165,8 +162,8 @@ def test_alternatives_do_not_depend_on_the_order_of_the_data_but_on_the_seed() -
 def test_a_rationale_longer_than_the_model_takes_is_compared_as_it_is_cut() -> None:
     pairs = make_pairs(3)
     evaluator = PlausibleEvaluator(Fixed())
-    evaluator.bind(FakeBackbone(seed=1, max_rationale_tokens=3), FakePooler())
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(model=Model(FakeBackbone(seed=1, max_rationale_tokens=3), FakePooler())))
+    evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, ["chile peso lima red red"] * 3) == evaluator.score(pairs, ["chile peso lima"] * 3)
 
 
@@ -204,8 +201,8 @@ def test_a_writer_of_its_own_is_loaded_when_needed_and_given_back(monkeypatch: p
     monkeypatch.setattr("mmemb.components.evaluators.plausible.load_encoder", load)
     pairs = make_pairs(3)
     evaluator = PlausibleEvaluator(Fixed(), writer="some/run")
-    evaluator.bind(FakeBackbone(seed=1), FakePooler())
-    evaluator.prepare_bank(pairs)
+    evaluator.setup(SetupContext(model=Model(FakeBackbone(seed=1), FakePooler())))
+    evaluator.setup(SetupContext(pairs=pairs))
     first = evaluator.score(pairs, ["chile peso lima"] * 3)
     evaluator.release()
     assert evaluator.score(pairs, ["chile peso lima"] * 3) == first
@@ -218,8 +215,8 @@ def test_it_works_with_the_bundled_model() -> None:
     pairs = load_pairs("train", tasks=["flagattr", "left1"])
     some = pairs[:2] + pairs[-2:]
     evaluator = PlausibleEvaluator(Fixed(), alternatives=3)
-    evaluator.bind(create("backbone", "tiny"), create("pooler", "embed_token"))
-    evaluator.prepare_bank(some)
+    evaluator.setup(SetupContext(model=Model(create("backbone", "tiny"), create("pooler", "embed_token"))))
+    evaluator.setup(SetupContext(pairs=some))
     texts = ["chile ; region : south america", "a dog , a cat : a dog", "x", "the cat , the dog"]
     together = evaluator.score(some, texts)
     alone = [evaluator.score([pair], [text])[0] for pair, text in zip(some, texts, strict=True)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmemb.interfaces import Pooler
+from mmemb.interfaces import Pooler, SetupContext
 from mmemb.registry import available, create
 
 NAMES = available("pooler")
@@ -24,7 +24,7 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
 def built(name: str, **arguments: int) -> Pooler:
     torch.manual_seed(0)
     pooler: Pooler = create("pooler", name, **arguments)
-    pooler.build(WIDTH)
+    pooler.setup(SetupContext(hidden_size=WIDTH))
     return pooler
 
 

@@ -15,11 +15,11 @@ from mmemb.common.digests import item_digest, module_digest
 from mmemb.components.backbones.tiny import FOLDER
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
-from mmemb.interfaces import Worker
+from mmemb.interfaces import Model, SetupContext, Worker
 from mmemb.registry import available, create
 from mmemb.types import EMB, END_THINK, THINK, Image, Item, Text
 from tests.unit.components.chat_server import chat_server
-from tests.unit.inference.fakes import FakeBackbone
+from tests.unit.inference.fakes import FakeBackbone, FakePooler
 
 ITEMS = [
     Item("what is", (Text("the currency of chile"),), {"rationale": "chile peso", "country": "chile"}),
@@ -44,8 +44,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, A
 def worker(request: pytest.FixtureRequest, arguments: dict[str, dict[str, Any]]) -> Worker:
     made = create("worker", request.param, **arguments.get(request.param, {}))
     assert isinstance(made, Worker)
-    made.bind(FakeBackbone(seed=3))
-    made.prepare(ITEMS)
+    made.setup(SetupContext(model=Model(FakeBackbone(seed=3), FakePooler()), items=ITEMS))
     return made
 
 
@@ -185,7 +184,7 @@ def test_model_leaves_the_training_mode_and_gradients_as_they_were() -> None:
 def test_model_keeps_its_own_model_when_bound() -> None:
     own = FakeBackbone(seed=1)
     worker = ModelWorker(own)
-    worker.bind(FakeBackbone(seed=2))
+    worker.setup(SetupContext(model=Model(FakeBackbone(seed=2), FakePooler())))
     assert worker.backbone is own
 
 

@@ -9,8 +9,9 @@ import pytest
 from mmemb.components.workers.corrupting import EMPTY_TALK, CorruptingWorker
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.components.workers.model import ModelWorker
+from mmemb.interfaces import Model, SetupContext
 from mmemb.types import Image, Item, Rationale, Text
-from tests.unit.inference.fakes import FakeBackbone
+from tests.unit.inference.fakes import FakeBackbone, FakePooler
 
 ITEMS = [
     Item(task, (Text(f"{task} {number}"),), {"rationale": f"{task} number {number} of many", "short": f"w{number}"})
@@ -86,13 +87,13 @@ def test_another_picture_whose_path_ends_alike_is_another_entity() -> None:
             return [[Rationale(f"seen on {item.parts[0].source}", "by_path")] for item in items]
 
     worker = CorruptingWorker(ByPath(), share=1.0, kinds=["wrong_entity"])
-    worker.prepare(items)
+    worker.setup(SetupContext(items=items))
     assert [each.corruption for found in worker.propose(items, 1, seed=0) for each in found] == ["wrong_entity"] * 2
 
 
 def test_it_hands_the_model_on_and_names_the_other_worker_in_its_settings() -> None:
     worker = CorruptingWorker(ModelWorker())
-    worker.bind(FakeBackbone(seed=3))
+    worker.setup(SetupContext(model=Model(FakeBackbone(seed=3), FakePooler())))
     assert worker.settings["of"]["worker"] == "model"
     assert worker.settings["of"]["model"] == "fake"
 

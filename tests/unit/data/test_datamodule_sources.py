@@ -11,6 +11,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.data.sources import Stream
 from tests.unit.data.small import make, two_tasks, write_rows
 
 
@@ -40,17 +41,19 @@ def test_a_task_of_two_files_is_one_task(tmp_path: Path, source: Source) -> None
     more = Source(write_rows(tmp_path / "more.jsonl", [{"query": "q", "positive": "p", "task": "odd"}]))
     data = PairDataModule([source, more], batch_size=4, sub_batch_size=2)
     assert drawn(data) == pytest.approx({"even": 1 / 3, "odd": 2 / 3}, abs=0.05)
-    assert len(data.train_pairs) == 18
-    assert data.train_pairs[17].id == "odd/more:1"
+    assert len(data.stream_pairs("train")) == 18
+    assert data.stream_pairs("train")[17].id == "odd/more:1"
     with pytest.raises(IndexError):
-        data.train_pairs[18]
+        data.stream_pairs("train")[18]
 
 
 def test_pretraining_samples_are_one_task_in_order() -> None:
     data = PairDataModule([Source("bundled:pretrain")], batch_size=4, sub_batch_size=2, steps_per_epoch=2)
     data.setup("fit")
-    assert len(data.train_pairs) > 10**6
-    assert [pair for batch in data.train_dataloader() for pair in batch] == [data.train_pairs[row] for row in range(8)]
+    assert len(data.stream_pairs("train")) > 10**6
+    assert [pair for batch in data.train_dataloader() for pair in batch] == [
+        data.stream_pairs("train")[row] for row in range(8)
+    ]
 
 
 def test_predict_takes_the_queries_of_bundled_data() -> None:
@@ -75,12 +78,17 @@ def test_a_stage_without_a_source_is_named(stage: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_workers", -1), ("batch_size", 0), ("sub_batch_size", 0), ("steps_per_epoch", -1), ("steps_per_epoch", 0)]
-    + [("control_batch_size", 0), ("control_sub_batch_size", -8)],
+    [("num_workers", -1), ("batch_size", 0), ("sub_batch_size", 0), ("steps_per_epoch", -1), ("steps_per_epoch", 0)],
 )
 def test_a_number_out_of_range_is_named(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"^data\.{name}: expected [01] or more, got {value}; raise it"):
         PairDataModule(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("sub_batch_size", -8)])
+def test_a_streams_number_out_of_range_is_named(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.streams\.more\.{name}: expected 1 or more, got {value}"):
+        PairDataModule(streams={"more": Stream([], **{name: value})})
 
 
 def test_a_source_that_chooses_nothing_is_named() -> None:

@@ -14,10 +14,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmemb.components.controllers.always_reason import AlwaysReason
 from mmemb.evaluation.runner import calibrate, evaluate, merge_results, mode_scores
-from mmemb.inference.adaptive import Paths, confidence_over
-from mmemb.inference.encoder import Encoder, Everyone
-from mmemb.interfaces import Controller, Worker
+from mmemb.inference.adaptive import AdaptivePaths, confidence_over
+from mmemb.inference.encoder import Encoder
+from mmemb.interfaces import Controller, SetupContext, Worker
 from mmemb.registry import create
 from mmemb.types import Decision, EvaluationResults, EvaluationTask, Item, Pair, PrefillState, Rationale, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
@@ -51,12 +52,12 @@ class Tables:
 
     def encode_paths(
         self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
-    ) -> Paths:
+    ) -> AdaptivePaths:
         words = [item.text.split() for item in items]
         direct = torch.stack([unit(word[0]) for word in words]) if words else torch.zeros(0, WIDTH)
         confidence = None if bank is None else confidence_over(direct, bank, temperature=0.5)
         state = PrefillState(torch.zeros(len(items), 2), direct, confidence)
-        decision = (controller or Everyone(48)).decide(state)
+        decision = (controller or AlwaysReason(48)).decide(state)
         think = decision.think
         self.asked += [("prefill", len(items)), ("think", int(think.sum()))]
         written = torch.tensor([int(word[3]) for word in words], dtype=torch.int64)
@@ -65,7 +66,7 @@ class Tables:
         whole = [int(word[3]) <= budget for word, budget in zip(words, decision.budget.tolist(), strict=True)]
         reasoned = [unit(word[1] if complete else "x") for word, complete in zip(words, whole, strict=True)]
         embedding = torch.where(think[:, None], torch.stack(reasoned), direct) if words else direct
-        return Paths(
+        return AdaptivePaths(
             state,
             decision,
             embedding,
@@ -251,7 +252,7 @@ def fake_tasks() -> list[EvaluationTask]:
 
 def fake_encoder() -> Encoder:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return Encoder(FakeBackbone(), pooler, batch_size=4, budget=8)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmemb.interfaces import Backbone, Pooler, Prefix
+from mmemb.interfaces import Backbone, Pooler, Prefix, SetupContext
 from mmemb.types import EMB, END_THINK, THINK, Item, ModelInputs, pictures
 
 SENTENCE = "what is the currency capital of chile peru red blue apple dog left right peso sol lima"
@@ -157,8 +157,8 @@ class FakeBackbone(Backbone):
 class FakePooler(Pooler):
     """The state at ``<emb>``, normalised."""
 
-    def build(self, hidden_size: int) -> None:
-        self._size = hidden_size
+    def setup(self, context: SetupContext) -> None:
+        self._size = context.hidden_size
 
     @property
     def size(self) -> int:

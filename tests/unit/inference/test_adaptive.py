@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mmemb.inference.adaptive import Paths, adaptive_paths, confidence_over, length_order, sample
-from mmemb.inference.encoder import Everyone
-from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.components.controllers.always_reason import AlwaysReason
+from mmemb.inference.adaptive import AdaptivePaths, adaptive_paths, confidence_over, sample
+from mmemb.inference.prompts import length_order
+from mmemb.interfaces import Backbone, Controller, Model, Pooler, SetupContext
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 
@@ -32,7 +33,7 @@ class Rows(Controller):
 
 
 def built(pooler: Pooler) -> Pooler:
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return pooler
 
 
@@ -41,7 +42,7 @@ def built(pooler: Pooler) -> Pooler:
 def test_both_paths_equal_encoding_the_whole_text_again(pooler: Pooler, temperature: float) -> None:
     backbone, pooler, queries = FakeBackbone(), built(pooler), items()
     thinkers = {0: 9, 3: 4, 4: 1, 9: 7}
-    paths = adaptive_paths(backbone, pooler, queries, Rows(thinkers), budget=48, temperature=temperature, seed=3)
+    paths = adaptive_paths(Model(backbone, pooler), queries, Rows(thinkers), budget=48, temperature=temperature, seed=3)
     out = paths.encoded()
     texts = [text if thought else None for text, thought in zip(out.rationale, out.thought.tolist(), strict=True)]
     inputs = backbone.prepare(queries, rationales=texts)
@@ -54,7 +55,7 @@ def test_both_paths_equal_encoding_the_whole_text_again(pooler: Pooler, temperat
 
 def test_the_prompt_is_encoded_once_and_only_thinking_rows_go_on() -> None:
     backbone, queries = FakeBackbone(), items()
-    out = adaptive_paths(backbone, built(FakePooler()), queries, Rows({2: 3, 7: 3}), budget=48)
+    out = adaptive_paths(Model(backbone, built(FakePooler())), queries, Rows({2: 3, 7: 3}), budget=48)
     assert Counter(backbone.calls)["prefill"] == 1
     assert Counter(backbone.calls)["forward"] == 0
     prompt = backbone.prepare(queries, embed=False).tensors["input_ids"].numel()
@@ -67,7 +68,7 @@ def test_a_budget_ends_a_rationale_and_says_so() -> None:
     backbone = FakeBackbone()
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -100.0
-    paths = adaptive_paths(backbone, built(FakePooler()), items(3), Rows({0: 2, 1: 5, 2: 30}), budget=6)
+    paths = adaptive_paths(Model(backbone, built(FakePooler())), items(3), Rows({0: 2, 1: 5, 2: 30}), budget=6)
     assert paths.tokens.tolist() == [4, 7, 8]  # two brackets each; the encoder's budget of 6 caps the third
     assert paths.truncated.tolist() == [True, True, True]
     assert paths.decision.budget.tolist() == [2, 5, 6]
@@ -77,7 +78,7 @@ def test_a_rationale_that_closes_exactly_at_its_budget_is_not_truncated() -> Non
     backbone = FakeBackbone()
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = 100.0
-    paths = adaptive_paths(backbone, built(FakePooler()), items(2), Everyone(1), budget=48)
+    paths = adaptive_paths(Model(backbone, built(FakePooler())), items(2), AlwaysReason(1), budget=48)
     assert paths.tokens.tolist() == [2, 2]
     assert paths.truncated.tolist() == [False, False]
     assert paths.token_ids == [(), ()]
@@ -87,7 +88,9 @@ def test_the_backbones_own_limit_caps_every_budget() -> None:
     backbone = FakeBackbone(max_rationale_tokens=3)
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -100.0
-    assert adaptive_paths(backbone, built(FakePooler()), items(2), Everyone(9), budget=9).tokens.tolist() == [5, 5]
+    assert adaptive_paths(
+        Model(backbone, built(FakePooler())), items(2), AlwaysReason(9), budget=9
+    ).tokens.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -95,10 +98,10 @@ def test_a_row_does_not_depend_on_its_neighbours(temperature: float) -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items()
     seeds = list(range(50, 61))
     options = {"budget": 12, "temperature": temperature}
-    together = adaptive_paths(backbone, pooler, queries, Everyone(12), seed=seeds, **options)
+    together = adaptive_paths(Model(backbone, pooler), queries, AlwaysReason(12), seed=seeds, **options)
     assert len(set(together.tokens.tolist())) > 1, "rows should end at different steps, or compaction is not tested"
     for row in range(len(queries)):
-        alone = adaptive_paths(backbone, pooler, [queries[row]], Everyone(12), seed=[seeds[row]], **options)
+        alone = adaptive_paths(Model(backbone, pooler), [queries[row]], AlwaysReason(12), seed=[seeds[row]], **options)
         assert alone.token_ids[0] == together.token_ids[row]
         torch.testing.assert_close(alone.embedding[0], together.embedding[row], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone.state.direct[0], together.state.direct[row], atol=1e-5, rtol=0)
@@ -125,10 +128,12 @@ def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -2.0
 
-    def paths(size: int | None, reached: Callable[[int], None] | None = None) -> Paths:
+    def paths(size: int | None, reached: Callable[[int], None] | None = None) -> AdaptivePaths:
         backbone.calls.clear()
         options = {"budget": 12, "temperature": temperature, "seed": list(range(50, 61))}
-        return adaptive_paths(backbone, pooler, queries, InTurn(*budgets), batch_size=size, reached=reached, **options)
+        return adaptive_paths(
+            Model(backbone, pooler), queries, InTurn(*budgets), batch_size=size, reached=reached, **options
+        )
 
     whole, seen = paths(None), []
     batched = paths(4, seen.append)
@@ -161,7 +166,7 @@ def test_the_controller_sees_decision_logits_and_confidence() -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items(4)
     bank = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     controller = Rows({})
-    adaptive_paths(backbone, pooler, queries, controller, budget=4, bank=bank, confidence_temperature=0.1)
+    adaptive_paths(Model(backbone, pooler), queries, controller, budget=4, bank=bank, confidence_temperature=0.1)
     prefix = backbone.prefill(backbone.prepare(queries, embed=False))
     both = backbone.logits(prefix.hidden)[:, [backbone.token_id(THINK), backbone.token_id(EMB)]]
     torch.testing.assert_close(controller.seen.decision_logits, both)

@@ -11,6 +11,7 @@ import pytest
 
 from mmemb.inference.corpus import Ranks, Share, embed_to_parquet
 from mmemb.inference.embedder import Embedder
+from mmemb.interfaces import SetupContext
 from mmemb.search.exact import read_embeddings
 from mmemb.types import Item, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
@@ -32,7 +33,7 @@ class Dying(FakeBackbone):
 
 def embedder(**options: Any) -> Embedder:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return Embedder(Dying(), pooler, **options)
 
 

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from mmemb.common.checkpoint import write_checkpoint
 from mmemb.components.backbones.tiny import FOLDER
 from mmemb.inference.embedder import Embedder, as_item
-from mmemb.interfaces import Backbone, Pooler, Prefix
+from mmemb.interfaces import Backbone, Pooler, Prefix, SetupContext
 from mmemb.registry import create
 from mmemb.types import Image, Item, ModelInputs, Text, Video
 from tests.unit.inference.fakes import FakeBackbone, FakePooler
@@ -23,7 +23,7 @@ from tests.unit.inference.fakes import FakeBackbone, FakePooler
 
 def embedder(**options: Any) -> Embedder:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return Embedder(FakeBackbone(), pooler, **options)
 
 
@@ -142,7 +142,7 @@ class Narrow(FakeBackbone):
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     texts = [" ".join([["red", "apple", "dog", "peso"][i % 4]] * (1 + i)) for i in range(13)]
     narrow = Embedder(Narrow(), pooler, batch_size=12, budget=6)
     with pytest.warns(UserWarning, match="do not fit the memory") as told:
@@ -163,7 +163,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error() -> None:
             raise torch.OutOfMemoryError("no more")
 
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="with 1 at once"):
         Embedder(None_(), pooler).encode(["red", "dog"])
 
@@ -172,7 +172,7 @@ def test_a_row_that_does_not_fit_alone_is_an_error() -> None:
 def parts() -> tuple[Backbone, Pooler]:
     backbone = create("backbone", "tiny", weights="random", seed=5)
     pooler = create("pooler", "attention", projection=24, dim=12)
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     with torch.no_grad():
         pooler.query.normal_()
     return backbone, pooler
@@ -254,7 +254,7 @@ def test_a_saved_folder_keeps_precision_and_limits(tmp_path: Path) -> None:
     limits = {"max_prompt_tokens": 300, "max_rationale_tokens": 20}
     backbone = create("backbone", "transformers", model=str(FOLDER), weights="random", dtype="bfloat16", **limits)
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     folder = Embedder(backbone, pooler).save(tmp_path / "model")
     loaded = Embedder.from_checkpoint(folder, device="cpu").backbone
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -335,7 +335,7 @@ def test_a_part_that_hides_an_argument_cannot_be_saved(tmp_path: Path) -> None:
             super().__init__()
 
     pooler = Hiding()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     with pytest.raises(ValueError, match="does not keep its argument 'secret'"):
         Embedder(FakeBackbone(), pooler).save(tmp_path / "m")
     assert not (tmp_path / "m").exists()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from mmemb.inference.encoder import Encoder, Everyone
-from mmemb.interfaces import Controller
+from mmemb.components.controllers.always_reason import AlwaysReason
+from mmemb.inference.encoder import Encoder
+from mmemb.interfaces import Controller, SetupContext
 from mmemb.types import Decision, Item, PrefillState, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
 
@@ -18,7 +19,7 @@ def items(count: int = 9) -> list[Item]:
 
 def encoder(**options: object) -> Encoder:
     pooler = FakePooler()
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return Encoder(FakeBackbone(), pooler, **options)  # type: ignore[arg-type]
 
 
@@ -59,7 +60,7 @@ def test_paths_hold_direct_and_reasoned_embeddings_of_every_row() -> None:
     torch.testing.assert_close(paths.embedding, both.encode_queries(items(), paths.rationale), atol=1e-4, rtol=0)
     assert paths.decision.think.all()
     assert (paths.tokens <= 8).all()
-    assert both.encode_paths(items(), Everyone(1)).tokens.max() <= 3
+    assert both.encode_paths(items(), AlwaysReason(1)).tokens.max() <= 3
 
 
 def test_modes_and_gradients_are_restored() -> None:
@@ -77,7 +78,7 @@ def test_modes_and_gradients_are_restored() -> None:
 def test_no_items_give_no_rows() -> None:
     both = encoder()
     assert both.encode_queries([]).shape == (0, 16)
-    out = both.encode([], Everyone(4))
+    out = both.encode([], AlwaysReason(4))
     assert out.embedding.shape == (0, 16)
     assert out.rationale == []
 

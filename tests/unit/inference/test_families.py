@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmemb.inference.adaptive import Paths, adaptive_paths
-from mmemb.inference.encoder import Everyone, evaluating
-from mmemb.inference.rollout import continuation, rollout, token_log_probs
-from mmemb.interfaces import Backbone, Controller, Pooler
+from mmemb.components.controllers.always_reason import AlwaysReason
+from mmemb.inference.adaptive import AdaptivePaths, adaptive_paths
+from mmemb.inference.encoder import evaluating
+from mmemb.inference.rollout import rollout, rollout_tokens, token_log_probs
+from mmemb.interfaces import Backbone, Controller, Model, Pooler, SetupContext
 from mmemb.registry import create
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text, Video
 
@@ -53,13 +54,15 @@ def items(picture: Callable[..., Any]) -> list[Item]:
 @pytest.fixture
 def pooler(backbone: Backbone) -> Pooler:
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     return pooler
 
 
-def run(backbone: Backbone, pooler: Pooler, items: list[Item], budgets: tuple[int, ...], **options: Any) -> Paths:
+def run(
+    backbone: Backbone, pooler: Pooler, items: list[Item], budgets: tuple[int, ...], **options: Any
+) -> AdaptivePaths:
     with evaluating(backbone, pooler):
-        return adaptive_paths(backbone, pooler, items, Given(*budgets), budget=48, **options)
+        return adaptive_paths(Model(backbone, pooler), items, Given(*budgets), budget=48, **options)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
@@ -88,7 +91,13 @@ def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
     with evaluating(backbone, pooler):
         whole, batched = (
             adaptive_paths(
-                backbone, pooler, items, Everyone(9), budget=48, temperature=1.0, seed=[5, 6, 7, 8, 9], batch_size=size
+                Model(backbone, pooler),
+                items,
+                AlwaysReason(9),
+                budget=48,
+                temperature=1.0,
+                seed=[5, 6, 7, 8, 9],
+                batch_size=size,
             )
             for size in (None, 2)
         )
@@ -101,13 +110,15 @@ def test_caches_that_keep_a_window_of_columns_join_as_well(make_backbone: Callab
     window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "layer_types": None}
     backbone = make_backbone("qwen2_5_vl", config_overrides={"text_config": window})
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     items = [Item("what is", (Text("red apple " * count),)) for count in (9, 6, 3, 1, 1)]
     assert backbone.prefill(backbone.prepare(items, embed=False)).cache.is_sliding == [True, True]
     seeds = [5, 6, 7, 8, 9]
     with evaluating(backbone, pooler):
         whole, batched = (
-            adaptive_paths(backbone, pooler, items, Everyone(9), budget=9, temperature=1.0, seed=seeds, batch_size=size)
+            adaptive_paths(
+                Model(backbone, pooler), items, AlwaysReason(9), budget=9, temperature=1.0, seed=seeds, batch_size=size
+            )
             for size in (None, 2)
         )
     assert batched.token_ids == whole.token_ids
@@ -142,11 +153,18 @@ def test_rollouts_are_what_a_pass_with_gradients_says_they_are(
     backbone: Backbone, pooler: Pooler, items: list[Item]
 ) -> None:
     drawn = rollout(
-        backbone, pooler, items, group_size=3, temperature=0.8, max_new_tokens=5, seed=2, exploration=1.0, batch_size=6
+        Model(backbone, pooler),
+        items,
+        group_size=3,
+        temperature=0.8,
+        max_new_tokens=5,
+        seed=2,
+        exploration=1.0,
+        batch_size=6,
     )
     assert 0 < drawn.think.sum() < len(drawn)
     prefix = backbone.prefill(backbone.prepare(items, embed=False))
-    rest = continuation(backbone, drawn)
+    rest = rollout_tokens(backbone, drawn)
     states, _ = backbone.extend(backbone.fork(prefix, torch.arange(15) // 3), rest.tokens, rest.mask)
     mask = drawn.token_mask
     picked = states[:, : mask.shape[1]][mask]

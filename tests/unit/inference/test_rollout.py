@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmemb.inference.encoder import Encoder
-from mmemb.inference.rollout import SAMPLED, Rollouts, continuation, rollout, token_log_probs
-from mmemb.interfaces import Backbone, Pooler
+from mmemb.inference.rollout import SAMPLED, Rollouts, rollout, rollout_tokens, token_log_probs
+from mmemb.interfaces import Backbone, Model, Pooler, SetupContext
 from mmemb.types import Item, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
 
@@ -19,20 +19,20 @@ def items(count: int = 5) -> list[Item]:
 
 
 def built(pooler: Pooler, width: int = 16) -> Pooler:
-    pooler.build(width)
+    pooler.setup(SetupContext(hidden_size=width))
     return pooler
 
 
 def sample(backbone: Backbone, pooler: Pooler, queries: list[Item], **options: object) -> Rollouts:
     settings = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 6, "seed": 3} | options
-    return rollout(backbone, pooler, queries, **settings)  # type: ignore[arg-type]
+    return rollout(Model(backbone, pooler), queries, **settings)  # type: ignore[arg-type]
 
 
 def again(backbone: Backbone, queries: list[Item], drawn: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [R, L] and states at ``<emb>`` [R, H] by one pass over prompts and continuations."""
     prefix = backbone.prefill(backbone.prepare(queries, embed=False))
     source = torch.arange(len(drawn)) // drawn.group_size
-    rest = continuation(backbone, drawn)
+    rest = rollout_tokens(backbone, drawn)
     states, _ = backbone.extend(backbone.fork(prefix, source), rest.tokens, rest.mask)
     mask = drawn.token_mask
     log_prob = torch.zeros(mask.shape)
@@ -125,7 +125,7 @@ def test_modes_are_restored_and_nobody_thinking_is_fine() -> None:
     drawn = sample(backbone, pooler, items(), decision=torch.zeros(5, 4))
     assert backbone.training
     assert drawn.token_ids.shape == (20, 0)
-    assert continuation(backbone, drawn).tokens.tolist() == [[backbone.token_id("<emb>")]] * 20
+    assert rollout_tokens(backbone, drawn).tokens.tolist() == [[backbone.token_id("<emb>")]] * 20
     assert drawn.to("cpu").embedding.shape == (20, 16)
 
 

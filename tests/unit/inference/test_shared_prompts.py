@@ -7,6 +7,7 @@ import torch
 
 from mmemb.inference.encoder import Encoder
 from mmemb.inference.shared_prompts import encode_arms, last_states
+from mmemb.interfaces import SetupContext
 from mmemb.types import Item, Text
 from tests.unit.inference.fakes import FakeBackbone, FakeMeanPooler, FakePooler
 
@@ -16,7 +17,7 @@ ROWS = [(item, arm) for arm in ARMS for item in ITEMS]  # a prompt's rows apart 
 
 
 def encoder(pooler: FakePooler, batch_size: int) -> Encoder:
-    pooler.build(16)
+    pooler.setup(SetupContext(hidden_size=16))
     return Encoder(FakeBackbone(seed=3), pooler, batch_size=batch_size)
 
 

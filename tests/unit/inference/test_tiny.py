@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmemb.components.controllers.always_reason import AlwaysReason
 from mmemb.inference.adaptive import adaptive_paths, sample
-from mmemb.inference.encoder import Encoder, Everyone, evaluating
-from mmemb.interfaces import Backbone, Controller
+from mmemb.inference.encoder import Encoder, evaluating
+from mmemb.interfaces import Backbone, Controller, Model, SetupContext
 from mmemb.registry import create
 from mmemb.types import Decision, Image, Item, PrefillState, Text
 
@@ -46,9 +47,9 @@ def test_cache_and_plain_encoding_agree(
         type(backbone), "logits", lambda self, hidden: logits(self, hidden).masked_fill(~allowed, -torch.inf)
     )
     pooler = create("pooler", name)
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     with evaluating(backbone, pooler):
-        paths = adaptive_paths(backbone, pooler, items, Every(), budget=12, temperature=1.0, seed=1)
+        paths = adaptive_paths(Model(backbone, pooler), items, Every(), budget=12, temperature=1.0, seed=1)
     texts = [text if tokens else None for text, tokens in zip(paths.rationale, paths.tokens.tolist(), strict=True)]
     assert [len(ids) for ids in paths.token_ids] == [backbone.count_tokens(text or "") for text in texts]
     assert len({len(ids) for ids in paths.token_ids}) > 2
@@ -59,7 +60,7 @@ def test_cache_and_plain_encoding_agree(
 
 def test_rows_do_not_see_their_neighbours(backbone: Backbone, items: list[Item]) -> None:
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     one, many = Encoder(backbone, pooler, batch_size=1, budget=6), Encoder(backbone, pooler, batch_size=9, budget=6)
     alone, together = one.encode_paths(items), many.encode_paths(items)
     assert alone.token_ids == together.token_ids
@@ -79,7 +80,7 @@ def test_sampling_is_free_of_batch_size(backbone: Backbone, items: list[Item]) -
 def test_several_pictures_are_taken(backbone: Backbone, items: list[Item]) -> None:
     picture = next(part for item in items for part in item.parts if isinstance(part, Image))
     pooler = create("pooler", "embed_token")
-    pooler.build(backbone.hidden_size)
+    pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     both = Item("what is shown", (picture, Text("and"), picture))
-    out = Encoder(backbone, pooler, budget=4).encode([both, items[1]], Everyone(4))
+    out = Encoder(backbone, pooler, budget=4).encode([both, items[1]], AlwaysReason(4))
     assert out.embedding.norm(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)

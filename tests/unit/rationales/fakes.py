@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmemb.common.digests import item_digest, seed_of
-from mmemb.interfaces import Evaluator, Worker
+from mmemb.interfaces import Evaluator, SetupContext, Worker
 from mmemb.types import Item, Pair, Rationale, Text
 
 
@@ -63,8 +63,9 @@ class ByNumber(Evaluator):
         self.rows = 0
         self.calls = 0
 
-    def prepare_bank(self, pairs: Sequence[Pair]) -> None:
-        self.bank = [pair.id for pair in pairs]
+    def setup(self, context: SetupContext) -> None:
+        if context.pairs:
+            self.bank = [pair.id for pair in context.pairs]
 
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
         if self.die_at is not None and self.calls == self.die_at:

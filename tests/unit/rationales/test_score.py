@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mmemb.components.selectors.all import All
-from mmemb.interfaces import Selector
+from mmemb.interfaces import Model, Selector
 from mmemb.rationales import maker_lock as waiting
 from mmemb.rationales import score as select
 from mmemb.rationales.build import build_pool
@@ -21,7 +21,6 @@ from mmemb.rationales.pool import RationalePool
 from mmemb.rationales.score import score
 from mmemb.rationales.settings import PoolSettings
 from mmemb.rationales.storage import read_manifest, write_manifest
-from mmemb.training.objective import Parts
 from mmemb.types import Candidates, Image, Item, Pair, Selection, Text
 from tests.unit.inference.fakes import FakeBackbone, FakePooler
 from tests.unit.rationales.fakes import ByNumber, Killed, Numbered, make_pairs
@@ -107,20 +106,20 @@ def test_a_half_scored_pool_is_not_complete_and_build_finishes_it(tmp_path: Path
 
 
 def test_training_refuses_a_pool_that_is_not_finished(tmp_path: Path) -> None:
-    pairs, path, parts = make_pairs(10), tmp_path / "pool", Parts(FakeBackbone(), FakePooler())
+    pairs, path, model = make_pairs(10), tmp_path / "pool", Model(FakeBackbone(), FakePooler())
     with pytest.raises(Killed):
         generate(pairs, [Numbered(die_at=2)], 4, pool=path, seed=0, progress=False, shard_size=4)
     settings = PoolSettings(str(path))
     with pytest.raises(ValueError, match="8 of 10 pairs have their candidates; finish `mmemb rationales generate`"):
-        settings.open(pairs, parts=parts)
+        settings.open(pairs, model=model)
     candidates_only(pairs, path)
-    assert len(settings.open(pairs, parts=parts)) == 10  # what needs no scores trains on it
+    assert len(settings.open(pairs, model=model)) == 10  # what needs no scores trains on it
     with pytest.raises(Killed):
         score(pairs, ByNumber(die_at=2), path, progress=False)
     with pytest.raises(ValueError, match="8 of 10 pairs have scores by 'ByNumber'; finish `mmemb rationales score`"):
-        settings.open(pairs, parts=parts)
+        settings.open(pairs, model=model)
     score(pairs, ByNumber(), path, progress=False)
-    assert settings.open(pairs, parts=parts).complete
+    assert settings.open(pairs, model=model).complete
 
 
 def test_scoring_keeps_what_another_run_has_entered_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +252,8 @@ def test_open_has_workers_and_evaluator_give_their_models_back(tmp_path: Path) -
             released.append("evaluator")
 
     settings = PoolSettings(str(tmp_path / "pool"), workers=[Holding()], evaluator=Weighing())
-    parts = Parts(FakeBackbone(), FakePooler())
-    assert settings.open(make_pairs(6), parts=parts).complete
+    model = Model(FakeBackbone(), FakePooler())
+    assert settings.open(make_pairs(6), model=model).complete
     assert released == ["worker", "evaluator"]
 
 

@@ -16,9 +16,11 @@ from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.augment import PictureAugment
 from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.interfaces import SetupContext
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.joint.objective import Joint
 from mmemb.training.module import EmbeddingModule
+from mmemb.training.phases import Phase
 from mmemb.types import Pair, Rationale
 
 
@@ -30,18 +32,23 @@ def metadata_choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
 
 
 def small_module(*, chunk_size: int = 4, lr: float = 0.05, **settings: Any) -> EmbeddingModule:
-    """Plain SGD, so that a difference of weights is a difference of gradients."""
+    """Plain SGD, so that a difference of weights is a difference of gradients.
+
+    Args:
+        chunk_size: of the joint phase.
+        lr: learning rate.
+        **settings: ``steps`` of the joint phase, phases ``following`` it, and arguments of the module.
+    """
     torch.manual_seed(0)
     objective = Joint(chunk_size=chunk_size, infonce=InfoNCE(temperature=0.2), augment=PictureAugment())
-    objective.prepare_choice(metadata_choice)
+    objective.setup(SetupContext(choose=metadata_choice))
+    steps, following = settings.pop("steps", None), settings.pop("following", [])
     options: dict[str, Any] = {
         "backbone": TinyBackbone(weights="random"),
-        "objective": objective,
+        "phases": [Phase(objective, steps=steps, schedule="constant", warmup_steps=0), *following],
         "pooler": EmbedToken(),
         "controllers": [Never(), AlwaysReason()],
         "optimizer": partial(torch.optim.SGD, lr=lr, momentum=0.9),
-        "schedule": "constant",
-        "warmup_steps": 0,
     }
     return EmbeddingModule(**{**options, **settings})
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.backbones.tuning import LoraSettings
-from mmemb.data.datamodule import Source
+from mmemb.data.sources import Source, Stream
+from mmemb.interfaces import Model, SetupContext
 from mmemb.losses.grpo import GRPO
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.control import replay as policy
 from mmemb.training.control.objective import Control
 from mmemb.training.control.rewards import Outcome, Retrieval, Reward, Utility
 from mmemb.training.module import EmbeddingModule
-from mmemb.training.objective import Engine, Parts
+from mmemb.training.objective import StepContext
 from mmemb.training.phases import Phase
 from mmemb.types import THINK, EvaluationTask, Item, ModelInputs, Pair, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakeMeanPooler, FakePooler
@@ -62,16 +63,16 @@ def tasks(rows: list[Pair]) -> list[EvaluationTask]:
     return found
 
 
-def parts(pooler: type[FakePooler] = FakePooler) -> Parts:
+def parts(pooler: type[FakePooler] = FakePooler) -> Model:
     built = pooler()
-    built.build(16)
-    return Parts(FakeBackbone(), built)
+    built.setup(SetupContext(hidden_size=16))
+    return Model(FakeBackbone(), built)
 
 
 def control(rows: list[Pair], **settings: Any) -> Control:
     options = {"infonce": InfoNCE(temperature=0.2), "group_size": 4, "max_new_tokens": 6, "rewards": [Retrieval()]}
     made = Control(**{**options, **settings})
-    made.prepare_candidates(tasks(rows))
+    made.setup(SetupContext(tasks=tasks(rows)))
     return made
 
 
@@ -81,7 +82,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def one_step(rows: list[Pair], *, pooler: type[FakePooler] = FakePooler, **settings: Any) -> Any:
     made, own = control(rows, **settings), parts(pooler)
-    logs = made.step(own, made.collate(own, rows, 3), Engine(steps=10))
+    logs = made.step(own, made.collate(own, rows, 3), StepContext(steps=10))
     return logs, gradients(own.backbone), made
 
 
@@ -154,7 +155,7 @@ def test_the_decision_is_learned_where_the_best_one_is_known() -> None:
     first = {}
     for step in range(40):
         optimizer.zero_grad()
-        logs = made.step(own, made.collate(own, rows, 100 * step), Engine(step=step, steps=40))
+        logs = made.step(own, made.collate(own, rows, 100 * step), StepContext(step=step, steps=40))
         first = first or logs
         optimizer.step()
     assert float(first["reward/where_it_pays"]) < 0.8
@@ -176,7 +177,7 @@ def test_the_decision_starts_undecided_whatever_the_model_leans_to() -> None:
         return found
 
     own.backbone.logits = shifted  # type: ignore[method-assign]
-    moved = again.step(own, again.collate(own, rows, 3), Engine(steps=10))
+    moved = again.step(own, again.collate(own, rows, 3), StepContext(steps=10))
     policy, other = made.phase_state()["policy"], again.phase_state()["policy"]
     assert other[0] - policy[0] == pytest.approx(7.0, abs=1e-4)
     assert other[1] == pytest.approx(policy[1], abs=1e-4)
@@ -192,7 +193,7 @@ def test_a_restored_phase_that_never_stepped_keeps_its_state() -> None:
     again.load_phase_state(state)
     assert again.phase_state() == state
     own = parts()
-    again.step(own, again.collate(own, rows, 3), Engine(step=1, steps=10))
+    again.step(own, again.collate(own, rows, 3), StepContext(step=1, steps=10))
     assert again.phase_state()["policy"] == state["policy"]
 
 
@@ -207,7 +208,7 @@ def test_updates_on_the_same_rollouts_leave_the_policy_and_are_clipped() -> None
         optimizer.step()
         optimizer.zero_grad()
 
-    logs = made.step(own, made.collate(own, rows, 3), Engine(steps=10, update=update))
+    logs = made.step(own, made.collate(own, rows, 3), StepContext(steps=10, update=update))
     assert len(taken) == 2
     assert float(logs["decision_clip_share"]) > 0
     assert float(logs["kl"]) > 0
@@ -265,7 +266,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     own, rows = parts(), pairs()
     made = control(rows, infonce=None)
     with pytest.raises(ValueError, match="give `infonce`"):
-        made.step(own, made.collate(own, rows, 0), Engine())
+        made.step(own, made.collate(own, rows, 0), StepContext())
     with pytest.raises(ValueError, match="start is -1"):
         Phase(made, start=-1)
 
@@ -287,7 +288,14 @@ def two_phases(*, start: int = 2, kl_weight: float = 0.1, lora: bool = True) -> 
     )
     torch.manual_seed(1)
     backbone = TinyBackbone(weights="random", lora=LoraSettings(rank=4, dropout=0.3) if lora else None)
-    return small_module(backbone=backbone, control=Phase(objective, start=start, learning_rate_factor=0.5))
+    phase = Phase(objective, data="control", learning_rate_factor=0.5, warmup_steps=5)
+    return small_module(backbone=backbone, steps=start, following=[phase])
+
+
+def control_stream(*, batch_size: int, sub_batch_size: int) -> Stream:
+    """Two tasks of the bundled control split."""
+    sources = [Source(path="bundled:control", tasks=["name", "flagattr"])]
+    return Stream(sources, batch_size, sub_batch_size)
 
 
 def run(
@@ -298,12 +306,7 @@ def run(
         folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", save_on_train_epoch_end=False
     )
     trainer = small_trainer(folder, max_steps=steps, callbacks=[saver], enable_checkpointing=True, **settings)
-    data = small_data(
-        batch_size=8,
-        control=[Source(path="bundled:control", tasks=["name", "flagattr"])],
-        control_batch_size=4,
-        control_sub_batch_size=2,
-    )
+    data = small_data(batch_size=8, streams={"control": control_stream(batch_size=4, sub_batch_size=2)})
     ckpt_path = None if resume is None else folder / f"step={resume}.ckpt"
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
@@ -314,8 +317,8 @@ def run(
 def test_a_run_resumed_in_either_phase_equals_the_uninterrupted_one(tmp_path: Path, lora: bool) -> None:
     whole = run(tmp_path, steps=6, lora=lora)
     kept = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
-    assert kept["control"]["bank"]["embedded"].keys() == {"name", "flagattr"}
-    assert bool(kept["control"]["reference"]) is not lora
+    assert kept["phases"][1]["bank"]["embedded"].keys() == {"name", "flagattr"}
+    assert bool(kept["phases"][1]["reference"]) is not lora
     for step in ("1", "2", "4"):  # in the joint phase, where it ends, and between two refreshes of the candidates
         torch.manual_seed(99)
         resumed = run(tmp_path, steps=6, resume=step, lora=lora)
@@ -323,28 +326,23 @@ def test_a_run_resumed_in_either_phase_equals_the_uninterrupted_one(tmp_path: Pa
     other = torch.load(tmp_path / "step=6-v1.ckpt", weights_only=True)
     assert kept["global_step"] == other["global_step"] == 6, "further updates on a batch are no steps of the run"
     assert str(kept["optimizer_states"]) == str(other["optimizer_states"])
-    assert str(kept["control"]) == str(other["control"])
+    assert str(kept["phases"]) == str(other["phases"])
 
 
 def test_a_run_that_ends_before_control_never_comes_to_it(tmp_path: Path) -> None:
     module = run(tmp_path, steps=2, start=5)
-    assert not module.in_control
-    assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["control"] == {}
+    assert module.phase_at(2).name == "joint"
+    assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["phases"] == [{}, {}]
 
 
 @pytest.mark.slow
 def test_two_ranks_take_the_control_steps_of_one(tmp_path: Path) -> None:
     def trained(folder: str, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         objective = Control(rewards=[Utility()], group_size=4, max_new_tokens=4, bank_size=8, chunk_size=2)
-        module = small_module(control=Phase(objective, start=0))
+        module = small_module(steps=0, following=[Phase(objective, data="control", warmup_steps=5)])
         before = weights(module)
         batch_size = settings.pop("batch_size")
-        data = small_data(
-            batch_size=8,
-            control=[Source(path="bundled:control", tasks=["name", "flagattr"])],
-            control_batch_size=batch_size,
-            control_sub_batch_size=4,
-        )
+        data = small_data(batch_size=8, streams={"control": control_stream(batch_size=batch_size, sub_batch_size=4)})
         small_trainer(tmp_path / folder, max_steps=2, **settings).fit(module, datamodule=data)
         return before, weights(module)
 
@@ -380,6 +378,6 @@ def test_a_step_moves_prompts_and_targets_when_it_is_their_turn(
         return of_class(inputs, device, non_blocking)
 
     monkeypatch.setattr(ModelInputs, "to", to)
-    made.step(own, batch, Engine(steps=10))
+    made.step(own, batch, StepContext(steps=10))
     prompts = [(0, 0), (1, 0)]
     assert moved == [(0, 1), (1, 1), *(prompts if kl_weight else []), (0, 0), (0, 1), (1, 0), (1, 1)]

@@ -13,10 +13,11 @@ from mmemb.components.backbones.transformers import TransformersBackbone
 from mmemb.components.poolers.mean import Mean
 from mmemb.components.workers.metadata import MetadataWorker
 from mmemb.data.bundled import load_pairs
+from mmemb.interfaces import Choose, SetupContext
 from mmemb.kernels import infonce
 from mmemb.training.joint.batch import TrainBatch, TrainChunk
 from mmemb.training.joint.query_paths import SeparatePaths, SharedPrompts
-from mmemb.training.objective import Choose, Engine, next_token_loss
+from mmemb.training.objective import StepContext, next_token_loss
 from mmemb.types import Rationale
 from tests.unit.training.small import (
     largest_difference,
@@ -44,11 +45,11 @@ def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
     (chunk,) = batch.chunks
     paths = chunk.query
     assert isinstance(paths, SeparatePaths)
-    parts, objective = module.parts, module.objective
+    model, objective = module.model, module.phases[0].objective
 
     def embed(inputs):
-        hidden = parts.backbone(inputs)
-        return hidden, parts.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
+        hidden = model.backbone(inputs)
+        return hidden, model.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
 
     hidden, direct = embed(paths.direct)
     reasoned_hidden, reasoned = embed(paths.reasoned)
@@ -66,8 +67,8 @@ def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
         )
     skipped = torch.ones(len(direct), dtype=torch.bool)
     skipped[paths.rows] = False
-    nll = next_token_loss(parts.backbone, hidden, paths.direct, skipped)
-    nll = nll + next_token_loss(parts.backbone, reasoned_hidden, paths.reasoned)
+    nll = next_token_loss(model.backbone, hidden, paths.direct, skipped)
+    nll = nll + next_token_loss(model.backbone, reasoned_hidden, paths.reasoned)
     tokens = int((paths.reasoned.labels != -100).sum()) + int(skipped.sum())
     return loss + objective.next_token_weight * nll / tokens
 
@@ -89,23 +90,25 @@ def test_cached_step_has_the_gradients_of_the_plain_loss(
 ) -> None:
     module = small_module()
     # Some pairs are without a rationale; these may have two.
-    module.objective.prepare_choice(lambda pair, seed: metadata_choice(pair, seed) * (1 + seed % 2))
-    module.objective.augment = None  # chunks draw their augmentation by their own rows
-    module.objective.chunk_size = len(pairs)
+    module.phases[0].objective.setup(
+        SetupContext(choose=lambda pair, seed: metadata_choice(pair, seed) * (1 + seed % 2))
+    )
+    module.phases[0].objective.augment = None  # chunks draw their augmentation by their own rows
+    module.phases[0].objective.chunk_size = len(pairs)
     with monkeypatch.context() as apart:
         separately(apart)
-        whole = module.objective.collate(module.parts, pairs, 0)
+        whole = module.phases[0].objective.collate(module.model, pairs, 0)
     expected_loss = plain_loss(module, whole)
     expected_loss.backward()
     expected = gradients(module)
     module.zero_grad()
-    module.objective.chunk_size = chunk_size
-    module.objective.kept_graphs = kept
+    module.phases[0].objective.chunk_size = chunk_size
+    module.phases[0].objective.kept_graphs = kept
     if not shared:
         separately(monkeypatch)
-    batch = module.objective.collate(module.parts, pairs, 0)
+    batch = module.phases[0].objective.collate(module.model, pairs, 0)
     assert all(isinstance(chunk.query, SharedPrompts) == shared for chunk in batch.chunks)
-    logs = module.objective.step(module.parts, batch, Engine())
+    logs = module.phases[0].objective.step(module.model, batch, StepContext())
     assert float(logs["loss"]) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
     found = gradients(module)
     assert found.keys() == expected.keys()
@@ -119,18 +122,18 @@ def test_a_pooler_that_looks_at_every_state_gets_both_paths_whole(pairs: list, m
     for keeps in (True, False):
         monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", keeps)
         module = small_module(pooler=Mean())
-        batch = module.objective.collate(module.parts, pairs, 0)
+        batch = module.phases[0].objective.collate(module.model, pairs, 0)
         assert all(isinstance(chunk.query, SeparatePaths) for chunk in batch.chunks)
-        results.append(float(module.objective.step(module.parts, batch, Engine())["loss"]))
+        results.append(float(module.phases[0].objective.step(module.model, batch, StepContext())["loss"]))
     assert results[0] == results[1]
 
 
 def test_both_kinds_of_paths_augment_a_picture_alike(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
     module = small_module()
-    module.objective.prepare_choice(lambda pair, seed: [(Rationale("a flag"), 1.0)])
-    shared = module.objective.collate(module.parts, pairs[:4], 0).chunks[0].query.prompt
+    module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: [(Rationale("a flag"), 1.0)]))
+    shared = module.phases[0].objective.collate(module.model, pairs[:4], 0).chunks[0].query.prompt
     separately(monkeypatch)
-    whole = module.objective.collate(module.parts, pairs[:4], 0).chunks[0].query
+    whole = module.phases[0].objective.collate(module.model, pairs[:4], 0).chunks[0].query
     for inputs in (whole.direct, whole.reasoned):
         assert torch.equal(inputs.tensors["pixel_values"], shared.tensors["pixel_values"])
 
@@ -143,10 +146,10 @@ def test_gradient_checkpointing_rules_out_a_shared_prompt() -> None:
 
 def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_against_thinking(pairs: list) -> None:
     module = small_module()
-    module.objective.prepare_choice(lambda pair, seed: [])
-    batch = module.objective.collate(module.parts, pairs, 0)
+    module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: []))
+    batch = module.phases[0].objective.collate(module.model, pairs, 0)
     assert all(len(chunk.query.rows) == 0 for chunk in batch.chunks)
-    logs = module.objective.step(module.parts, batch, Engine())
+    logs = module.phases[0].objective.step(module.model, batch, StepContext())
     assert "infonce_reasoned" not in logs
     # One label a row, <emb>, against a vocabulary of random weights: near log V.
     assert float(logs["next_token"]) == pytest.approx(
@@ -165,9 +168,9 @@ def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
     results = []
     for heavy in (1.0, 5.0):
         module = small_module()
-        module.objective.prepare_choice(weighted(heavy))
-        batch = module.objective.collate(module.parts, rows, 0)
-        results.append(float(module.objective.step(module.parts, batch, Engine())["infonce_reasoned"]))
+        module.phases[0].objective.setup(SetupContext(choose=weighted(heavy)))
+        batch = module.phases[0].objective.collate(module.model, rows, 0)
+        results.append(float(module.phases[0].objective.step(module.model, batch, StepContext())["infonce_reasoned"]))
     assert results[0] != pytest.approx(results[1], rel=1e-6)
 
 
@@ -179,11 +182,13 @@ def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: lis
     results = []
     for chosen in (several, single):
         module = small_module()
-        module.objective.next_token_weight = 0.0
-        module.objective.prepare_choice(lambda pair, seed, chosen=chosen: chosen[rows.index(pair)])
-        batch = module.objective.collate(module.parts, rows, 0)
+        module.phases[0].objective.next_token_weight = 0.0
+        module.phases[0].objective.setup(
+            SetupContext(choose=lambda pair, seed, chosen=chosen: chosen[rows.index(pair)])
+        )
+        batch = module.phases[0].objective.collate(module.model, rows, 0)
         assert sum(len(chunk.query.rows) for chunk in batch.chunks) == sum(map(len, chosen))
-        logs = module.objective.step(module.parts, batch, Engine())
+        logs = module.phases[0].objective.step(module.model, batch, StepContext())
         results.append((float(logs["infonce_reasoned"]), gradients(module)))
     (one, first), (other, second) = results
     assert one == pytest.approx(other, rel=1e-5)  # a text at two shares of a weight is the text at that weight
@@ -193,7 +198,7 @@ def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: lis
 
 def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> None:
     module = small_module()
-    first, again, other = (module.objective.collate(module.parts, pairs, seed) for seed in (3, 3, 4))
+    first, again, other = (module.phases[0].objective.collate(module.model, pairs, seed) for seed in (3, 3, 4))
     pixels = [batch.chunks[0].query.prompt.tensors["pixel_values"] for batch in (first, again, other)]
     assert torch.equal(pixels[0], pixels[1])
     assert not torch.equal(pixels[0], pixels[2])
@@ -201,10 +206,12 @@ def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> 
 
 def test_duplicated_targets_are_no_negatives(pairs: list) -> None:
     module = small_module()
-    module.objective.prepare_choice(lambda pair, seed: [])
-    module.objective.next_token_weight = 0.0
+    module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: []))
+    module.phases[0].objective.next_token_weight = 0.0
     twice = [pairs[0], pairs[0]]
-    logs = module.objective.step(module.parts, module.objective.collate(module.parts, twice, 0), Engine())
+    logs = module.phases[0].objective.step(
+        module.model, module.phases[0].objective.collate(module.model, twice, 0), StepContext()
+    )
     assert float(logs["infonce_direct"]) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -224,7 +231,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
 
 def test_a_batch_moves_to_the_device_without_its_chunks(pairs: list) -> None:
     module = small_module()
-    batch = module.objective.collate(module.parts, pairs, 0).to("meta")
+    batch = module.phases[0].objective.collate(module.model, pairs, 0).to("meta")
     assert batch.query_id.is_meta
     assert batch.positive.is_meta
     assert not any(chunk.target.emb_position.is_meta or chunk.query.rows.is_meta for chunk in batch.chunks)
@@ -234,7 +241,7 @@ def test_a_step_moves_each_chunk_to_the_batchs_device_when_it_is_its_turn(
     pairs: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, moved = small_module(), []
-    batch = module.objective.collate(module.parts, pairs, 0)
+    batch = module.phases[0].objective.collate(module.model, pairs, 0)
     of_class = TrainChunk.to
 
     def to(chunk: TrainChunk, device: torch.device) -> TrainChunk:
@@ -243,7 +250,7 @@ def test_a_step_moves_each_chunk_to_the_batchs_device_when_it_is_its_turn(
 
     monkeypatch.setattr(TrainChunk, "to", to)
     monkeypatch.setattr(TrainChunk, "__eq__", object.__eq__)  # by identity: tensors have no one answer
-    module.objective.step(module.parts, batch, Engine())
+    module.phases[0].objective.step(module.model, batch, StepContext())
     assert [number for number, _ in moved] == [0, 1, 2, 3, 0, 1, 2]  # the last keeps its graph
     assert {device for _, device in moved} == {batch.query_id.device}
 
@@ -253,7 +260,7 @@ def test_a_step_on_a_gpu_has_the_loss_of_the_cpu(pairs: list) -> None:
     logs = []
     for device in ("cpu", "cuda"):
         module = small_module().to(device)
-        batch = module.objective.collate(module.parts, pairs, 0).to(device)
-        logs.append(module.objective.step(module.parts, batch, Engine()))
+        batch = module.phases[0].objective.collate(module.model, pairs, 0).to(device)
+        logs.append(module.phases[0].objective.step(module.model, batch, StepContext()))
     for name, value in logs[0].items():
         torch.testing.assert_close(logs[1][name].cpu(), value, rtol=1e-3, atol=1e-4)

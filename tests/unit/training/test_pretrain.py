@@ -10,15 +10,16 @@ from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.components.poolers.embed_token import EmbedToken
 from mmemb.data.augment import PictureAugment
 from mmemb.data.bundled import PretrainingSamples
+from mmemb.interfaces import Model
 from mmemb.training.joint.objective import Joint
-from mmemb.training.objective import Engine, Parts
+from mmemb.training.objective import StepContext
 from mmemb.training.pretrain import NextToken
 from mmemb.types import ModelInputs, Pair
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    return Parts(TinyBackbone(weights="random"), EmbedToken())
+def parts() -> Model:
+    return Model(TinyBackbone(weights="random"), EmbedToken())
 
 
 @pytest.fixture(scope="module")
@@ -27,45 +28,45 @@ def pairs() -> list[Pair]:
     return [samples[index] for index in range(7)]
 
 
-def step(parts: Parts, pairs: list[Pair], **settings: object) -> tuple[float, dict[str, torch.Tensor]]:
+def step(model: Model, pairs: list[Pair], **settings: object) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of one step, and the gradients that it leaves."""
-    parts.backbone.zero_grad()
+    model.backbone.zero_grad()
     objective = NextToken(**settings)  # type: ignore[arg-type]
-    logs = objective.step(parts, objective.collate(parts, pairs, 3), Engine())
-    named = parts.backbone.named_parameters()
+    logs = objective.step(model, objective.collate(model, pairs, 3), StepContext())
+    named = model.backbone.named_parameters()
     return float(logs["loss"]), {name: value.grad.clone() for name, value in named if value.grad is not None}
 
 
-def test_the_loss_is_the_mean_over_the_tokens_of_all_responses(parts: Parts, pairs: list[Pair]) -> None:
+def test_the_loss_is_the_mean_over_the_tokens_of_all_responses(model: Model, pairs: list[Pair]) -> None:
     losses = []
     for pair in pairs:
-        inputs = parts.backbone.prepare_response([pair.query], [pair.positive.text])
+        inputs = model.backbone.prepare_response([pair.query], [pair.positive.text])
         labels = inputs.labels[0, 1:]
-        logits = parts.backbone.logits(parts.backbone(inputs))[0, :-1]
+        logits = model.backbone.logits(model.backbone(inputs))[0, :-1]
         losses.append(F.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none"))
-    loss, _ = step(parts, pairs, chunk_size=3)
+    loss, _ = step(model, pairs, chunk_size=3)
     assert loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
-def test_chunks_do_not_change_the_gradient(parts: Parts, pairs: list[Pair]) -> None:
-    whole_loss, whole = step(parts, pairs, chunk_size=7)
+def test_chunks_do_not_change_the_gradient(model: Model, pairs: list[Pair]) -> None:
+    whole_loss, whole = step(model, pairs, chunk_size=7)
     for chunk_size in (1, 3):
-        loss, gradients = step(parts, pairs, chunk_size=chunk_size)
+        loss, gradients = step(model, pairs, chunk_size=chunk_size)
         assert loss == pytest.approx(whole_loss, rel=1e-5)
         assert gradients.keys() == whole.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, whole[name], atol=1e-5, rtol=1e-4)
 
 
-def test_augmentation_follows_the_row_not_the_chunk(parts: Parts, pairs: list[Pair]) -> None:
-    losses = {step(parts, pairs, chunk_size=size, augment=PictureAugment())[0] for size in (2, 7)}
+def test_augmentation_follows_the_row_not_the_chunk(model: Model, pairs: list[Pair]) -> None:
+    losses = {step(model, pairs, chunk_size=size, augment=PictureAugment())[0] for size in (2, 7)}
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)
-    assert min(losses) != step(parts, pairs, chunk_size=7)[0]
+    assert min(losses) != step(model, pairs, chunk_size=7)[0]
 
 
-def test_chunks_stay_until_a_step_moves_each(parts: Parts, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_stay_until_a_step_moves_each(model: Model, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     objective, moved = NextToken(chunk_size=3), []
-    batch = objective.collate(parts, pairs, 3)
+    batch = objective.collate(model, pairs, 3)
     assert batch.to(torch.device("meta")) is batch
     assert not any(chunk.labels.is_meta for chunk in batch.chunks)
     of_class = ModelInputs.to
@@ -75,8 +76,8 @@ def test_chunks_stay_until_a_step_moves_each(parts: Parts, pairs: list[Pair], mo
         return of_class(inputs, device)
 
     monkeypatch.setattr(ModelInputs, "to", to)
-    objective.step(parts, batch, Engine())
-    assert moved == [(id(chunk), parts.backbone.device) for chunk in batch.chunks]
+    objective.step(model, batch, StepContext())
+    assert moved == [(id(chunk), model.backbone.device) for chunk in batch.chunks]
 
 
 @pytest.mark.parametrize("objective", [NextToken, Joint])

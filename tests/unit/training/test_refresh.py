@@ -38,7 +38,7 @@ from tests.unit.training.small import largest_difference, small_data, small_modu
 class Plain(Evaluator):
     """Longer is better; cheap."""
 
-    def prepare_bank(self, pairs: object) -> None: ...
+    def setup(self, context: object) -> None: ...
 
     def score(self, pairs: Any, rationales: Any) -> list[float]:
         return [-1.0 if text is None else -1.0 / (1 + len(text)) for text in rationales]
@@ -77,7 +77,7 @@ def test_the_pairs_of_the_coming_steps_get_candidates_of_the_model_in_training(t
     data = small_data()
     data.setup("fit")
     sampler = data._sampler()
-    coming = {data.train_pairs[row].id for index in (2, 3) for row in sampler.batch(index)}
+    coming = {data.stream_pairs("train")[row].id for index in (2, 3) for row in sampler.batch(index)}
     assert set(pool) == coming
     assert pool.complete
     models = {each.model for pair in pool for each in pool.candidates(pair).rationales}
@@ -108,14 +108,14 @@ def test_the_next_batch_sees_them_and_the_batches_before_do_not(
             return [0.0 if text is None else 100.0 for text in rationales]
 
     module = small_module(selector=Newest(), pool=PoolSettings("bundled:pool"))
-    step = module.objective.step
+    step = module.phases[0].objective.step
 
     def watched(parts: Any, batch: Any, engine: Any) -> Any:
         reasoned = sum(len(chunk.query.rows) for chunk in batch.chunks)
         trained.append((module.global_step, reasoned))
         return step(parts, batch, engine)
 
-    monkeypatch.setattr(module.objective, "step", watched)
+    monkeypatch.setattr(module.phases[0].objective, "step", watched)
     trainer = small_trainer(tmp_path, max_steps=5, callbacks=[refresher(3, evaluator=High())])
     trainer.fit(module, datamodule=small_data(num_workers=workers))
     assert [number for number, _ in trained] == [0, 1, 2, 3, 4]
@@ -216,8 +216,10 @@ class Witness(L.Callback):
         if batch_idx == 0:
             data = pl_module.datamodule
             choices = {
-                pair.id: [[rationale.text, weight] for rationale, weight in pl_module.objective._choose(pair, 0)]
-                for pair in data.train_pairs
+                pair.id: [
+                    [rationale.text, weight] for rationale, weight in pl_module.phases[0].objective._choose(pair, 0)
+                ]
+                for pair in data.stream_pairs("train")
             }
             seen = {"coming": [pair.id for pair in data.coming_pairs(1)], "choices": choices}
             (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(seen))
@@ -256,7 +258,7 @@ def test_two_ranks_choose_from_one_pool_and_log_what_both_have_made(tmp_path: Pa
 
     grown = GrownPool(RationalePool.open(tmp_path / "pool"), own)
     data.setup("fit")  # the ranks' own copies were set up in their processes
-    coming = [[pair for pair in data.train_pairs if pair.id in each["coming"]] for each in seen]
+    coming = [[pair for pair in data.stream_pairs("train") if pair.id in each["coming"]] for each in seen]
     gained = [[gain for pair in each for gain in gains(each.candidates(pair))] for each in own]
 
     def shares(ranks: list[int]) -> dict[str, float]:

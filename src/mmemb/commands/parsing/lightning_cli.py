@@ -20,6 +20,7 @@ from mmemb.commands.parsing.parser import HelpFormatter, OneLineErrors
 from mmemb.training.callbacks.checkpoint import SafeCheckpointIO
 from mmemb.training.callbacks.interrupt import InterruptCheckpoint
 from mmemb.training.callbacks.progress import StepsBar
+from mmemb.training.phases import total_steps
 
 RUNS = "runs"
 """Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
@@ -141,6 +142,10 @@ class MmembCLI(LightningCLI):
             from mmemb.training.callbacks.predictions import EmbeddingWriter
 
             callbacks.append(EmbeddingWriter())
+        if config.get("max_steps", -1) == -1 and config.get("max_epochs") is None:
+            # The run is as long as its phases unless the trainer says otherwise.
+            steps = total_steps(getattr(self.model, "phases", ())) or -1
+            kwargs = {"max_steps": steps, **kwargs}
         try:
             return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         except ValueError as error:  # an unknown strategy, for one

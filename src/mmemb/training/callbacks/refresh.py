@@ -158,8 +158,6 @@ class RefreshPool(L.Callback):
         module = cast(EmbeddingModule, pl_module)
         if module.pool is None or module.selector is None:
             raise ValueError("refresh: there is nothing to refresh; give model.pool and model.selector")
-        self.worker.bind(module.backbone)
-        self.evaluator.bind(module.backbone, module.pooler)
         self.folder = (Path(trainer.log_dir or trainer.default_root_dir) / FOLDER).resolve()
         if trainer.is_global_zero:
             self._take_up(self.folder, trainer.ckpt_path)
@@ -200,7 +198,7 @@ class RefreshPool(L.Callback):
         name = evaluator_name(self.evaluator)
         read = [path for step in self.steps[-self.keep :] for path in sorted((self.folder / _name(step)).iterdir())]
         grown = GrownPool(module.pool.reopen(), [RationalePool.open(path, evaluator=name) for path in read])
-        module.objective.prepare_choice(module.pool.choice(grown, module.selector))
+        module.use_choice(module.pool.choice(grown, module.selector))
         return grown
 
     # -- refreshing --------------------------------------------------------------------------------------------------
@@ -239,10 +237,11 @@ class RefreshPool(L.Callback):
                 self.candidates,
                 pool=path,
                 seed=seed_of(self.seed, step),
+                model=module.model,
                 leaks=module.pool.leaks,
                 progress=False,
             )
-            added = score(pairs, self.evaluator, path, progress=False)
+            added = score(pairs, self.evaluator, path, model=module.model, progress=False)
         finally:  # training needs the memory of models of their own
             self.worker.release()
             self.evaluator.release()

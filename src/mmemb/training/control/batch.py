@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmemb.data.collate import candidate_layout
-from mmemb.inference.adaptive import length_order
+from mmemb.inference.prompts import length_order
 from mmemb.interfaces import Backbone
 from mmemb.types import ModelInputs, Pair
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmemb.inference.encoder import Encoder
-from mmemb.interfaces import Controller
-from mmemb.types import Decision, EvaluationTask, Item, PrefillState
+from mmemb.registry import create
+from mmemb.types import EvaluationTask, Item
 
 _SAMPLE = 16
 """Queries of a task from which the policy is standardised."""
@@ -35,14 +35,6 @@ class Policy:
         return torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1)
 
 
-class _Nobody(Controller):
-    """Nobody thinks: what a prefill alone tells."""
-
-    def decide(self, state: PrefillState) -> Decision:
-        none = torch.zeros(len(state.direct), device=state.direct.device)
-        return Decision(none.bool(), none, none.long())
-
-
 def sample(tasks: Sequence[EvaluationTask]) -> list[Item]:
     """Some queries of every task, evenly spaced: neighbours in a data set are often alike."""
     return [
@@ -57,5 +49,5 @@ def standardised(encoder: Encoder, queries: Sequence[Item]) -> Policy:
     """The policy under which the queries are undecided on average and no task is settled beforehand."""
     if not queries:
         return Policy()
-    margin = encoder.encode_paths(queries, _Nobody()).state.margin
+    margin = encoder.encode_paths(queries, create("controller", "never")).state.margin
     return Policy(float(margin.median()), max(float(margin.std(correction=0)), 1.0))

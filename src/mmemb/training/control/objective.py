@@ -29,6 +29,7 @@ from torch import Tensor
 from mmemb.drawing.rollout_table import draw_rollouts
 from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.inference.rollout import Rollouts, rollout
+from mmemb.interfaces import Model, SetupContext
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.grpo import GRPO, PolicyLoss, Size
 from mmemb.losses.infonce import InfoNCE
@@ -38,10 +39,10 @@ from mmemb.training.control.candidate_bank import CandidateBank
 from mmemb.training.control.decision import Policy, sample, standardised
 from mmemb.training.control.logs import measures, over_ranks, shown
 from mmemb.training.control.plan import Plan
-from mmemb.training.control.replay import Pool, Reference, differentiable, replay
+from mmemb.training.control.replay import ReferencePolicy, differentiable, replay
 from mmemb.training.control.rewards import Format, Outcome, OverLength, Reward, Utility
-from mmemb.training.objective import Engine, Objective, Parts, check_chunk_size
-from mmemb.types import EvaluationTask, Item, ModelInputs, Pair
+from mmemb.training.objective import Objective, StepContext, check_chunk_size
+from mmemb.types import Item, Pair
 
 
 class Control(Objective):
@@ -146,23 +147,21 @@ class Control(Objective):
         self._bank: CandidateBank | None = None
         self._queries: list[Item] = []
         self._policy: Policy | None = None
-        self._reference: Reference | None = None
+        self._reference: ReferencePolicy | None = None
         self._restored: dict[str, Any] = {}
         # In a tuple: a module assigned would become part of this one, and its temperature be stored twice.
         self._previous: tuple[InfoNCE, ...] = ()
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
-    def prepare_candidates(self, tasks: Sequence[EvaluationTask]) -> None:
-        self._bank = CandidateBank(tasks, size=self.bank_size)
-        self._queries = sample(tasks)
-
-    def follow(self, previous: Objective) -> None:
-        found = getattr(previous, "infonce", None)
+    def setup(self, context: SetupContext) -> None:
+        self._bank = CandidateBank(context.tasks, size=self.bank_size)
+        self._queries = sample(context.tasks)
+        found = getattr(context.previous, "infonce", None)
         self._previous = (found,) if isinstance(found, InfoNCE) else ()
 
-    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> ControlBatch:
-        return control_batch(parts.backbone, pairs, seed, chunk_size=self.chunk_size)
+    def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> ControlBatch:
+        return control_batch(model.backbone, pairs, seed, chunk_size=self.chunk_size)
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
@@ -178,12 +177,12 @@ class Control(Objective):
     def load_phase_state(self, state: dict[str, Any]) -> None:
         self._restored = state
 
-    def _ready(self, parts: Parts, step: int) -> tuple[CandidateBank, Policy, Reference | None]:
+    def _ready(self, model: Model, step: int) -> tuple[CandidateBank, Policy, ReferencePolicy | None]:
         """Candidates as fresh as they should be, the decision's policy, and the reference if a KL is asked for."""
         if self._bank is None:
-            raise ValueError("control: no candidates; call prepare_candidates before the first step")
+            raise ValueError("control: no candidates; call setup with the tasks before the first step")
         if self.grpo.kl_weight and self._reference is None:
-            self._reference = Reference(parts.backbone)
+            self._reference = ReferencePolicy(model.backbone)
             if step and self._restored.get("reference"):
                 self._reference.load_state(self._restored["reference"])
         if step and self._restored:
@@ -192,21 +191,20 @@ class Control(Objective):
                 self._policy = Policy(*self._restored["policy"])
         self._restored = {}
         if step % self.refresh_every == 0 or not self._bank.ready:
-            self._bank.refresh(Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size))
+            self._bank.refresh(Encoder(model.backbone, model.pooler, batch_size=self.rollout_batch_size))
         if self._policy is None:
-            encoder = Encoder(parts.backbone, parts.pooler, batch_size=self.rollout_batch_size)
+            encoder = Encoder(model.backbone, model.pooler, batch_size=self.rollout_batch_size)
             self._policy = standardised(encoder, self._queries)
         return self._bank, self._policy, self._reference
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def step(self, parts: Parts, batch: ControlBatch, engine: Engine) -> dict[str, Tensor]:
-        bank, policy, reference = self._ready(parts, engine.step)
-        share = min(engine.step / max(engine.steps - 1, 1), 1.0)
+    def step(self, model: Model, batch: ControlBatch, context: StepContext) -> dict[str, Tensor]:
+        bank, policy, reference = self._ready(model, context.step)
+        share = min(context.step / max(context.steps - 1, 1), 1.0)
         exploration = self.exploration + (self.final_exploration - self.exploration) * share
         rollouts = rollout(
-            parts.backbone,
-            parts.pooler,
+            model,
             [pair.query for pair in batch.pairs],
             group_size=self.group_size,
             temperature=self.temperature,
@@ -217,20 +215,20 @@ class Control(Objective):
             margin_spread=policy.spread / self.temperature,
             batch_size=self.rollout_batch_size,
         )
-        with evaluating(parts.backbone, parts.pooler):
-            target = torch.cat([_embed(parts, inputs) for _, inputs in batch.chunks])
+        with evaluating(model.backbone, model.pooler):
+            target = torch.cat([model.embed(inputs) for _, inputs in batch.chunks])
         outcome = self._outcome(bank, batch, rollouts, target[batch.positive].float().cpu())
         values = {reward.name: reward(outcome).float() for reward in self.rewards}
         total = torch.stack([reward.weight * values[reward.name] for reward in self.rewards]).sum(0)
-        plan = self._plan(parts, batch, rollouts, policy, outcome, total, target, reference)
+        plan = self._plan(model, batch, rollouts, policy, outcome, total, target, reference)
         logs: dict[str, float | Tensor] = {"exploration": exploration}
         for iteration in range(self.iterations):
             if iteration:
-                engine.update()
-            logs |= self._update(parts, batch, plan, engine, anchored=iteration == 0)
-        if engine.show is not None and self.show_every and engine.step % self.show_every == 0:
-            engine.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
-        return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=parts.backbone.device)
+                context.update()
+            logs |= self._update(model, batch, plan, context, anchored=iteration == 0)
+        if context.show is not None and self.show_every and context.step % self.show_every == 0:
+            context.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
+        return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=model.backbone.device)
 
     def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
         """Scores every rollout, and every query's direct embedding, among the task's candidates."""
@@ -257,16 +255,16 @@ class Control(Objective):
 
     def _plan(
         self,
-        parts: Parts,
+        model: Model,
         batch: ControlBatch,
         rollouts: Rollouts,
         policy: Policy,
         outcome: Outcome,
         total: Tensor,
         target: Tensor,
-        reference: Reference | None,
+        reference: ReferencePolicy | None,
     ) -> Plan:
-        device, query = parts.backbone.device, outcome.query
+        device, query = model.backbone.device, outcome.query
         thinking = rollouts.think.nonzero().flatten()
         decided = policy.log_prob(rollouts.decision_logits)[query, (~rollouts.think).long()]
         thought = torch.zeros(len(batch.pairs)).index_add(0, query[thinking], torch.ones(len(thinking)))
@@ -294,9 +292,9 @@ class Control(Objective):
             references=None,
         )
         if reference is not None:
-            with reference.model(parts.backbone) as model:
+            with reference.model(model.backbone) as kept_close:
                 plan.references = [
-                    replay(model, prompt.to(device), rollouts, rows, source, pool=None).log_prob
+                    replay(Model(kept_close, model.pooler), prompt, rollouts, rows, source, items=None).log_prob
                     for (prompt, _), (_, rows, source) in zip(batch.chunks, plan.spans(batch), strict=True)
                 ]
         return plan
@@ -309,7 +307,7 @@ class Control(Objective):
         return self.infonce
 
     def _update(
-        self, parts: Parts, batch: ControlBatch, plan: Plan, engine: Engine, *, anchored: bool
+        self, model: Model, batch: ControlBatch, plan: Plan, context: StepContext, *, anchored: bool
     ) -> dict[str, float | Tensor]:
         """Accumulates the gradients of one pass over all chunks; with ``anchored`` those of the contrastive losses."""
         rollouts, group = plan.rollouts, self.group_size
@@ -325,11 +323,11 @@ class Control(Objective):
             zip(batch.chunks, plan.spans(batch), strict=True)
         ):
             with (
-                nullcontext() if index == last else engine.no_sync(),
-                differentiable(parts.backbone, parts.pooler),
+                nullcontext() if index == last else context.no_sync(),
+                differentiable(model.backbone, model.pooler),
             ):
-                pool = Pool(parts.pooler, [pair.query for pair in batch.pairs[queries]]) if anchored else None
-                found = replay(parts.backbone, prompt.to(sums.device), rollouts, rows, source, pool=pool)
+                items = [pair.query for pair in batch.pairs[queries]] if anchored else None
+                found = replay(model, prompt, rollouts, rows, source, items=items)
                 mine = slice(queries.start * group, queries.stop * group)
                 own = slice(thoughts, thoughts + len(rows))
                 decision = self._decision(plan, found.decision_logits, mine, decision_size)
@@ -340,11 +338,11 @@ class Control(Objective):
                     terms.append((found.direct * gradients["direct"][queries]).sum())
                     if found.reasoned is not None:
                         terms.append((found.reasoned * gradients["reasoned"][own]).sum())
-                    embedded = _embed(parts, target)
+                    embedded = model.embed(target)
                     terms.append((embedded * gradients["target"][targets : targets + len(target)]).sum())
                     if index == last and plan.contrast.term is not None:
                         terms.append(plan.contrast.term)
-                engine.backward(torch.stack(terms).sum())
+                context.backward(torch.stack(terms).sum())
             losses = torch.stack([decision.loss, rationale.loss]).detach() / world_size()
             sums += torch.cat([losses, torch.stack([rationale.kl, decision.clipped, rationale.clipped])])
             targets, thoughts = targets + len(target), thoughts + len(rows)
@@ -390,8 +388,3 @@ class Control(Objective):
             reference_mask=words,
             weight=plan.importance[rows],
         )
-
-
-def _embed(parts: Parts, inputs: ModelInputs) -> Tensor:
-    inputs = inputs.to(parts.backbone.device)
-    return parts.pooler(parts.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)

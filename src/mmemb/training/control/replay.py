@@ -14,18 +14,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmemb.inference.adaptive import pool_last, pool_prepared
 from mmemb.inference.encoder import evaluating
-from mmemb.inference.rollout import Rollouts, continuation, token_log_probs
-from mmemb.interfaces import Backbone, Pooler
-from mmemb.types import EMB, THINK, Item, ModelInputs
+from mmemb.inference.prompts import embed_items, embed_states, encode_prompts
+from mmemb.inference.rollout import Rollouts, rollout_tokens, token_log_probs
+from mmemb.interfaces import Backbone, Model
+from mmemb.types import Item, ModelInputs
 
 TOKENS_AT_ONCE = 1024
 """Rationale tokens whose logits exist at a time: 0.6 GB in float32 at a vocabulary of 150,000."""
@@ -59,53 +59,43 @@ def differentiable(*modules: torch.nn.Module) -> Iterator[None]:
 
 
 def replay(
-    backbone: Backbone, prompt: ModelInputs, rollouts: Rollouts, thinking: Tensor, source: Tensor, *, pool: Pool | None
+    model: Model,
+    prompt: ModelInputs,
+    rollouts: Rollouts,
+    thinking: Tensor,
+    source: Tensor,
+    *,
+    items: Sequence[Item] | None,
 ) -> Replay:
     """Passes over a chunk's rollouts once more.
 
     Args:
-        backbone: the model.
+        model: backbone and pooler.
         prompt: the chunk's n prompts, without ``<emb>``.
         rollouts: the whole batch's, on the model's device.
-        thinking: [r] int64, rows of ``rollouts`` that belong to the chunk and thought.
+        thinking: [r] int64, rows of ``rollouts`` that belong to the chunk and reasoned.
         source: [r] int64, the chunk's query each belongs to.
-        pool: how to embed; None leaves the embeddings out.
+        items: the chunk's n queries; None leaves the embeddings out.
     """
-    prefix = backbone.prefill(prompt)
-    ids = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=backbone.device)
-    decision_logits = backbone.logits(prefix.hidden)[:, ids].float()
+    backbone, pooler = model.backbone, model.pooler
+    prompts = replace(encode_prompts(model, prompt), items=items)
     mask = rollouts.token_mask[thinking]
     log_prob = torch.zeros(mask.shape, device=mask.device)
-    found = Replay(decision_logits, log_prob)
-    by_state = pool is not None and not pool.pooler.needs_all_states
-    if by_state:
-        assert pool is not None
-        hidden, _ = backbone.extend(backbone.fork(prefix), ids[1].expand(len(prompt), 1))
-        found.direct = pool_last(pool.pooler, hidden[:, -1])
-    if len(thinking):
-        rest = continuation(backbone, rollouts, thinking)
-        states, _ = backbone.extend(backbone.fork(prefix, source), rest.tokens, rest.mask)
-        written = states[:, : mask.shape[1]][mask[:, : states.shape[1]]]
-        chosen = rollouts.token_ids[thinking][mask]
-        found.log_prob = log_prob.masked_scatter(mask, _log_probs(backbone, written, chosen, rollouts.temperature))
-        if by_state:
-            assert pool is not None
-            found.reasoned = pool_last(pool.pooler, states[torch.arange(len(states)), rest.emb_column])
-    if pool is not None and not by_state:
-        found.direct = pool_prepared(backbone, pool.pooler, pool.items)
-        if len(thinking):
-            queries = [pool.items[row] for row in source.tolist()]
-            thoughts = [rollouts.rationale[row] for row in thinking.tolist()]
-            found.reasoned = pool_prepared(backbone, pool.pooler, queries, thoughts)
+    found = Replay(prompts.decision_logits, log_prob, None if items is None else prompts.direct())
+    if not len(thinking):
+        return found
+    fed = rollout_tokens(backbone, rollouts, thinking)
+    states, _ = backbone.extend(backbone.fork(prompts.prefix, source), fed.tokens, fed.mask)
+    written = states[:, : mask.shape[1]][mask[:, : states.shape[1]]]
+    chosen = rollouts.token_ids[thinking][mask]
+    found.log_prob = log_prob.masked_scatter(mask, _log_probs(backbone, written, chosen, rollouts.temperature))
+    if items is not None and not pooler.needs_all_states:
+        found.reasoned = embed_states(pooler, states[torch.arange(len(states)), fed.emb_column])
+    elif items is not None:
+        queries = [items[row] for row in source.tolist()]
+        thoughts = [rollouts.rationale[row] for row in thinking.tolist()]
+        found.reasoned = embed_items(model, queries, thoughts)
     return found
-
-
-@dataclass
-class Pool:
-    """How a replay embeds: a pooler that reads the state at ``<emb>``, or one that needs the items encoded again."""
-
-    pooler: Pooler
-    items: Sequence[Item]
 
 
 def _log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
@@ -120,7 +110,7 @@ def _log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, temperatur
     return torch.cat([checkpoint(some, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
 
-class Reference:
+class ReferencePolicy:
     """The model that rationales keep close to: the base under the adapters, or a frozen copy of the model.
 
     Args:

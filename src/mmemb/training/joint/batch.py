@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
 from mmemb.data.collate import candidate_layout
+from mmemb.interfaces import Choose, Model
 from mmemb.training.joint.query_paths import QueryPaths, query_paths
-from mmemb.training.objective import Choose, Parts, augmenter
+from mmemb.training.objective import augmenter
 from mmemb.types import ModelInputs, Pair, Rationale
 
 
@@ -70,7 +71,7 @@ class TrainBatch:
 
 
 def joint_batch(
-    parts: Parts,
+    model: Model,
     pairs: Sequence[Pair],
     seed: int,
     *,
@@ -81,7 +82,7 @@ def joint_batch(
     """Makes a batch on the CPU; safe in data-loader workers. Pair number i draws by the seed ``seed + i``.
 
     Args:
-        parts: prepares the inputs.
+        model: prepares the inputs.
         pairs: the N pairs.
         seed: the batch's own.
         choose: the selector's choice; None: no rationales.
@@ -97,7 +98,7 @@ def joint_batch(
     layout = candidate_layout([row.pair for row in rows], chunk_size=chunk_size)
     starts = range(0, len(rows), chunk_size)
     return TrainBatch(
-        chunks=[_chunk(parts, rows[start : start + chunk_size], augment) for start in starts],
+        chunks=[_chunk(model, rows[start : start + chunk_size], augment) for start in starts],
         query_id=torch.tensor(layout.query_id),
         candidate_id=torch.tensor(layout.candidate_id),
         positive=torch.tensor(layout.positive),
@@ -114,7 +115,7 @@ class _Row:
     seed: int
 
 
-def _chunk(parts: Parts, rows: Sequence[_Row], augment: PictureAugment | None) -> TrainChunk:
+def _chunk(model: Model, rows: Sequence[_Row], augment: PictureAugment | None) -> TrainChunk:
     pairs = [row.pair for row in rows]
     chosen = [each for row in rows for each in row.chosen]
 
@@ -125,14 +126,14 @@ def _chunk(parts: Parts, rows: Sequence[_Row], augment: PictureAugment | None) -
     targets = [pair.positive for pair in pairs] + [item for pair in pairs for item in pair.hard_negatives]
     return TrainChunk(
         query=query_paths(
-            parts,
+            model,
             [pair.query for pair in pairs],
             [number for number, row in enumerate(rows) for _ in row.chosen],
             [rationale.text for rationale, _ in chosen],
             of_queries,
         ),
         reasoned_weight=torch.tensor([weight for _, weight in chosen], dtype=torch.float32),
-        target=parts.backbone.prepare(
+        target=model.backbone.prepare(
             targets, augment=augmenter(augment, [2 * rows[number].seed + 1 for number in owners])
         ),
     )

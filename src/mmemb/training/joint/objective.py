@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mmemb.common.checks import refuse_below
 from mmemb.data.augment import PictureAugment
+from mmemb.interfaces import Choose, Model, SetupContext
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.contrast import Path, contrast
 from mmemb.training.joint.batch import TrainBatch, TrainChunk, joint_batch
-from mmemb.training.objective import Choose, Engine, Objective, Parts, check_chunk_size
+from mmemb.training.objective import Objective, StepContext, check_chunk_size
 from mmemb.types import Pair
 
 
@@ -68,13 +69,14 @@ class Joint(Objective):
         self.kept_graphs = kept_graphs
         self._choose: Choose | None = None
 
-    def prepare_choice(self, choose: Choose) -> None:
-        self._choose = choose
+    def setup(self, context: SetupContext) -> None:
+        if context.choose is not None:
+            self._choose = context.choose
 
-    def collate(self, parts: Parts, pairs: Sequence[Pair], seed: int) -> TrainBatch:
-        return joint_batch(parts, pairs, seed, choose=self._choose, chunk_size=self.chunk_size, augment=self.augment)
+    def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> TrainBatch:
+        return joint_batch(model, pairs, seed, choose=self._choose, chunk_size=self.chunk_size, augment=self.augment)
 
-    def step(self, parts: Parts, batch: TrainBatch, engine: Engine) -> dict[str, Tensor]:
+    def step(self, model: Model, batch: TrainBatch, context: StepContext) -> dict[str, Tensor]:
         device = batch.query_id.device
         tokens = torch.stack([chunk.query.written() for chunk in batch.chunks]).sum()
         total = all_sum(tokens.to(device)).clamp(min=1)
@@ -84,11 +86,11 @@ class Joint(Objective):
 
         def forward(chunk: TrainChunk, final: bool) -> ChunkOutput:
             chunk = chunk.to(device)
-            query = chunk.query.encode(parts, write=final and bool(self.next_token_weight))
-            target = parts.backbone(chunk.target)
+            query = chunk.query.encode(model, write=final and bool(self.next_token_weight))
+            target = model.backbone(chunk.target)
             embeddings = {
                 "query": query.direct,
-                "target": parts.pooler(target, chunk.target.tensors["attention_mask"], chunk.target.emb_position),
+                "target": model.pooler(target, chunk.target.tensors["attention_mask"], chunk.target.emb_position),
             }
             if query.reasoned is not None:
                 embeddings["reasoned"] = query.reasoned
@@ -104,8 +106,8 @@ class Joint(Objective):
             batch.chunks,
             forward,
             loss,
-            backward=engine.backward,
-            no_sync=engine.no_sync,
+            backward=context.backward,
+            no_sync=context.no_sync,
             kept_graphs=self.kept_graphs,
         )
         logs = {key: torch.as_tensor(value).detach() for key, value in result.logs.items()}

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmemb.inference.adaptive import pool_last
-from mmemb.training.objective import Parts, next_token_loss
-from mmemb.types import EMB, END_THINK, THINK, Item, ModelInputs
+from mmemb.inference.prompts import embed_states, encode_prompts, pad_tokens, rationale_tokens, thought_tokens
+from mmemb.interfaces import Model
+from mmemb.training.objective import next_token_loss
+from mmemb.types import EMB, Item, ModelInputs
 
 Augment = Callable[[Sequence[int]], Callable[[Any, int], Any] | None]
 """Queries by number -> the picture hook of `Backbone.prepare` for a batch of them."""
@@ -68,7 +69,7 @@ class QueryPaths(ABC):
         """
 
     @abstractmethod
-    def encode(self, parts: Parts, *, write: bool) -> EncodedPaths:
+    def encode(self, model: Model, *, write: bool) -> EncodedPaths:
         """Through backbone and pooler; with ``write`` the loss of what should have been written comes along."""
 
     def direct_only(self) -> Tensor:
@@ -104,16 +105,16 @@ class SeparatePaths(QueryPaths):
         count = self.direct_only().sum()
         return count if self.reasoned is None else count + (self.reasoned.labels[:, 1:] != -100).sum()
 
-    def encode(self, parts: Parts, *, write: bool) -> EncodedPaths:
-        hidden = parts.backbone(self.direct)
-        found = EncodedPaths(_pool(parts, hidden, self.direct), None, None)
+    def encode(self, model: Model, *, write: bool) -> EncodedPaths:
+        hidden = model.backbone(self.direct)
+        found = EncodedPaths(_pooled(model, hidden, self.direct), None, None)
         if write:
-            found.nll = next_token_loss(parts.backbone, hidden, self.direct, self.direct_only())
+            found.nll = next_token_loss(model.backbone, hidden, self.direct, self.direct_only())
         if self.reasoned is not None:
-            hidden = parts.backbone(self.reasoned)
-            found.reasoned = _pool(parts, hidden, self.reasoned)
+            hidden = model.backbone(self.reasoned)
+            found.reasoned = _pooled(model, hidden, self.reasoned)
             if found.nll is not None:
-                found.nll = found.nll + next_token_loss(parts.backbone, hidden, self.reasoned)
+                found.nll = found.nll + next_token_loss(model.backbone, hidden, self.reasoned)
         return found
 
 
@@ -143,18 +144,18 @@ class SharedPrompts(QueryPaths):
     def written(self) -> Tensor:
         return self.direct_only().sum() + self.mask.sum()
 
-    def encode(self, parts: Parts, *, write: bool) -> EncodedPaths:
-        backbone = parts.backbone
-        prefix = backbone.prefill(self.prompt)
-        emb = self.tokens.new_full((len(self), 1), backbone.token_id(EMB))
-        hidden, _ = backbone.extend(backbone.fork(prefix), emb)
-        found = EncodedPaths(pool_last(parts.pooler, hidden[:, -1]), None, None)
+    def encode(self, model: Model, *, write: bool) -> EncodedPaths:
+        backbone = model.backbone
+        prompts = encode_prompts(model, self.prompt)
+        prefix = prompts.prefix
+        found = EncodedPaths(prompts.direct(), None, None)
         alone = self.direct_only()
-        states, tokens = [prefix.hidden[alone]], [emb[alone, 0]]
+        emb = self.tokens.new_full((int(alone.sum()),), backbone.token_id(EMB))
+        states, tokens = [prefix.hidden[alone]], [emb]
         if len(self.rows):
             hidden, _ = backbone.extend(backbone.fork(prefix, self.rows), self.tokens, self.mask)
             last = self.mask.sum(1) - 1
-            found.reasoned = pool_last(parts.pooler, hidden[torch.arange(len(hidden), device=hidden.device), last])
+            found.reasoned = embed_states(model.pooler, hidden[torch.arange(len(hidden), device=hidden.device), last])
             # The state before each token: of the first one the prompt's last.
             before = torch.cat([prefix.hidden[self.rows][:, None], hidden[:, :-1]], dim=1)
             states.append(before[self.mask.bool()])
@@ -166,36 +167,28 @@ class SharedPrompts(QueryPaths):
 
 
 def query_paths(
-    parts: Parts, items: Sequence[Item], rows: Sequence[int], rationales: Sequence[str], augment: Augment
+    model: Model, items: Sequence[Item], rows: Sequence[int], rationales: Sequence[str], augment: Augment
 ) -> QueryPaths:
     """Prepares a chunk on the CPU; safe in data-loader workers.
 
     Args:
-        parts: the model; it decides whether the prompts are shared.
+        model: the model; it decides whether the prompts are shared.
         items: the n queries.
         rows: the query each of the r rationales belongs to.
         rationales: r texts.
         augment: makes the picture hook; a query's picture must come out alike on both paths.
     """
-    backbone, everyone = parts.backbone, range(len(items))
+    backbone, everyone = model.backbone, range(len(items))
     owners = torch.tensor(rows, dtype=torch.int64)
-    if parts.pooler.needs_all_states or not backbone.keeps_cache_in_training:
+    if model.pooler.needs_all_states or not backbone.keeps_cache_in_training:
         reasoned = None
         if rows:
             reasoned = backbone.prepare([items[row] for row in rows], rationales=rationales, augment=augment(rows))
         return SeparatePaths(owners, backbone.prepare(items, augment=augment(everyone)), reasoned)
-    think, end, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
-    following = [
-        torch.tensor([think, *backbone.tokenize(text)[: backbone.max_rationale_tokens], end, emb])
-        for text in rationales
-    ]
-    tokens = torch.zeros(len(rows), max(map(len, following), default=0), dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, ids in enumerate(following):
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
+    following = [thought_tokens(backbone.token_id, rationale_tokens(backbone, text)) for text in rationales]
+    tokens, mask = pad_tokens(following, side="right")
     return SharedPrompts(owners, backbone.prepare(items, embed=False, augment=augment(everyone)), tokens, mask)
 
 
-def _pool(parts: Parts, hidden: Tensor, inputs: ModelInputs) -> Tensor:
-    return parts.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
+def _pooled(model: Model, hidden: Tensor, inputs: ModelInputs) -> Tensor:
+    return model.pooler(hidden, inputs.tensors["attention_mask"], inputs.emb_position)
