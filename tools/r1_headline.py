@@ -2,8 +2,8 @@
 
     python -m tools.r1_headline        draws docs/images/quality_tokens.png again
 
-The lines are a table of `tools.update_docs`. The picture carries the digest of the results it was drawn from, by which
-a test finds an old one.
+The lines are a table of `tools.update_docs`. The picture carries a digest of the numbers that it
+shows, by which a test finds an old one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "r1_seeds.json"
 PICTURE = ROOT / "docs" / "images" / "quality_tokens.png"
 SOURCE = "Source"
-"""Key of the PNG's metadata that holds the digest of the results."""
+"""Key of the PNG's metadata that holds the digest."""
 
 _LABELS = {
     "never": ("direct: no query reasons", (8, -14), "#1c2733"),
@@ -35,12 +35,15 @@ _LABELS = {
 }
 """Mode -> its label, the label's distance in points (to the left where negative) and its colour."""
 
+_AXES = "tokens_per_query", "hit@1"
 Summary = dict[str, Any]
 
 
 def digest(results: Path) -> str:
-    """SHA-256 of the results file."""
-    return hashlib.sha256(results.read_bytes()).hexdigest()
+    """SHA-256 of the numbers that the picture shows."""
+    summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
+    shown = {mode: [[summary["modes"][mode][key] for key in _AXES] for summary in summaries] for mode in _LABELS}
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def _mean(summaries: Sequence[Summary], mode: str, key: str) -> float:
@@ -89,12 +92,11 @@ def draw(results: Path = RESULTS, picture: Path = PICTURE) -> Path:
     figure = Figure(figsize=(7.5, 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    keys = "tokens_per_query", "hit@1"
-    ends = [[_mean(summaries, mode, key) for mode in ("never", "always_reason")] for key in keys]
+    ends = [[_mean(summaries, mode, key) for mode in ("never", "always_reason")] for key in _AXES]
     axes.plot(*ends, "--", color="#66727f", linewidth=1, label="random routing")
     for mode, (label, shift, colour) in _LABELS.items():
-        x, y = (_mean(summaries, mode, key) for key in keys)
-        over = [[summary["modes"][mode][key] for summary in summaries] for key in keys]
+        x, y = (_mean(summaries, mode, key) for key in _AXES)
+        over = [[summary["modes"][mode][key] for summary in summaries] for key in _AXES]
         xerr, yerr = (statistics.stdev(values) if len(values) > 1 else 0.0 for values in over)
         axes.errorbar([x], [y], xerr=xerr, yerr=yerr, fmt="o", color=colour, markersize=7, capsize=2, linewidth=1)
         side = "left" if shift[0] > 0 else "right"
