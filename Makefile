@@ -22,10 +22,11 @@ test: $(VENV)/.installed-dev ## set up .venv, then run every test, a file a core
 	$$($(BIN)/python -c 'import sys; print("env COVERAGE_CORE=sysmon" if sys.version_info >= (3, 12) else "")') \
 	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
-lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree
+lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree, and the English of the pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/typecheck.py
+	$(BIN)/python tools/prose.py
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

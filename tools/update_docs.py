@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tools import r1_tables, result_tables
+from tools import r1_headline, r1_tables, result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +25,7 @@ XEON = "Intel(R) Xeon(R) Processor"
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "r1": lambda results: r1_tables.section(results / "r1_seeds.json"),
+    "r1-headline": lambda results: r1_headline.lines(results / "r1_seeds.json"),
     "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device=XEON),
     "infonce-epyc": lambda results: result_tables.infonce(results / "infonce.jsonl", device="EPYC"),
     "infonce-sizes": lambda results: result_tables.infonce_sizes(results / "infonce.jsonl", device=XEON),
