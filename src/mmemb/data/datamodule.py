@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from mmemb.common.checks import refuse_below
 from mmemb.data.items import read_items
-from mmemb.data.loaders import Batches, Box, Collate, Shard, Streams, TrainLoader, TrainRows, in_box, in_list
+from mmemb.data.loaders import Batches, Box, Collate, InMemoryLoader, Streams, TrainLoader, TrainRows, in_box, in_list
 from mmemb.data.pairs import read_pairs, read_tasks
 from mmemb.data.sampler import TaskBatchSampler
 from mmemb.data.sources import Source, Stream
@@ -220,14 +220,14 @@ class PairDataModule(L.LightningDataModule):
         )
         return self._loader
 
-    def val_dataloader(self) -> Shard | list[Any]:
+    def val_dataloader(self) -> InMemoryLoader | list[Any]:
         tasks = self.evaluation_tasks("validation")
         return self._boxed(tasks) if tasks else []  # the empty list is how Lightning is told that there is nothing
 
-    def test_dataloader(self) -> Shard:
+    def test_dataloader(self) -> InMemoryLoader:
         return self._boxed(self.evaluation_tasks("test"))
 
-    def predict_dataloader(self) -> Shard:
+    def predict_dataloader(self) -> InMemoryLoader:
         size = self.batch_size
         rank, world_size = self._world()
         batches = [self._items[start : start + size] for start in range(0, len(self._items), size)]
@@ -340,5 +340,5 @@ class PairDataModule(L.LightningDataModule):
             )
         return found
 
-    def _boxed(self, values: Sequence[Any]) -> Shard:
-        return Shard(values, boxed=self.trainer is not None)
+    def _boxed(self, values: Sequence[Any]) -> InMemoryLoader:
+        return InMemoryLoader(values, boxed=self.trainer is not None)

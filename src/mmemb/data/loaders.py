@@ -203,7 +203,7 @@ class TrainLoader:
         return self._loader
 
 
-class Shard:
+class InMemoryLoader:
     """Something already in memory, one entry a step."""
 
     def __init__(self, values: Sequence[Any], *, boxed: bool) -> None:

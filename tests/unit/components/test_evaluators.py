@@ -226,7 +226,7 @@ def test_a_task_without_a_bank_is_named() -> None:
 
 
 def test_an_evaluator_without_a_model_says_so() -> None:
-    with pytest.raises(ValueError, match=r"no embedder; pass embedder= or bind\(backbone, pooler\) first"):
+    with pytest.raises(ValueError, match=r"no embedder; pass embedder=, or call setup with the model"):
         _ = RetrievalEvaluator().settings
 
 
