@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Backbone, Pooler
+from mmemb.registry import Component
 from mmemb.types import EvaluationTask, ModelInputs, Pair, Rationale
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Engine:
     show: Callable[[str, PILImage], None] | None = None
 
 
-class Objective(nn.Module, ABC):
+class Objective(nn.Module, Component, ABC, kind="objective"):
     """A phase's loss. Its own parameters (a learnable temperature) are trained with the model."""
 
     def prepare_choice(self, choose: Choose) -> None:

@@ -44,7 +44,7 @@ from mmemb.training.objective import Engine, Objective, Parts, check_chunk_size
 from mmemb.types import EvaluationTask, Item, ModelInputs, Pair
 
 
-class Control(Objective):
+class Control(Objective, name="control"):
     """GRPO on decision and rationale over the model's own rollouts, and the contrastive losses on the same batch.
 
     Args:

@@ -26,7 +26,7 @@ from mmemb.training.objective import Choose, Engine, Objective, Parts, check_chu
 from mmemb.types import Pair
 
 
-class Joint(Objective):
+class Joint(Objective, name="joint"):
     """InfoNCE on the reasoned and the direct path, and next-token loss on rationale and decision.
 
     Args:
