@@ -1,9 +1,11 @@
 """Short names for swappable parts.
 
-A component declares its kind once, on the contract (``class Selector(Component, kind="selector")``), and its short name
-once, on the class (``class Random(Selector, name="random")``). Nothing else is needed: `resolve` turns a name into the
-class, `available` lists what exists, and plug-ins of other distributions join through the entry-point group
-``mmemb.components``. This module imports neither torch nor any component until a name is asked for.
+A contract declares the kind: ``class Selector(Component, kind="selector")``. A class declares its short name:
+``class Random(Selector, name="random")``. `resolve` turns a name into the class, and `available` lists the names of a
+kind. Other packages add their parts through the entry-point group ``mmemb.components``.
+
+Importing this module imports neither torch nor any component. A component is imported when its name is resolved. Names
+and summaries of the built-in parts are read from their source code.
 """
 
 from __future__ import annotations
@@ -19,28 +21,48 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-KINDS = ("backbone", "pooler", "worker", "evaluator", "selector", "controller")
+KINDS = (
+    "backbone",
+    "pooler",
+    "worker",
+    "evaluator",
+    "selector",
+    "controller",
+    "objective",
+    "loss",
+    "reward",
+    "policy_loss",
+    "augmentation",
+)
+MODULES = {
+    "objective": ("training.joint.objective", "training.control.objective", "training.pretrain"),
+    "loss": ("losses.infonce",),
+    "reward": ("training.control.rewards",),
+    "policy_loss": ("losses.grpo",),
+    "augmentation": ("data.augment",),
+}
+"""Kind -> modules below ``mmemb`` whose classes have short names; the other kinds are in ``mmemb.components``."""
 ENTRY_POINT_GROUP = "mmemb.components"
 
 _REGISTRY: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
 
 class UnknownComponentError(ValueError):
-    """A name that no component of the kind has; the message lists what exists and the nearest name."""
+    """No component of the kind has the name. The message lists the names that exist, and the nearest one."""
 
 
 class PluginError(ImportError):
-    """A plug-in that cannot be imported; the message names its entry point."""
+    """A plug-in cannot be imported. The message names its entry point."""
 
 
 class Component:
-    """Base of every contract: registers a subclass under its kind by the short name it declares.
+    """Base class of every contract. It registers each subclass that declares a short name.
 
-    ``__init_subclass__`` takes ``kind=`` (contracts only) and ``name=`` (concrete parts only; a part without one is
-    still usable by class path).
+    A class statement takes ``kind=`` on a contract and ``name=`` on a concrete part. A class that is both its own
+    contract and the only part, such as a loss, takes both. A part without a name is used by its class path.
 
     Raises:
-        ValueError: the kind is unknown, or another class of the kind has the name already.
+        ValueError: the kind is unknown, or another class of the kind already has the name.
     """
 
     kind: ClassVar[str] = ""
@@ -49,8 +71,7 @@ class Component:
     def __init_subclass__(cls, *, kind: str | None = None, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if kind is not None:
-            if kind not in KINDS:
-                raise ValueError(f"unknown component kind {kind!r}; the kinds are {', '.join(KINDS)}")
+            _check_kind(kind)
             cls.kind = kind
         if name is None:
             return
@@ -63,12 +84,17 @@ class Component:
 
 @dataclass(frozen=True)
 class Listing:
-    """One line of `mmemb components`: what a part is called, in one sentence what it does, and where it lives."""
+    """One line of `mmemb components`: kind and short name of a part, a one-sentence summary, and its class path."""
 
     kind: str
     name: str
     summary: str
     path: str
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown component kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
 def _path(cls: type) -> str:
@@ -81,26 +107,35 @@ def _first_line(doc: str | None) -> str:
 
 @functools.cache
 def _builtin_listings() -> tuple[Listing, ...]:
-    """Names and first doc lines, read from the source of `mmemb.components`: importing it, and torch, costs seconds."""
+    """The built-in parts, read from source code because importing them (and torch) takes seconds."""
+    found: list[Listing] = []
     spec = find_spec("mmemb.components")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    listings = []
-    for root in roots:
+    for root in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(root).glob("*/*.py")):
-            for node in ast.parse(file.read_text(encoding="utf-8")).body:
-                if not isinstance(node, ast.ClassDef):
-                    continue
-                for keyword in node.keywords:
-                    if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
-                        module = f"mmemb.components.{file.parent.name}.{file.stem}"
-                        summary = _first_line(ast.get_docstring(node))
-                        kind = file.parent.name.removesuffix("s")
-                        listings.append(Listing(kind, str(keyword.value.value), summary, f"{module}.{node.name}"))
-    return tuple(listings)
+            kind = file.parent.name.removesuffix("s")
+            found += _listings_of(file, kind, f"mmemb.components.{file.parent.name}.{file.stem}")
+    package = Path(__file__).parent
+    for kind, modules in MODULES.items():
+        for module in modules:
+            # Not `find_spec`: it would import the packages above the module, and some of them import torch.
+            file = package.joinpath(*module.split(".")).with_suffix(".py")
+            found += _listings_of(file, kind, f"mmemb.{module}")
+    return tuple(found)
+
+
+def _listings_of(file: Path, kind: str, module: str) -> list[Listing]:
+    """The classes of a source file whose class statement declares a short name."""
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for keyword in node.keywords if isinstance(node, ast.ClassDef) else ():
+            if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
+                summary = _first_line(ast.get_docstring(node))
+                found.append(Listing(kind, str(keyword.value.value), summary, f"{module}.{node.name}"))
+    return found
 
 
 def load_plugins() -> None:
-    """Imports every plug-in module or class so that it registers itself.
+    """Imports the plug-ins of other packages, so that their parts register themselves.
 
     Raises:
         PluginError: a plug-in cannot be imported.
@@ -117,7 +152,7 @@ def load_plugins() -> None:
 
 
 def listings() -> list[Listing]:
-    """Every component by kind and name: the built-in ones (from source, no import), registered and plugged-in ones."""
+    """Every component, sorted by kind and name: built-in parts, plug-ins, and classes registered in this process."""
     load_plugins()
     found = {(item.kind, item.name): item for item in _builtin_listings()}
     for kind, classes in _REGISTRY.items():
@@ -127,12 +162,20 @@ def listings() -> list[Listing]:
 
 
 def available(kind: str) -> list[str]:
-    """Short names of a kind, sorted."""
+    """The short names of a kind, sorted.
+
+    Args:
+        kind: one of `KINDS`.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    _check_kind(kind)
     return [item.name for item in listings() if item.kind == kind]
 
 
 def resolve(kind: str, name: str) -> type:
-    """Returns the class that a short name stands for, importing its module if need be.
+    """Returns the class that has a short name. Imports its module if necessary.
 
     Args:
         kind: one of `KINDS`.
@@ -140,7 +183,9 @@ def resolve(kind: str, name: str) -> type:
 
     Raises:
         UnknownComponentError: no component of the kind has the name.
+        ValueError: there is no such kind.
     """
+    _check_kind(kind)
     cls = _REGISTRY[kind].get(name)
     if cls is not None:
         return cls
@@ -152,12 +197,12 @@ def resolve(kind: str, name: str) -> type:
 
 
 def is_name(kind: str, name: str) -> bool:
-    """Whether a component of the kind has this short name."""
+    """Whether a component of the kind has the short name."""
     return name in _REGISTRY[kind] or name in available(kind)
 
 
 def unknown(kind: str, name: str) -> UnknownComponentError:
-    """The error for a name that no component of the kind has: what was probably meant, and what exists."""
+    """The error for a name that no component of the kind has. It suggests the nearest name and lists all names."""
     names = available(kind)
     close = difflib.get_close_matches(name, names, n=1)
     elsewhere = [other for other in KINDS if other != kind and is_name(other, name)]
@@ -169,10 +214,20 @@ def unknown(kind: str, name: str) -> UnknownComponentError:
         hint = ""
     return UnknownComponentError(
         f"there is no {kind} named {name!r}: {hint}Registered: {', '.join(names) or 'none'}. "
-        "`mmemb components` lists them; a class of your own is named by its path (my_package.MyClass)."
+        "`mmemb components` lists them. Give a class of your own by its path (my_package.MyClass)."
     )
 
 
 def create(kind: str, name: str, **arguments: Any) -> Any:
-    """Builds the component that a short name stands for: ``create("selector", "random", seed=4)``."""
+    """Builds the component that has a short name: ``create("selector", "random", seed=4)``.
+
+    Args:
+        kind: one of `KINDS`.
+        name: a short name.
+        **arguments: the arguments of the component's constructor.
+
+    Raises:
+        UnknownComponentError: no component of the kind has the name.
+        ValueError: there is no such kind, or the component refuses an argument.
+    """
     return resolve(kind, name)(**arguments)

@@ -35,7 +35,7 @@ def config(**content: Any) -> str:
         (["--model.selector", "embed_token"], ["no selector named 'embed_token': that is a pooler", "Registered: "]),
         (["--model.selector=random", "--model.selector.seed=abc"], ["model.selector.seed: expected int, got 'abc'"]),
         (["--model.selector=random", "--model.selector.sed=4"], ["no argument 'sed'; did you mean 'seed'?"]),
-        (["--model.selector.seed=3"], ["model.selector: say first which one", "mmemb components"]),
+        (["--model.selector.seed=3"], ["model.selector: say which one", "mmemb components"]),
         (["--model.selector=counterfactual", "--model.selector.temperature=-1"], ["temperature is -1.0, expected > 0"]),
         (["--model.selector=none.Such"], ["'none.Such' cannot be imported", "PYTHONPATH"]),
         (["--model.width=wide"], ["model.width: expected int, got 'wide'"]),
@@ -71,7 +71,7 @@ def test_flags(mistake: Mistake, words: list[str], parts: list[str]) -> None:
         ),
         ({"model": {"selector": "mmemb.components.selectors.random.Rndom"}}, ["Rndom' cannot be imported"]),
         ({"model": {"optimizer": "torch.optim.AdmW"}}, ["model.optimizer: ", "no attribute 'AdmW'"]),
-        ({"model": {"optimizer": "AdmW"}}, ["'AdmW' names nothing", "dotted path"]),
+        ({"model": {"optimizer": "AdmW"}}, ["'AdmW' is not a known class", "dotted path"]),
         (
             {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": "fast"}}}},
             ["model.optimizer.lr: expected float, got 'fast'"],

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import _typehints
 from standins import StandInData, StandInModule
 
-from mmemb.commands import train as cli_module
+from mmemb.commands.parsing import lightning_cli as cli_module
 from mmemb.commands.parsing import short_names as shortnames
 from mmemb.interfaces import Controller, Pooler, Selector, Worker
 from mmemb.registry import available, resolve

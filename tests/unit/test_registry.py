@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -86,6 +87,32 @@ def test_every_built_in_part_has_a_line_and_resolves_to_what_is_listed() -> None
             assert f"{cls.__module__}.{cls.__qualname__}" == item.path
             assert cls.kind == item.kind  # type: ignore[attr-defined]
             assert cls.name == item.name  # type: ignore[attr-defined]
+
+
+def test_parts_outside_the_components_folder_are_listed_without_torch() -> None:
+    code = "import sys, mmemb.registry as r; print(r.available('reward')); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['format', 'over_length', 'retrieval', 'utility']"
+    assert available("objective") == ["control", "joint", "next_token"]
+    assert create("reward", "utility", price=0.01).price == 0.01
+    assert create("loss", "infonce", temperature=0.1).temperature.item() == pytest.approx(0.1)
+
+
+def test_every_class_with_a_short_name_is_in_a_module_that_is_read() -> None:
+    package = Path(registry.__file__).parent
+    listed = {item.path for item in registry._builtin_listings()}
+    for file in package.rglob("*.py"):
+        module = ".".join(("mmemb", *file.relative_to(package).with_suffix("").parts))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any(word.arg == "name" for word in node.keywords):
+                assert f"{module}.{node.name}" in listed
+
+
+def test_an_unknown_kind_is_refused_wherever_a_kind_is_given() -> None:
+    for ask in (lambda: available("sorter"), lambda: resolve("sorter", "random"), lambda: create("sorter", "random")):
+        with pytest.raises(ValueError, match="unknown component kind 'sorter'; the kinds are backbone"):
+            ask()
 
 
 def test_an_unknown_name_says_what_is_near_and_what_exists() -> None:

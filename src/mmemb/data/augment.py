@@ -7,11 +7,13 @@ import random
 
 from PIL import Image
 
+from mmemb.registry import Component
+
 _LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 weights, as Pillow's own conversion to grey."""
 
 
-class PictureAugment:
+class PictureAugment(Component, kind="augmentation", name="jitter"):
     """Shifts, scales, rotates and re-colours a picture a little; same size, white where nothing was.
 
     Small and global on purpose: a picture of several things keeps every thing in its place. The seed alone decides:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmemb.losses.distributed import all_sum, world_size
+from mmemb.registry import Component
 
 Scaling = Literal["none", "group", "batch"]
 Normalization = Literal["sequence", "token", "constant"]
@@ -98,7 +99,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, scaling: Scaling = "gro
     return advantages.to(rewards.dtype)
 
 
-class GRPO:
+class GRPO(Component, kind="policy_loss", name="grpo"):
     """The clipped policy loss in its published forms.
 
     ``scaling: group, normalization: sequence`` is GRPO; ``none`` and ``constant`` Dr. GRPO; ``group`` and ``token``

@@ -17,9 +17,10 @@ from mmemb.kernels.checks import check_choices, check_form
 from mmemb.kernels.engines import Engine, check_name
 from mmemb.kernels.problem import work_dtype
 from mmemb.losses.distributed import distributed_infonce_with_grads
+from mmemb.registry import Component
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(nn.Module, Component, kind="loss", name="infonce"):
     """Contrastive loss with a learnable or fixed temperature, stored as its logarithm; float32 in a 16-bit model too.
 
     Args:

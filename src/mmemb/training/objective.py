@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Backbone, Model, SetupContext
+from mmemb.registry import Component
 from mmemb.types import ModelInputs, Pair
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class StepContext:
     show: Callable[[str, PILImage], None] | None = None
 
 
-class Objective(nn.Module, ABC):
+class Objective(nn.Module, Component, ABC, kind="objective"):
     """A phase's loss. Its own parameters (a learnable temperature) are trained with the model."""
 
     needs_rationales: bool = False

@@ -30,7 +30,7 @@ class ResponseBatch:
         return self
 
 
-class NextToken(Objective):
+class NextToken(Objective, name="next_token"):
     """Mean cross-entropy of the response tokens.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmemb.registry import available
 from mmemb.training.control.candidate_bank import CandidateBank
 from mmemb.training.control.rewards import Format, Outcome, OverLength, Retrieval, Reward, Utility
 from mmemb.types import EvaluationTask, Item, Pair, Text
@@ -131,3 +132,11 @@ def test_a_task_without_candidates_is_named() -> None:
         bank(torch.eye(5)).score([pair("c", 0)], torch.eye(5)[:1], torch.eye(5)[:1], torch.tensor([0]), temperature=1)
     with pytest.raises(ValueError, match="there are no tasks"):
         CandidateBank([], size=4)
+
+
+def test_a_reward_without_a_short_name_is_logged_under_its_class_name() -> None:
+    class LongUtility(Utility):
+        """Utility under another name."""
+
+    assert (Utility().name, LongUtility().name) == ("utility", "long_utility")
+    assert "long_utility" not in available("reward")

@@ -1,7 +1,7 @@
-"""Says in one line what jsonargparse (4.53) says in ten: place, what was expected, what was given, what to write.
+"""Shortens an error message of jsonargparse (4.53) to one line: the place, what was expected, what was given, the fix.
 
-A value that fits none of a union's types comes with an error for each type, nested as deep as the classes are; the
-innermost one that is not about ``None`` is the one worth reading.
+If a value fits no type of a union, jsonargparse lists one error per type, nested as deep as the classes. The innermost
+error that is not about ``None`` is the useful one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from mmemb.commands.parsing.errors import one_line
 from mmemb.commands.parsing.short_names import ShadowedNameError
+from mmemb.commands.parsing.shorthand import PartError
 from mmemb.registry import UnknownComponentError
 
 Error = TypeVar("Error", bound=BaseException)
@@ -37,12 +38,13 @@ _NO_SOURCE = re.compile(
     r"^ *Given value: \['",
     re.MULTILINE,
 )
-"""The many things said of a data file in place of ``[{path: FILE}]``, which is then read as a part's config."""
+"""Messages about a data file given instead of ``[{path: FILE}]``: jsonargparse reads the file as a config of a part."""
+_NO_SUBCLASS = re.compile(r"Expected '([^']+)' to be (?:a subclass of|a function that returns) (?:<class ')?(\w+)")
 _CALLABLE = re.compile(r"^Type typing\.Callable.* expects a function or a callable class:\s*")
 
 
 def causes(error: BaseException | None, kind: type[Error]) -> Iterator[Error]:
-    """The errors of a kind among those that led to an error, itself first."""
+    """The errors of one type in the chain of causes of an error, starting with the error itself."""
     while error is not None:
         if isinstance(error, kind):
             yield error
@@ -50,25 +52,27 @@ def causes(error: BaseException | None, kind: type[Error]) -> Iterator[Error]:
 
 
 def nearest(word: str, among: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing."""
+    """``"; did you mean 'x'?"`` with the nearest word, or an empty string."""
     close = difflib.get_close_matches(word, among, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def place(message: str) -> str:
-    """The dotted key that a message is about; empty if it names none."""
+    """The dotted key that a message is about. Empty if the message names no key."""
     return ".".join(key for key, _ in _KEY.findall(message))
 
 
 def condense(message: str, error: BaseException | None, keys: Sequence[str]) -> str:
-    """One line for a parser's message.
+    """Shortens a parser's message to one line.
 
     Args:
-        message: what jsonargparse says.
-        error: the exception it said it with.
-        keys: every key and option the parser knows, for "did you mean".
+        message: the message of jsonargparse.
+        error: the exception that jsonargparse raised.
+        keys: every key and option of the parser, to suggest the nearest one.
     """
-    own = [*causes(error, UnknownComponentError), *causes(error, ShadowedNameError)]
+    own: list[BaseException] = []
+    for kind in (UnknownComponentError, ShadowedNameError, PartError):
+        own += causes(error, kind)
     if own:
         where, text = place(message), _KEY.sub("", one_line(str(own[-1])))
         return f"{where}: {text}" if where else text
@@ -80,14 +84,14 @@ def condense(message: str, error: BaseException | None, keys: Sequence[str]) -> 
         option = found[1].split("=", 1)[0]
         return f"there is no option {option!r}{nearest(option, [f'--{key}' for key in keys])}"
     where = place(message)
-    if _SOURCES.match(where) and _NO_SOURCE.search(message):  # no value with it: it may be a row of the user's data
+    if _SOURCES.match(where) and _NO_SOURCE.search(message):  # without the value, which may be a row of data
         return f"{where}: expected a list of sources, such as [{{path: pairs.jsonl}}]"
     detail = _detail(message)
     return one_line(f"{where}: {detail}" if where else detail)
 
 
 def _detail(message: str) -> str:
-    """What is wrong with the value itself."""
+    """What is wrong with the value, without the key."""
     classes = _CLASS.findall(message)
     given = None
     lines = []
@@ -111,16 +115,19 @@ def _plain(value: str) -> str:
 
 
 def _reworded(line: str, given: str | None, class_path: str | None) -> str:
-    """The same in words that say what to do."""
+    """Rewrites a message so that it says what to do."""
     option = re.match(r"Option '([^']+)' is not accepted", line)
     if option and class_path:
         takes = _arguments(class_path)
         listing = f"it takes {', '.join(takes)}" if takes else "it takes none"
         return f"{class_path} has no argument {option[1]!r}{nearest(option[1], takes)} ({listing})"
     if dotted := re.match(r"Expected a dot import path string: (.*)", line):
-        return f"{dotted[1]!r} names nothing; give the dotted path of a class, such as torch.optim.AdamW"
+        return f"{dotted[1]!r} is not a known class; give a dotted path, such as torch.optim.AdamW"
+    if other := _NO_SUBCLASS.match(line):
+        example = ", such as torch.optim.AdamW" if other[2] == "Optimizer" else ""
+        return f"{other[1]!r} is no {other[2]}; give the path of a subclass of {other[2]}{example}"
     if abstract := re.match(r"Expected an instantiatable class, but (\S+) is abstract", line):
-        return f"say first which one: {abstract[1]} is a contract, `mmemb components` lists what fulfils it"
+        return f"say which one: {abstract[1]} is a contract; `mmemb components` lists the classes that implement it"
     if contract := re.match(r"Not a valid subclass of (\w+)", line):
         line = f"expected the short name or class path of a {contract[1]}"
     if expected := re.match(r"Expected an? (.*)", _TYPE.sub(r"\1", line)):
@@ -132,7 +139,7 @@ def _reworded(line: str, given: str | None, class_path: str | None) -> str:
 
 
 def _arguments(class_path: str) -> list[str]:
-    """Names of a class's arguments; the class is imported already, the parser has looked at it."""
+    """The names of a class's arguments. The parser has already imported the class."""
     module, _, name = class_path.rpartition(".")
     try:
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters

@@ -45,7 +45,7 @@ from mmemb.training.objective import Objective, StepContext, check_chunk_size
 from mmemb.types import Item, Pair
 
 
-class Control(Objective):
+class Control(Objective, name="control"):
     """GRPO on decision and rationale over the model's own rollouts, and the contrastive losses on the same batch.
 
     Args:

@@ -1,8 +1,8 @@
 """What a rollout is worth in the control phase: small classes, weighted in YAML, each logged under its name.
 
-A reward of your own is a subclass named by its class path:
+A reward of your own is a subclass. Give it a short name, or use it by its class path:
 
-    class Brief(Reward):
+    class Brief(Reward, name="brief"):
         def __call__(self, outcome: Outcome) -> Tensor:
             return -outcome.tokens.float()
 
@@ -15,11 +15,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmemb.registry import Component
 from mmemb.types import Pair
 
 Score = Literal["log_probability", "probability", "reciprocal_rank"]
@@ -68,12 +69,17 @@ class Outcome:
         return total / count
 
 
-class Reward(ABC):
+class Reward(Component, ABC, kind="reward"):
     """A number a rollout.
 
     Args:
         weight: factor of this reward in the sum that rollouts are compared by.
     """
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(name=name, **kwargs)
+        if name is None:  # what the reward is logged as: the class's name in lower case, words apart
+            cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -82,13 +88,8 @@ class Reward(ABC):
     def __call__(self, outcome: Outcome) -> Tensor:
         """The unweighted reward of every rollout, [R] float, finite."""
 
-    @property
-    def name(self) -> str:
-        """What it is logged as: the class's name in lower case, words apart."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
-
-class Format(Reward):
+class Format(Reward, name="format"):
     """1 for a rationale that has words and that the model closed itself, 0 for another; 1 for a direct rollout.
 
     Args:
@@ -100,7 +101,7 @@ class Format(Reward):
         return (~outcome.think | (words & ~outcome.truncated)).float()
 
 
-class Retrieval(Reward):
+class Retrieval(Reward, name="retrieval"):
     """How well the rollout's embedding finds the positive among the task's own candidates.
 
     Args:
@@ -116,7 +117,7 @@ class Retrieval(Reward):
         return outcome.scores(self.score)[0]
 
 
-class Utility(Reward):
+class Utility(Reward, name="utility"):
     """What thinking was worth: s_r - s_d net of a price a token; for a direct rollout, what not thinking was worth.
 
     The utility delta = s_r - s_d is that of MMEmb-R1 (arXiv 2604.06156), net of its cost. Not thinking is worth minus
@@ -140,7 +141,7 @@ class Utility(Reward):
         return torch.where(outcome.think, net, counterpart[outcome.query])
 
 
-class OverLength(Reward):
+class OverLength(Reward, name="over_length"):
     """0 up to a soft limit, then falling to -1 at a hard one (the soft punishment of DAPO, arXiv 2503.14476).
 
     Args:

@@ -27,7 +27,7 @@ from mmemb.training.objective import Objective, StepContext, check_chunk_size
 from mmemb.types import Pair
 
 
-class Joint(Objective):
+class Joint(Objective, name="joint"):
     """InfoNCE on the reasoned and the direct path, and next-token loss on rationale and decision.
 
     Args:
