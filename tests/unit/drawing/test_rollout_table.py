@@ -1,4 +1,4 @@
-"""The table of rollouts: a row each, ranks coloured by whether thinking helped."""
+"""The table of rollouts colours a rank by whether reasoning improved it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has(sheet: PILImage.Image, colour: str) -> bool:
     return bool((np.asarray(sheet) == rgb).all(axis=-1).any())
 
 
-def test_ranks_are_coloured_by_what_thinking_did() -> None:
+def test_ranks_are_green_if_reasoning_helped_and_red_if_it_hurt() -> None:
     helped, hurt = row(thought=True, before=9, after=1), row(thought=True, before=1, after=9)
     direct = row(thought=False, before=3, after=3)
     assert has(draw_rollouts([helped]), RIGHT)
