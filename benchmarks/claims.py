@@ -135,7 +135,7 @@ CLAIMS = (
     ),
     Claim("GPU, one direction, 32768 x 1024 bfloat16: share of the matmul rate, 8U", 0.7, True, _matmul_share),
     Claim("GPU, 32768 x 1024 bfloat16: symmetric / one direction", 1.5, False, _both_to_one),
-    Claim("GPU, every case measured beside peers: fastest peer / ours", 1, True, _fastest_peer),
+    Claim("GPU, every case measured with a peer: fastest peer / ours", 1, True, _fastest_peer),
     Claim(
         "GPU, one direction, 262144 x 2048 bfloat16 on one card: TFLOP/s", None, True, _column("tflops", *LARGE, False)
     ),

@@ -112,11 +112,11 @@ def card(
         return
     size = 14 if sources else 17
     step = round(size * 1.35)
-    most = max(1, (bottom - y - 4) // step)
+    room = max(1, (bottom - y - 4) // step)
     if not sources:  # text without pictures is centred
-        lines = len(wrap(item.text, width=width, size=size, lines=most))
+        lines = len(wrap(item.text, width=width, size=size, lines=room))
         y += max(0, (bottom - y - 10 - lines * step) // 2)
-    write(pen, item.text, (x, y), width=width, size=size, lines=most)
+    write(pen, item.text, (x, y), width=width, size=size, lines=room)
 
 
 def save(sheet: Image.Image, path: str | Path) -> Path:

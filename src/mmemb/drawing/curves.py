@@ -19,10 +19,11 @@ import io
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ from matplotlib.lines import Line2D
 from mmemb.common.vocabulary import SCORES, ordered, row_meaning
 from mmemb.types import EvaluationResults, QueryRecord
 
-_LINES = {
+_LINES: Mapping[str, tuple[str, Literal["-", "--", ""]]] = {
     "threshold": ("#3f5fb5", "-"),
     "rl": ("#b3402f", "-"),
     "random": ("#66727f", "--"),
@@ -104,7 +105,8 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
         if row in placed:
             x, y = placed[row]["tokens_per_query"], placed[row]["hit@1"]
             filled = handle.get_markerfacecolor()
-            axes.plot([x], [y], handle.get_marker(), color=colour, markerfacecolor=filled, markersize=7)
+            size = 11 if filled == "none" else 7  # a hollow marker stays visible around a filled one
+            axes.plot([x], [y], str(handle.get_marker()), color=colour, markerfacecolor=filled, markersize=size)
     for score, label in (("tokens_per_query", axes.set_xlabel), ("hit@1", axes.set_ylabel)):
         label(f"{score}\n{SCORES[score].meaning}", fontsize=9)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The contact sheet: every task is drawn, from a seed, whole or not at all."""
+"""The contact sheet: every task is drawn, the seed chooses the queries, and no file is left incomplete."""
 
 from __future__ import annotations
 

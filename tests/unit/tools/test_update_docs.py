@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def update(project: Path, *more: str) -> int:
-    """Runs the tool on a project whose results lie beside its README."""
+    """Runs the tool on a project whose results are next to its README."""
     return update_docs.main(["--root", str(project), "--results", str(project), *more])
 
 
