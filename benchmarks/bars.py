@@ -1,8 +1,9 @@
-"""What is asked of the main job, beside what its runs reached: mean and sample standard deviation over seeds.
+"""Compares the results of the main job with their targets: mean and sample standard deviation over seeds.
 
     python -m benchmarks.bars [benchmarks/results/r1_seeds.json]
 
-Reads the runs that `benchmarks.r1_seeds` kept; measures nothing. Ends with status 1 if a bar is missed.
+Reads the runs that `benchmarks.r1_seeds` kept and measures nothing. The exit status is 1 if a bar does not hold.
+The names of rows and scores are those of `mmemb.common.vocabulary`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemb.common.vocabulary import ALWAYS_REASON, NEVER, before_phase
+
 RESULTS = Path(__file__).parent / "results" / "r1_seeds.json"
 
 Modes = Mapping[str, Mapping[str, Any]]
-"""The modes of a `summary.json`."""
+"""The rows of a `summary.json`, with their scores."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ class Bar:
     """A number of a run and its bound.
 
     Attributes:
-        text: what the number is.
-        bound: the most it may be, or the least.
-        value: the number; raises KeyError where the run has no such mode or task.
-        least: the bound is the least.
+        text: the number in words.
+        bound: its maximum or minimum.
+        value: the number of a run; raises KeyError if the run lacks the row or the task.
+        least: whether the bound is a minimum.
     """
 
     text: str
@@ -39,7 +42,7 @@ class Bar:
     least: bool = True
 
     def judge(self, runs: Sequence[Modes]) -> dict[str, str]:
-        """The bar as a row of a table; the mean over runs is what counts."""
+        """The bar as a row of a table. The mean over runs is compared with the bound."""
         asked = f"{'at least' if self.least else 'at most'} {self.bound:g}"
         try:
             values = [self.value(modes) for modes in runs]
@@ -56,47 +59,49 @@ class Bar:
         }
 
 
-def _hit(mode: str, task: str) -> Callable[[Modes], float]:
-    return lambda modes: modes[mode]["by_task"][task]["hit@1"]
+def _hit(row: str, task: str) -> Callable[[Modes], float]:
+    return lambda modes: modes[row]["by_task"][task]["hit@1"]
 
 
 def _better(task: str) -> Callable[[Modes], float]:
-    return lambda modes: max(_hit(mode, task)(modes) for mode in ("never", "always_reason"))
+    return lambda modes: max(_hit(row, task)(modes) for row in (NEVER, ALWAYS_REASON))
 
 
 def _gain(task: str) -> Callable[[Modes], float]:
-    return lambda modes: _hit("always_reason", task)(modes) - _hit("never", task)(modes)
+    return lambda modes: _hit(ALWAYS_REASON, task)(modes) - _hit(NEVER, task)(modes)
 
 
-def _since_control(mode: str) -> Callable[[Modes], float]:
-    return lambda modes: modes[mode]["hit@1"] - modes[f"{mode}_before_control"]["hit@1"]
+def _since_control(row: str) -> Callable[[Modes], float]:
+    return lambda modes: modes[row]["hit@1"] - modes[before_phase(row, "control")]["hit@1"]
 
 
 BARS = (
-    Bar("`fact`, better path: hit@1", 0.95, _better("fact")),
-    Bar("`name`, better path: hit@1", 0.6, _better("name")),
-    Bar("`flagattr`, reasoned - direct", 0.25, _gain("flagattr")),
-    Bar("`left1`, reasoned - direct", 0.25, _gain("left1")),
-    Bar("`scenematch`, direct: hit@1", 0.9, _hit("never", "scenematch")),
+    Bar("`fact`: hit@1, higher of `never` and `always_reason`", 0.95, _better("fact")),
+    Bar("`name`: hit@1, higher of `never` and `always_reason`", 0.6, _better("name")),
+    Bar("`flagattr`: hit@1, `always_reason` minus `never`", 0.25, _gain("flagattr")),
+    Bar("`left1`: hit@1, `always_reason` minus `never`", 0.25, _gain("left1")),
+    Bar("`scenematch`: hit@1, `never`", 0.9, _hit(NEVER, "scenematch")),
     Bar(
-        "`rl` - better of direct and reasoned, mean hit@1",
+        "mean hit@1, `rl` minus the higher of `never` and `always_reason`",
         -0.005,
-        lambda modes: modes["rl"]["hit@1"] - max(modes[mode]["hit@1"] for mode in ("never", "always_reason")),
+        lambda modes: modes["rl"]["hit@1"] - max(modes[row]["hit@1"] for row in (NEVER, ALWAYS_REASON)),
     ),
     Bar(
-        "`rl`: tokens over those of always reasoning",
+        "mean tokens_per_query, `rl` divided by `always_reason`",
         0.65,
-        lambda modes: modes["rl"]["tokens_per_query"] / modes["always_reason"]["tokens_per_query"],
+        lambda modes: modes["rl"]["tokens_per_query"] / modes[ALWAYS_REASON]["tokens_per_query"],
         least=False,
     ),
-    Bar("`rl` above a coin at equal tokens, mean hit@1", 0.04, lambda modes: modes["rl"]["above_random"]),
-    Bar("direct path, after - before control", -0.005, _since_control("never")),
-    Bar("reasoned path, after - before control", -0.005, _since_control("always_reason")),
+    Bar("mean gain_over_random_routing, `rl`", 0.04, lambda modes: modes["rl"]["gain_over_random_routing"]),
+    *(
+        Bar(f"mean hit@1, `{row}` minus `{before_phase(row, 'control')}`", -0.005, _since_control(row))
+        for row in (NEVER, ALWAYS_REASON)
+    ),
 )
 
 
 def judged(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row a bar."""
+    """One row per bar."""
     return [bar.judge([summary["modes"] for summary in summaries]) for bar in BARS]
 
 
@@ -107,7 +112,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the bars; 1 if one is missed."""
+    """Prints the bars; returns 1 if one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="runs (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""What is asked of the loss in time and memory, beside what the kept results say.
+"""Compares the time and memory of the loss in the kept results with their targets.
 
     python -m benchmarks.claims [results/infonce.jsonl]
-    python -m benchmarks.claims --device Xeon         rows of one machine: ratios differ between machines
+    python -m benchmarks.claims --device Xeon         rows of one machine, since ratios differ between machines
 
-Reads the rows that `benchmarks.infonce` wrote; measures nothing. A number of one case is its newest row's; two cases
-are compared by rows of one run, the newest that has both, so on one device with as many threads. Ends with status 1 if
-a bound that was measured does not hold.
+Reads the rows that `benchmarks.infonce` wrote and measures nothing. The number of a case is from its newest row. Two
+cases are compared within one run, the newest that has both, so on one device with equal numbers of threads. The exit
+status is 1 if a measured number does not keep its bound.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Results:
     """The measured rows of a results file.
 
     Attributes:
-        newest: of each case.
-        runs: the newest of each case within a run, newest run first.
+        newest: the newest row of each case.
+        runs: the newest row of each case within a run, newest run first.
     """
 
     newest: Rows
     runs: Sequence[Rows]
 
     def ratio(self, above: Key, below: Key) -> float:
-        """How many times the one's ratio to the floor the other's is, in the newest run that measured both.
+        """The ratio to the floor of one case divided by that of another, in the newest run that measured both.
 
         Raises:
-            KeyError: no run did.
+            KeyError: no run measured both.
         """
         for rows in self.runs:
             if above in rows and below in rows:
@@ -56,10 +56,10 @@ class Claim:
     """A number and its bound.
 
     Attributes:
-        text: what the number is.
-        bound: the most it may be, or the least; None if it is enough that it could be measured.
-        least: the bound is the least; without effect where there is none.
-        value: the number; raises KeyError where a row it needs was not measured.
+        text: the number in words.
+        bound: its maximum or minimum; None if it only has to be measurable.
+        least: whether the bound is a minimum; without effect if there is no bound.
+        value: the number; raises KeyError if a row that it needs was not measured.
     """
 
     text: str
@@ -88,13 +88,13 @@ def _column(name: str, backend: str, n: int, width: int, dtype: str, symmetric: 
 
 
 def _times(peer: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Results], float]:
-    """How many times our time a peer takes, both by their ratio to the floor beside them."""
+    """The time of a peer divided by ours, where both are ratios to the floor of their own run."""
     case = (n, width, dtype, symmetric)
     return lambda results: results.ratio((backend, peer, *case), (backend, "mmemb", *case))
 
 
 def _matmul_share(results: Results) -> float:
-    # Four products are counted, the floor beside it makes three.
+    # Four products are counted; the floor computes three.
     return 4 / 3 / results.newest["cuda", "mmemb", 32768, 1024, "bfloat16", False]["ratio_to_floor"]
 
 
@@ -104,14 +104,14 @@ def _both_to_one(results: Results) -> float:
 
 
 def _fastest_peer(results: Results) -> float:
-    """Over every case that a run on a GPU measured with a peer beside ours, by the newest such run of each peer."""
+    """The lowest time of a peer divided by ours, over every case that a GPU run measured for both."""
     ratios = []
     for peer in results.newest:
         if peer[0] == "cuda" and peer[1] != "mmemb":
             with contextlib.suppress(KeyError):
                 ratios.append(results.ratio(peer, (peer[0], "mmemb", *peer[2:])))
     if not ratios:
-        raise KeyError("no peer was measured beside ours")
+        raise KeyError("no run measured a peer and ours")
     return min(ratios)
 
 
@@ -135,7 +135,7 @@ CLAIMS = (
     ),
     Claim("GPU, one direction, 32768 x 1024 bfloat16: share of the matmul rate, 8U", 0.7, True, _matmul_share),
     Claim("GPU, 32768 x 1024 bfloat16: symmetric / one direction", 1.5, False, _both_to_one),
-    Claim("GPU, every case measured beside peers: fastest peer / ours", 1, True, _fastest_peer),
+    Claim("GPU, every case measured with a peer: fastest peer / ours", 1, True, _fastest_peer),
     Claim(
         "GPU, one direction, 262144 x 2048 bfloat16 on one card: TFLOP/s", None, True, _column("tflops", *LARGE, False)
     ),
@@ -163,7 +163,7 @@ def read(path: Path, *, device: str = "") -> Results:
         if row["seconds"] is None:
             continue
         key = (row["backend"], row["rival"], row["n"], row["width"], row["dtype"], row["symmetric"])
-        # Rows from before runs had a name are told apart by commit.
+        # Older rows have no run name; their commit identifies the run.
         run = (row.get("run") or row["commit"], row["device"], row["threads"])
         newest[key] = row
         runs[run] = {**runs.pop(run, {}), key: row}
@@ -171,13 +171,16 @@ def read(path: Path, *, device: str = "") -> Results:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the claims; 1 if a measured one does not hold."""
+    """Prints the claims; returns 1 if a measured one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
     )
     parser.add_argument(
-        "--device", default="", metavar="TEXT", help="only rows of the device of this name, or with it in the name"
+        "--device",
+        default="",
+        metavar="TEXT",
+        help="only rows of the device with this name or with this text in its name",
     )
     options = parser.parse_args(argv)
     try:

@@ -1,11 +1,11 @@
-"""The main job under several seeds: what recipes/r1.yaml reaches on the test split, mean and spread.
+"""Runs the main job with several seeds: the results of recipes/r1.yaml on the test split, mean and spread.
 
     python -m benchmarks.r1_seeds --seeds 1 2 3
-    python -m benchmarks.r1_seeds --seeds 1 2 3 --at-once 3      one thread a run: three cost less time than one by one
+    python -m benchmarks.r1_seeds --seeds 1 2 3 --at-once 3      one thread per run, three runs in parallel
 
 Writes `benchmarks/results/r1_seeds.json`, the list of the runs' `summary.json`, and prints hit@1 by task as a ratio to
-chance. A seed whose run is finished is not run again; one that was interrupted resumes. A run's folder is named by its
-seed and a digest of what it was made from, so that none is taken for one of other settings, weights or pool.
+chance. A finished run is not repeated, and an interrupted run resumes. A run's folder is named by its seed and a digest
+of its inputs, so that runs of different settings, weights or pools are never confused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from mmemb.common.digests import digest
+from mmemb.common.vocabulary import ordered
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "r1.yaml"
@@ -34,11 +35,11 @@ SHIPPED = (
     _TINY / "tokenizer.json",
     ROOT / "src" / "mmemb" / "data" / "bundled" / "pool.parquet",
 )
-"""Files beside the recipe that a run begins from."""
+"""Files from which a run begins, next to the recipe."""
 
 
 def made_from(extra: Sequence[str]) -> str:
-    """A digest of the recipe, the shipped files and further words of the command, of a file its content."""
+    """A digest of the recipe, the shipped files and the other words of the command; of a file, its content counts."""
     content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
     content += [_content(word) for word in extra]
     return digest([hashlib.sha256(each).hexdigest() for each in content])
@@ -47,12 +48,12 @@ def made_from(extra: Sequence[str]) -> str:
 def _content(word: str) -> bytes:
     try:
         return Path(word).read_bytes() if Path(word).is_file() else word.encode()
-    except OSError:  # longer than the name of a file may be
+    except OSError:  # the word is longer than a file name can be
         return word.encode()
 
 
 def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[str, Any]:
-    """One run, or what it left if it is finished; returns its summary, with ``runs_at_once`` among the settings.
+    """Trains one run unless it is finished; returns its summary, with ``runs_at_once`` among the settings.
 
     Raises:
         subprocess.CalledProcessError: the run failed.
@@ -75,30 +76,33 @@ def run(seed: int, *, folder: Path, at_once: int, extra: Sequence[str]) -> dict[
 
 
 def lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """hit@1 by task and mode over the runs, and how many times chance that is."""
+    """hit@1 by task and row over the runs, and its ratio to chance."""
     found = []
-    for mode, scores in summaries[0]["modes"].items():
-        for task in scores["by_task"]:
-            rows = [summary["modes"][mode]["by_task"][task] for summary in summaries]
+    for name in ordered(summaries[0]["modes"]):
+        for task in summaries[0]["modes"][name]["by_task"]:
+            rows = [summary["modes"][name]["by_task"][task] for summary in summaries]
             mean = statistics.mean(row["hit@1"] for row in rows)
-            found.append(f"{mode:16} {task:12} hit@1 {mean:.3f}   {mean * rows[0]['candidates']:6.1f} x chance")
+            found.append(f"{name:28} {task:12} hit@1 {mean:.3f}   {mean * rows[0]['candidates']:6.1f} x chance")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; words it does not know go to `mmemb fit`."""
+    """Entry point. Unknown words of the command go to `mmemb fit`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side; their seconds then mean little")
-    parser.add_argument("--folder", type=Path, default=Path("runs/r1_seeds"), help="where the runs go")
+    parser.add_argument("--at-once", type=int, default=1, help="parallel runs; their times are then not comparable")
+    parser.add_argument("--folder", type=Path, default=Path("runs/r1_seeds"), help="folder of the runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options, extra = parser.parse_known_args(argv)
     one = functools.partial(run, folder=options.folder, at_once=options.at_once, extra=extra)
     try:
         with ThreadPoolExecutor(options.at_once) as pool:
             summaries = list(pool.map(one, options.seeds))
-    except subprocess.CalledProcessError as error:  # it has said why itself
-        print(f"r1_seeds: a run ended with exit code {error.returncode}; the same command goes on", file=sys.stderr)
+    except subprocess.CalledProcessError as error:  # the run itself has printed the reason
+        print(
+            f"r1_seeds: a run ended with exit code {error.returncode}; run the same command again to continue",
+            file=sys.stderr,
+        )
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     aside = options.output / "r1_seeds.json.part"

@@ -37,6 +37,7 @@ import yaml
 from benchmarks import r1_seeds
 from benchmarks.harness import environment, parser, table
 from mmemb.common.digests import digest
+from mmemb.common.vocabulary import ALWAYS_REASON, NEVER
 from mmemb.data.pairs import read_pairs
 from mmemb.data.sources import Source
 from mmemb.interfaces import Selector
@@ -273,15 +274,15 @@ def _takes_margin(selector: Selector) -> bool:
 
 
 def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean over seeds (and the spread, where there are several) of hit@1 by selector, path and task, with seconds."""
+    """Mean over seeds, and the spread of several, of hit@1 by selector, row and task, with seconds."""
     rows = []
     for selector in dict.fromkeys(run["selector"] for run in runs):
         mine = [run for run in runs if run["selector"] == selector]
-        for mode, path in (("never", "direct"), ("always_reason", "reasoned")):
-            if mode not in mine[0]["modes"]:
+        for name in (NEVER, ALWAYS_REASON):
+            if name not in mine[0]["modes"]:
                 continue
-            row: dict[str, Any] = {"selector": selector, "path": path}
-            by_task = [run["modes"][mode]["by_task"] for run in mine]
+            row: dict[str, Any] = {"selector": selector, "row": name}
+            by_task = [run["modes"][name]["by_task"] for run in mine]
             for task in tasks:
                 row[task] = _mean_and_spread(scores[task]["hit@1"] for scores in by_task)
             some = [task for task in tasks if task in NEEDS_REASONING]
@@ -289,7 +290,7 @@ def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str,
                 row["reasoning"] = _mean_and_spread(
                     statistics.mean(scores[task]["hit@1"] for task in some) for scores in by_task
                 )
-            row["all"] = _mean_and_spread(run["modes"][mode]["hit@1"] for run in mine)
+            row["all"] = _mean_and_spread(run["modes"][name]["hit@1"] for run in mine)
             row["seconds"] = f"{statistics.mean(run['seconds'] for run in mine):.0f}"
             rows.append(row)
     return rows

@@ -1,6 +1,7 @@
-"""The results of the main job as Markdown, from `benchmarks/results/r1_seeds.json`; `tools.update_docs` asks for it.
+"""The results of the main job as Markdown, from `benchmarks/results/r1_seeds.json`, for `tools.update_docs`.
 
-The file is a JSON list with the `summary.json` of each run, one run a seed.
+The file is a JSON list with the `summary.json` of each run, one run per seed. `mmemb.common.vocabulary` names the rows
+and scores of a summary. A table here has one column per row of a summary, since a README has space for tasks downwards.
 """
 
 from __future__ import annotations
@@ -13,114 +14,107 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars
+from mmemb.common.vocabulary import (
+    ALWAYS_REASON,
+    CHANCE,
+    NEVER,
+    ROWS,
+    before_phase,
+    markdown_legend,
+    markdown_table,
+    shown,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {
-    "pretrained": "before training",
-    "never": "direct",
-    "always_reason": "reasoned",
-    "threshold": "threshold",
-    "rl": "rl",
-    "random": "random",
-    "oracle": "oracle",
-    "true_rationale": "true rationale",
-}
-"""Modes of `summary.json` in the order of the columns, with their headings; a mode that no run has gives no column."""
-
-_MEANS = {
-    "hit@1": "mean",
-    "above_random": "above a coin",
-    "think_rate": "think rate",
-    "tokens_per_query": "tokens a query",
-}
+_SHOWN = [row for row in ROWS if row != CHANCE]
+"""Rows of `summary.json` that become columns, in order; a row that no run has gives no column."""
+_MEANS = ("hit@1", "gain_over_random_routing", "invocation_rate", "tokens_per_query")
 Summary = dict[str, Any]
 
 
-def cell(values: Sequence[float]) -> str:
+def cell(score: str, values: Sequence[float]) -> str:
     """Mean over the seeds, with the sample standard deviation where there is more than one; empty for nan."""
     if isnan(statistics.mean(values)):
         return ""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+    mean = shown(score, statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {shown(score, statistics.stdev(values))}"
 
 
 def columns(summaries: Sequence[Summary]) -> list[str]:
-    """The modes that every run has.
+    """The rows that every run has.
 
     Raises:
-        ValueError: a mode is in some runs only; its column would compare unlike things.
+        ValueError: only some runs have a row, so that its column would be the mean of other runs than the rest.
     """
     found = []
-    for mode in MODES:
-        having = [mode in summary["modes"] for summary in summaries]
+    for row in _SHOWN:
+        having = [row in summary["modes"] for summary in summaries]
         if any(having) and not all(having):
-            raise ValueError(
-                f"the mode {mode!r} is in {sum(having)} of {len(having)} runs; keep runs of one recipe only"
-            )
+            raise ValueError(f"the row {row!r} is in {sum(having)} of {len(having)} runs; keep runs of one recipe only")
         if all(having):
-            found.append(mode)
+            found.append(row)
     return found
 
 
+def legend(summaries: Sequence[Summary]) -> str:
+    """The meaning of every row and score that `section` shows, as a Markdown table."""
+    earlier = [before_phase(row, "control") for row in (NEVER, ALWAYS_REASON)]
+    earlier = [row for row in earlier if all(row in summary["modes"] for summary in summaries)]
+    return "\n".join(markdown_legend([CHANCE, *columns(summaries), *earlier], [*_MEANS, "candidates"]))
+
+
 def table(summaries: Sequence[Summary]) -> str:
-    """A Markdown table: hit@1 a task and mode, then think rate and tokens a query.
+    """A Markdown table of hit@1 by task, and of the means of the scores over tasks.
 
     Args:
-        summaries: the content of one `summary.json` a seed, at least one, all with the same tasks.
+        summaries: the content of one `summary.json` per seed, at least one, all with the same tasks.
     """
-    modes = columns(summaries)
-    first = summaries[0]["modes"][modes[0]]["by_task"]
-    lines = [
-        "| task | candidates | chance | " + " | ".join(MODES[mode] for mode in modes) + " |",
-        "| --- " * (3 + len(modes)) + "|",
-    ]
+    names = columns(summaries)
+    first = summaries[0]["modes"][names[0]]["by_task"]
+    lines = []
     for task, scores in first.items():
-        cells = [cell([summary["modes"][mode]["by_task"][task]["hit@1"] for summary in summaries]) for mode in modes]
-        lines.append(f"| {task} | {scores['candidates']} | {scores['chance']:.3f} | " + " | ".join(cells) + " |")
-    for key, title in _MEANS.items():
-        cells = [cell([summary["modes"][mode].get(key, nan) for summary in summaries]) for mode in modes]
-        lines.append(f"| **{title}** | | | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        hits = [[summary["modes"][row]["by_task"][task]["hit@1"] for summary in summaries] for row in names]
+        sizes = [shown("candidates", scores["candidates"]), shown("hit@1", scores["chance"])]
+        lines.append([f"hit@1, {task}", *sizes, *(cell("hit@1", values) for values in hits)])
+    for score in _MEANS:
+        means = [[summary["modes"][row].get(score, nan) for summary in summaries] for row in names]
+        lines.append([f"**{score}, mean**", "", "", *(cell(score, values) for values in means)])
+    return "\n".join(markdown_table(["score, task", "candidates", CHANCE, *names], lines))
 
 
-def thinking(summaries: Sequence[Summary]) -> str:
-    """A Markdown table, a column a task: the think rate of the learned decision, and what thinking adds to hit@1.
+def reasoning(summaries: Sequence[Summary]) -> str:
+    """A Markdown table with a column per task: how often ``rl`` reasons, and how much reasoning raises hit@1.
 
     Returns:
-        nothing, if the runs have no ``rl``.
+        An empty text if the runs have no row ``rl``.
     """
     if "rl" not in columns(summaries):
         return ""
     tasks = summaries[0]["modes"]["rl"]["by_task"]
 
-    def values(mode: str, key: str, task: str) -> list[float]:
-        return [summary["modes"][mode]["by_task"][task][key] for summary in summaries]
+    def values(row: str, score: str, task: str) -> list[float]:
+        return [summary["modes"][row]["by_task"][task][score] for summary in summaries]
 
-    rates = [cell(values("rl", "think_rate", task)) for task in tasks]
-    paths = [zip(values("always_reason", "hit@1", task), values("never", "hit@1", task), strict=True) for task in tasks]
-    gains = [cell([reasoned - direct for reasoned, direct in path]) for path in paths]
-    return "\n".join(
-        (
-            "| | " + " | ".join(tasks) + " |",
-            "| --- " * (1 + len(tasks)) + "|",
-            "| think rate of `rl` | " + " | ".join(rates) + " |",
-            "| hit@1, reasoned - direct | " + " | ".join(gains) + " |",
-        )
-    )
+    rates = [cell("invocation_rate", values("rl", "invocation_rate", task)) for task in tasks]
+    paths = [zip(values(ALWAYS_REASON, "hit@1", task), values(NEVER, "hit@1", task), strict=True) for task in tasks]
+    gains = [cell("hit@1", [reasoned - direct for reasoned, direct in path]) for path in paths]
+    rows = [["invocation_rate, `rl`", *rates], [f"hit@1, `{ALWAYS_REASON}` minus `{NEVER}`", *gains]]
+    return "\n".join(markdown_table(["score, row", *tasks], rows))
 
 
 def _alone(path: Path) -> str:
-    """What the recipe as it is took, with nothing beside it, and what it reached."""
+    """Duration and results of one run of the recipe with nothing else on the machine."""
     summary: Summary = json.loads(path.read_text(encoding="utf-8"))
-    direct, reasoned = (summary["modes"][mode]["hit@1"] for mode in ("never", "always_reason"))
+    never, always = (shown("hit@1", summary["modes"][row]["hit@1"]) for row in (NEVER, ALWAYS_REASON))
     return (
-        f" `make run`, whose order of the training data is another, took {summary['seconds'] / 60:.0f} minutes by "
-        f"itself (installation apart) and reached {direct:.3f} direct, {reasoned:.3f} reasoned (`{path.name}`)."
+        f" `make run`, which orders the training data differently, took {summary['seconds'] / 60:.0f} minutes alone on "
+        f"the machine, without the installation. Its mean hit@1 is {never} (`{NEVER}`) and {always} "
+        f"(`{ALWAYS_REASON}`), from `{path.name}`."
     )
 
 
 def section(results: Path) -> str:
-    """All of it, or that no results are kept yet.
+    """Everything about the main job, or that no results are kept yet.
 
     Args:
         results: the file.
@@ -132,13 +126,18 @@ def section(results: Path) -> str:
     seeds = ", ".join(str(summary["settings"]["seed"]) for summary in summaries)
     of_seeds = f"seeds {seeds}: mean ± sample standard deviation" if len(summaries) > 1 else f"seed {seeds}"
     minutes = sorted({f"{summary['seconds'] / 60:.0f}" for summary in summaries}, key=int)
+    span = " to ".join(dict.fromkeys((minutes[0], minutes[-1])))
     at_once = max(summary["settings"].get("runs_at_once", 1) for summary in summaries)
+    parallel = f", with {at_once} runs in parallel" if at_once > 1 else ""
     alone = results.with_name("r1_alone.json")
-    of_one = _alone(alone) if alone.exists() else ""
-    beside = f", {at_once} of them side by side" if at_once > 1 else ""
-    return (
-        f"hit@1 on the test split; {of_seeds}; {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes a run"
-        f"{beside}.{of_one} This table is generated from `{name}` by `tools/update_docs.py`."
-        f"\n\n{table(summaries)}\n\n{thinking(summaries)}".rstrip()
-        + f"\n\nWhat is asked of the main job (`python -m benchmarks.bars`):\n\n{bars.markdown(bars.judged(summaries))}"
-    )
+    parts = [
+        legend(summaries),
+        f"Test split; {of_seeds}. Shares are fractions between 0 and 1, and means count every task once. A run took "
+        f"{span} minutes{parallel}.{_alone(alone) if alone.exists() else ''} `tools/update_docs.py` generates this "
+        f"section from `{name}`.",
+        table(summaries),
+        reasoning(summaries),
+        "The targets of the main job, and whether they hold (`python -m benchmarks.bars`):",
+        bars.markdown(bars.judged(summaries)),
+    ]
+    return "\n\n".join(part for part in parts if part)

@@ -1,6 +1,6 @@
-"""Kept results of the benchmarks as Markdown tables; `tools.update_docs` asks for them.
+"""Kept results of the benchmarks as Markdown tables, for `tools.update_docs`.
 
-A case measured more than once is shown by its newest row, as in `benchmarks.claims`.
+If a case was measured more than once, its newest row is shown, as in `benchmarks.claims`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ RIVALS = {
 def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
     """Time over the floor and, in brackets, extra MB, by rival and case, on devices with a text in their name.
 
-    The cases are those of a dtype in which a peer was measured, one direction first.
+    The cases are those in which a peer was measured with the dtype, one direction first.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such case.
     """
     newest = asked.read(path, device=device).newest
     found = {key: row for key, row in newest.items() if (key[0], key[4]) == ("cpu", dtype)}
@@ -59,7 +59,7 @@ def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
 
 
 def infonce_sizes(path: Path, *, device: str) -> str:
-    """Our time over the floor and, in brackets, extra MB, by N, D and direction, float32, on such devices."""
+    """Our time over the floor and, in brackets, extra MB, by N, D and direction, in float32, on such devices."""
     found = [
         row
         for (_, rival, _, _, dtype, _), row in asked.read(path, device=device).newest.items()
@@ -76,7 +76,7 @@ def infonce_sizes(path: Path, *, device: str) -> str:
 
 
 def claims(path: Path, *, backend: str, device: str = "") -> str:
-    """What is asked of the loss on a ``CPU`` or a ``GPU``, and what rows of devices with a text in their name say."""
+    """The targets of the loss on a ``CPU`` or a ``GPU``, and the results of devices with a text in their name."""
     results = asked.read(path, device=device)
     judged = [claim.judge(results) for claim in asked.CLAIMS if claim.text.startswith(backend)]
     lines = [[row["claim"], row["asked"], _number(row["measured"]), row["holds"] or ""] for row in judged]
@@ -88,7 +88,7 @@ def _number(value: float | str) -> str:
 
 
 def gradcache(path: Path, *, device: str) -> str:
-    """Time over the floor and, in brackets, the most resident MB, by batch and way, on such devices."""
+    """Time over the floor and, in brackets, the maximum resident MB, by batch and method, on such devices."""
     rows = (row for row in harness.read(path) if device in row["device"])
     found = {(row["batch"], row["rival"]): row for row in rows}
     ways = list(dict.fromkeys(rival for _, rival in found))
@@ -97,7 +97,7 @@ def gradcache(path: Path, *, device: str) -> str:
         if row is None:
             return ""
         if str(row["note"]).startswith("not tried"):
-            return "not tried"  # for the reason above it
+            return "not tried"  # the reason is in the cell above
         return row["note"] or f"{row['ratio_to_floor']:.2f} ({row['peak_mb']:.0f} MB)"
 
     batches = sorted({batch for batch, _ in found})
@@ -105,12 +105,10 @@ def gradcache(path: Path, *, device: str) -> str:
 
 
 def generate(path: Path) -> str:
-    """Samples a second of the newest run, and how many times those of one at a time."""
+    """Samples per second of the newest run, and their ratio to generating one at a time."""
     pool, one = (newest(path, lambda row: row["rival"])[rival] for rival in ("pool", "one_at_a_time"))
     cells = [f"{row['samples_per_wall_second']:.0f}" for row in (pool, one)]
-    return markdown(
-        ["samples a second", "one at a time", "times as many"], [[*cells, f"{one['wall_ratio_to_pool']:.1f}"]]
-    )
+    return markdown(["samples per second", "one at a time", "ratio"], [[*cells, f"{one['wall_ratio_to_pool']:.1f}"]])
 
 
 def precision(path: Path) -> str:
@@ -141,7 +139,7 @@ def phases(path: Path) -> str:
 
 
 def inference(path: Path) -> str:
-    """Time over ours of each rival, and ours over the floor, by who thinks."""
+    """The time of each rival over ours, and ours over the floor, by the share of queries that reason."""
     found = newest(path, lambda row: (row["reason"], row["rival"]))
     rivals = {
         "row_read": "row by row, states read",
@@ -150,14 +148,14 @@ def inference(path: Path) -> str:
         "batch_sorted": "the same, sorted by length",
     }
     lines = []
-    for reason, who in (("always", "all"), ("half", "half")):
+    for reason, share in (("always", "all"), ("half", "half")):
         times = [f"{found[reason, rival]['ratio_to_mmemb']:.1f}" for rival in rivals]
-        lines.append([who, *times, f"{found[reason, 'mmemb']['ratio_to_floor']:.2f}"])
-    return markdown(["who thinks", *rivals.values(), "ours / floor"], lines)
+        lines.append([share, *times, f"{found[reason, 'mmemb']['ratio_to_floor']:.2f}"])
+    return markdown(["queries that reason", *rivals.values(), "ours / floor"], lines)
 
 
 def score(path: Path) -> str:
-    """Rows a second with the prompt encoded once over those with it encoded once an arm, by evaluator and task."""
+    """Rows per second with the prompt encoded once, over those with one encoding per arm, by evaluator and task."""
     found = newest(path, lambda row: (row["evaluator"], row["task"]))
     tasks = list(dict.fromkeys(task for _, task in found))
     evaluators = list(dict.fromkeys(evaluator for evaluator, _ in found))
@@ -167,7 +165,7 @@ def score(path: Path) -> str:
         arms = sorted({round(row["arms a pair"]) for row in rows})
         cells = [f"{row['wall ratio']:.1f}" for row in rows]
         lines.append([f"`{name}`", str(rows[0]["pairs"]), f"{arms[0]} to {arms[-1]}", *cells])
-    return markdown(["evaluator", "pairs", "arms a pair", *(f"`{task}`" for task in tasks)], lines)
+    return markdown(["evaluator", "pairs", "arms per pair", *(f"`{task}`" for task in tasks)], lines)
 
 
 _KEPT = {
@@ -182,7 +180,7 @@ _KEPT = {
 
 
 def selection(path: Path) -> str:
-    """What `counterfactual` keeps and rejects by the scores of each evaluator, over all tasks, then by task."""
+    """Shares that `counterfactual` keeps and rejects by the scores of each evaluator, over all tasks and by task."""
     results = json.loads(path.read_text(encoding="utf-8"))
     margins, tasks = results["settings"]["margins"], results["settings"]["tasks"]
     rows = {
@@ -193,22 +191,22 @@ def selection(path: Path) -> str:
     lines = []
     for name in sorted(margins, key=lambda name: rows[name, "all"]["rejects_corrupted"]):
         for task in ("all", *tasks):
-            cells = [f"{100 * rows[name, task][key]:.1f} %" for key in _KEPT]
+            cells = [f"{rows[name, task][key]:.3f}" for key in _KEPT]
             first = f"`{name}`, {margins[name]:g}" if task == "all" else ""
             lines.append([first, "all" if task == "all" else f"`{task}`", *cells])
     return markdown(["evaluator, margin", "task", *_KEPT.values()], lines)
 
 
 def selectors(path: Path) -> str:
-    """Hit@1 on the test split after training with each selector, by path and task."""
+    """hit@1 on the test split after training with each selector, by row and task."""
     results = json.loads(path.read_text(encoding="utf-8"))
     tasks = results["settings"]["tasks"]
     lines = [
         [
             row["selector"] if row["selector"] == "none" else f"`{row['selector']}`",
-            row["path"],
+            f"`{row['row']}`",
             *(row[task].replace("±", " ± ") for task in (*tasks, "all")),
         ]
         for row in results["hit@1"]
     ]
-    return markdown(["selector", "path", *(f"`{task}`" for task in tasks), "mean"], lines)
+    return markdown(["selector", "row", *(f"`{task}`" for task in tasks), "mean"], lines)

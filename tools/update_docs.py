@@ -1,10 +1,10 @@
 """Writes the tables of README.md and docs/ that show results, each between two markers, from `benchmarks/results/`.
 
     python -m tools.update_docs            rewrite them
-    python -m tools.update_docs --check    only say which pages are out of date (exit code 1 if one is)
+    python -m tools.update_docs --check    only report which pages are out of date (exit code 1 if one is)
 
-A page holds a table where it says `<!-- table: NAME -->` and, further on, `<!-- end of table -->`; the names are those
-of `TABLES`.
+The place of a table in a page is between `<!-- table: NAME -->` and `<!-- end of table -->`. The names are those of
+`TABLES`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mmemb.common.vocabulary import ROWS, SCORES, markdown_legend
 from tools import r1_headline, r1_tables, result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 XEON = "Intel(R) Xeon(R) Processor"
-"""The whole name of one machine: another's goes on with its clock."""
+"""The whole name of one machine; the name of another one continues with its clock rate."""
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
+    "rows": lambda _: "\n".join(markdown_legend(ROWS, [])),
+    "scores": lambda _: "\n".join(markdown_legend([], SCORES)),
     "r1": lambda results: r1_tables.section(results / "r1_seeds.json"),
     "r1-headline": lambda results: r1_headline.lines(results / "r1_seeds.json"),
     "infonce-xeon": lambda results: result_tables.infonce(results / "infonce.jsonl", device=XEON),
@@ -42,7 +45,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "selection": lambda results: result_tables.selection(results / "selectors.json"),
     "selectors": lambda results: result_tables.selectors(results / "selectors.json"),
 }
-"""What makes each table of the folder of results."""
+"""Table -> the function that makes it from the folder of results."""
 
 _MARKED = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<content>.*?)<!-- end of table -->", re.DOTALL)
 
@@ -53,26 +56,26 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def names(text: str) -> list[str]:
-    """The tables of a page.
+    """The names of the tables of a page.
 
     Raises:
-        ValueError: a marker has no partner.
+        ValueError: a marker has no counterpart.
     """
     found = [match["name"] for match in _MARKED.finditer(text)]
     if not len(found) == text.count("<!-- table: ") == text.count("<!-- end of table -->"):
-        raise ValueError("every `<!-- table: NAME -->` needs an `<!-- end of table -->` after it, and each its own")
+        raise ValueError("every `<!-- table: NAME -->` needs an `<!-- end of table -->` of its own after it")
     return found
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """A page with its tables as the results have them.
+    """The page with all its tables made from the results.
 
     Raises:
-        ValueError: as `names`, or a table is none of `TABLES`.
+        ValueError: as in `names`, or a table is not in `TABLES`.
     """
     unknown = sorted(set(names(text)) - TABLES.keys())
     if unknown:
-        raise ValueError(f"there is no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+        raise ValueError(f"unknown table {', '.join(unknown)}; known tables: {', '.join(TABLES)}")
     return _MARKED.sub(
         lambda match: f"<!-- table: {match['name']} -->\n{TABLES[match['name']](results)}\n<!-- end of table -->", text
     )

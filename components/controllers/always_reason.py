@@ -1,4 +1,4 @@
-"""The other end of the dial: everybody thinks."""
+"""The controller with which every query reasons."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class AlwaysReason(Controller, name="always_reason"):
     """Reasons about every query before embedding it.
 
     Args:
-        budget: most rationale tokens of a row; null: as many as the encoder allows.
+        budget: maximum number of rationale tokens per query; null for the encoder's own budget.
     """
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """B times yes."""
+        """Every query reasons."""
         rows = len(state.direct)
         device = state.direct.device
         return Decision(

@@ -1,4 +1,4 @@
-"""The direct baseline."""
+"""The controller with which no query reasons."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mmemb.types import Decision, PrefillState
 
 
 class Never(Controller, name="never"):
-    """Embeds every query at once, without reasoning: the direct baseline."""
+    """Embeds every query directly, without reasoning."""
 
     def decide(self, state: PrefillState) -> Decision:
-        """B times no."""
+        """No query reasons."""
         rows = len(state.direct)
         device = state.direct.device
         return Decision(

@@ -1,4 +1,4 @@
-"""The upper bound: think exactly where it pays."""
+"""The upper bound of every controller: it reasons exactly where reasoning pays."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mmemb.types import Decision, PrefillState
 
 
 class Oracle(Controller, name="oracle"):
-    """Reasons exactly where what it brings is known to exceed the price: an upper bound, for evaluation only.
+    """Reasons exactly where its known gain exceeds a price: an upper bound, for evaluation only.
 
-    Source: reasoning should be invoked only where delta = s_r - s_d > 0 (MMEmb-R1, arXiv 2604.06156), net of its cost.
+    Source: MMEmb-R1 (arXiv 2604.06156) invokes reasoning only where delta = s_r - s_d, minus its cost, is above 0.
 
     Args:
-        gain: what counts: ``hit`` is what thinking adds to hit@1, ``utility`` to the positive's log-probability.
-        price: least gain worth thinking for, in its units.
-        budget: most rationale tokens of a row; null: as many as the encoder allows.
+        gain: ``hit`` for the gain of hit@1, ``utility`` for the gain of the positive's log-probability.
+        price: gain above which a query reasons, in the unit of ``gain``.
+        budget: maximum number of rationale tokens per query; null for the encoder's own budget.
     """
 
     needs_utility = True
@@ -28,15 +28,15 @@ class Oracle(Controller, name="oracle"):
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """Compares gain and price.
+        """Compares the gain with the price.
 
         Raises:
-            ValueError: the gain is unknown, as it always is outside evaluation.
+            ValueError: the gain is unknown, which is always so outside evaluation.
         """
         gain = state.hit_gain if self.gain == "hit" else state.utility
         if gain is None:
             raise ValueError(
-                "controller oracle: the utility is unknown here; it works in evaluation only, choose another"
+                "controller oracle: the gain from reasoning is known in evaluation only; use another controller here"
             )
         think = gain > self.price
         return binary(think, think.float(), budget=self.limit)

@@ -1,4 +1,4 @@
-"""The baseline a controller must beat: a coin with the same think rate."""
+"""The controller that decides at random: the baseline for every other controller."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
 _SIGNS = 256
-"""Coordinates that identify a row: enough that two queries rarely agree in all signs."""
+"""Coordinates that identify a query: enough that two queries rarely have the same signs."""
 
 
 class Random(Controller, name="random"):
-    """Reasons about a query with a fixed probability: the line a controller must beat.
+    """Reasons about a query with a fixed probability: the baseline of every other controller.
 
-    The coin is a hash of the seed and the signs of the row's direct embedding, so that a row's decision depends neither
-    on its neighbours nor on its place (and hardly on rounding). Rows with the same embedding share their coin.
+    The random number is a hash of the seed and of the signs of the direct embedding. So the decision does not depend on
+    the other queries of the batch or on the order, and rarely on rounding. Queries with equal embeddings get the same
+    decision.
 
     Args:
-        rate: probability of thinking, in [0, 1].
-        seed: of the coins.
-        budget: most rationale tokens of a row; null: as many as the encoder allows.
+        rate: probability of reasoning, in [0, 1].
+        seed: seed of the random numbers.
+        budget: maximum number of rationale tokens per query; null for the encoder's own budget.
     """
 
     def __init__(self, rate: float = 0.5, seed: int = 0, budget: int | None = None) -> None:
@@ -34,12 +35,13 @@ class Random(Controller, name="random"):
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """Tosses one coin a row."""
+        """Compares one random number per query with the rate."""
         signs = (state.direct[:, :_SIGNS] > 0).to(torch.uint8).cpu().numpy()
-        coins = torch.tensor([self._coin(row.tobytes()) for row in signs], dtype=torch.float64)
-        think = (coins < self.rate).to(state.direct.device)
+        drawn = torch.tensor([self._number(row.tobytes()) for row in signs], dtype=torch.float64)
+        think = (drawn < self.rate).to(state.direct.device)
         return binary(think, torch.full_like(state.direct[:, 0], self.rate), budget=self.limit)
 
-    def _coin(self, row: bytes) -> float:
+    def _number(self, row: bytes) -> float:
+        """A number in [0, 1) from the signs of a query's embedding."""
         digest = hashlib.blake2b(row, digest_size=8, key=str(self.seed).encode()).digest()
         return int.from_bytes(digest, "little") / 2**64

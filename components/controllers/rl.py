@@ -12,26 +12,27 @@ from mmemb.types import Decision, PrefillState
 class Rl(Controller, name="rl"):
     """Follows the model's own decision token, trained jointly and by reinforcement learning.
 
-    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO. The margin m = (l_think - l_emb +
-    offset) / spread decides: think where m > 0. The offset is the price dial, one number for all queries: lower thinks
-    less. `calibrate` fits it on validation queries to what thinking adds there to hit@1, less a price a token, within
-    a budget of tokens; an offset that is given stays.
+    MMEmb-R1 (arXiv 2604.06156) lets the model choose and learns the choice by GRPO. A query reasons where the margin
+    m = (l_think - l_emb + offset) / spread is above 0. The offset is one number for all queries: with a lower offset,
+    fewer queries reason. `calibrate` fits it on validation queries: it maximises hit@1 minus a price per token, within
+    a limit of tokens. A given offset is not fitted.
 
-    With ``short_budget`` there are three levels: none, short (0 < m <= ``full_margin``) and full (m above).
+    With ``short_budget`` there are three levels: no rationale (m <= 0), a short one (0 < m <= ``full_margin``) and a
+    full one (m > ``full_margin``).
 
     Args:
-        offset: added to the logit of ``<think>``, in nats; null fits it (0 until then).
-        price: what a rationale token costs, in hit@1; used by the fit.
-        token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
-            limit.
-        budget: most rationale tokens of a row that thinks; null: as many as the encoder allows.
-        short_budget: most rationale tokens of a row that thinks a little; null leaves this level out.
-        full_margin: m above which a row has the full budget; used with ``short_budget``.
-        spread: unit of the margin, in nats: that of the policy which the control phase learned. It moves no decision
-            between thinking and not, only its probability and ``full_margin``.
+        offset: number added to the logit of ``<think>``, in nats; null fits it (0 until then).
+        price: cost of a rationale token, in hit@1; used by the fit.
+        token_share: maximum number of tokens for the fit, as a share of the tokens when every query reasons; null for
+            no limit.
+        budget: maximum number of rationale tokens of a full rationale; null for the encoder's own budget.
+        short_budget: maximum number of rationale tokens of a short rationale; null leaves this level out.
+        full_margin: m above which a query has the full budget; used with ``short_budget``.
+        spread: unit of the margin, in nats, from the policy that the control phase learned. It does not change which
+            queries reason. It changes their probability and the meaning of ``full_margin``.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is outside its range.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class Rl(Controller, name="rl"):
         check_settings(price, token_share, "rl")
         self.budget = budget
         if short_budget is not None and not (0 < short_budget < self.limit and full_margin > 0):
-            most = "any" if budget is None else budget
+            full = "no limit" if budget is None else budget
             raise ValueError(
-                f"controller rl: short_budget is {short_budget} of {most}, full_margin {full_margin}; "
-                "use 0 < short_budget < budget and a margin above 0"
+                f"controller rl: short_budget is {short_budget}, budget is {full}, full_margin is {full_margin}; "
+                "use 0 < short_budget < budget and full_margin > 0"
             )
         if not spread > 0:
-            raise ValueError(f"controller rl: spread is {spread}; it is above 0")
+            raise ValueError(f"controller rl: spread is {spread}; use a number above 0")
         self.spread = spread
         self.offset = 0.0 if offset is None else offset
         self.fitted = offset is None
@@ -63,7 +64,7 @@ class Rl(Controller, name="rl"):
         self.full_margin = full_margin
 
     def decide(self, state: PrefillState) -> Decision:
-        """Thinks where the margin is above 0."""
+        """A query reasons where its margin is above 0."""
         margin = (state.margin + self.offset) / self.spread
         think = margin > 0
         budget = torch.where(think, self.limit, 0)
@@ -75,12 +76,12 @@ class Rl(Controller, name="rl"):
         """Fits the offset, unless one was given.
 
         Raises:
-            ValueError: no queries, or what thinking adds is unknown.
+            ValueError: there are no queries, or the gain from reasoning is unknown.
         """
         if self.fitted:
             self.offset = -fit_cut(state.margin, state, price=self.price, token_share=self.token_share, who="rl")
 
     @property
     def calibration(self) -> dict[str, float]:
-        """The offset."""
+        """The offset in use."""
         return {"offset": self.offset}

@@ -1,4 +1,4 @@
-"""Think where the direct path is unsure of itself."""
+"""The controller that reasons where the direct embedding has low confidence."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mmemb.types import Decision, PrefillState
 class Threshold(Controller, name="threshold"):
     """Reasons where the direct path's own confidence is below a threshold fitted on validation queries.
 
-    The controllers of MMEmb-R1 (arXiv 2604.06156) include this rule; signal and fit are ours. `calibrate` takes the
-    threshold that is worth most on validation queries: what thinking below it adds to hit@1, less a price a token,
-    within a budget of tokens. Of equally good thresholds it takes the one that thinks least.
+    The controllers of MMEmb-R1 (arXiv 2604.06156) include this rule; the signal and the fit are ours. `calibrate` fits
+    the threshold on validation queries: it maximises hit@1 minus a price per token, within a limit of tokens. Of
+    equally good thresholds it takes the one with the fewest queries that reason.
 
     Args:
-        signal: ``confidence``, the largest softmax probability of the direct embedding over the reference bank, in [0,
-            1]; or ``entropy``, the certainty 1 - H(p) / ln 2 of the decision p = softmax(decision logits), counted
-            negative where the model leans to ``<think>``, in [-1, 1].
-        threshold: rows with a signal below it think; null fits it.
-        price: what a rationale token costs, in hit@1; used by the fit.
-        token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
-            limit.
-        budget: most rationale tokens of a row; null: as many as the encoder allows.
+        signal: ``confidence``, the largest softmax probability of the direct embedding over the reference bank, in
+            [0, 1]; or ``entropy``, the certainty 1 - H(p) / ln 2 of the decision p = softmax(decision logits), with a
+            minus sign where the model prefers ``<think>``, in [-1, 1].
+        threshold: queries with a signal below it reason; null fits it.
+        price: cost of a rationale token, in hit@1; used by the fit.
+        token_share: maximum number of tokens for the fit, as a share of the tokens when every query reasons; null for
+            no limit.
+        budget: maximum number of rationale tokens per query; null for the encoder's own budget.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is outside its range.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Threshold(Controller, name="threshold"):
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """Thinks where the signal is below the threshold; the degree reported falls with the signal.
+        """A query reasons where its signal is below the threshold. The reported degree falls with the signal.
 
         Raises:
-            ValueError: not calibrated, or the signal needs a reference bank and there is none.
+            ValueError: the threshold is not calibrated, or the signal needs a reference bank and there is none.
         """
         if self.threshold is None:
             raise ValueError(
@@ -69,7 +69,7 @@ class Threshold(Controller, name="threshold"):
         """Fits the threshold, unless one was given.
 
         Raises:
-            ValueError: no queries, or what thinking adds is unknown, or no reference bank.
+            ValueError: there are no queries, no reference bank, or the gain from reasoning is unknown.
         """
         if self.fitted:
             signal = self._signal(state)

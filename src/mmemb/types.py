@@ -267,22 +267,23 @@ class EvaluationTask:
 
 @dataclass
 class QueryRecord:
-    """What happened to one query, for the gallery and the curves.
+    """The outcome of one query on both paths, for the gallery and the curves.
 
     Attributes:
-        task: its task.
+        task: name of the query's task.
         pair: the query and its positive.
-        confidence: of the direct path among the task's candidates.
-        margin: how much the model leans to thinking: difference of the decision logits, in nats.
-        direct_rank: expected rank of the positive, direct path.
-        direct_hit: expected hit@1, direct path.
-        direct_top: the first three candidate ids, direct path.
-        reasoned_rank: as above after the model's own rationale; None where nobody asked for one, and so below.
-        reasoned_hit: expected hit@1 after the rationale.
-        reasoned_top: the first three candidate ids after the rationale.
+        confidence: confidence of the direct embedding among the task's candidates.
+        margin: how much the model prefers ``<think>`` to ``<emb>``: difference of the decision logits, in nats.
+        direct_rank: expected rank of the positive on the direct path.
+        direct_hit: expected hit@1 on the direct path.
+        direct_top: the first three candidate ids on the direct path.
+        reasoned_rank: expected rank on the reasoned path, after the model's own rationale. This field and the next
+            three are None if no controller asked for the reasoned path.
+        reasoned_hit: expected hit@1 on the reasoned path.
+        reasoned_top: the first three candidate ids on the reasoned path.
         utility: s_r - s_d.
-        rationale: what the model wrote.
-        tokens: rationale tokens, brackets included; 0 where none was written.
+        rationale: text that the model wrote; empty if it wrote none.
+        tokens: rationale tokens, ``<think>`` and ``</think>`` included; 0 if none was written.
     """
 
     task: str
@@ -302,13 +303,13 @@ class QueryRecord:
 
 @dataclass
 class EvaluationResults:
-    """Scores by mode, and what happened to each query.
+    """The scores of every row, and the outcome of each query. `mmemb.common.vocabulary` names rows and scores.
 
     Attributes:
-        modes: mode -> its scores: means over tasks (each task counts once) and ``by_task``: task -> scores and counts.
-            Plain numbers throughout, so they travel in checkpoints and JSON.
-        records: one a query.
-        tasks: the tasks, by name.
+        modes: row -> its scores: means over tasks, where each task counts once, and ``by_task``: task -> scores and
+            counts. All values are plain numbers, so that checkpoints and JSON can hold them.
+        records: one per query.
+        tasks: the tasks by name.
     """
 
     modes: dict[str, dict[str, Any]] = field(default_factory=dict)

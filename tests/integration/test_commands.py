@@ -65,7 +65,7 @@ def test_test_finds_what_fit_found_at_its_end(on_checkpoint: Cli, trained: Path)
     out, folder = on_checkpoint("test")
     first = trained / "runs" / "r1+small" / "version_0"
     assert modes(folder) == modes(first)
-    assert "pretrained" in modes(folder)  # kept in the checkpoint
+    assert "before_training" in modes(folder)  # kept in the checkpoint
     left, right = (json.loads((path / "summary.json").read_text())["settings"] for path in (folder, first))
     assert left == right
     assert left["step"] == 2

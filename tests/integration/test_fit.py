@@ -17,7 +17,7 @@ STEPS = 25
 TASKS = {"name": 150, "flagattr": 200}
 """Candidates of each task's test split."""
 CONTROLLERS = ("never", "always_reason", "threshold", "rl", "random", "oracle")
-MODES = (*CONTROLLERS, "true_rationale", "pretrained", "chance")
+MODES = (*CONTROLLERS, "true_rationale", "before_training", "chance")
 
 
 def sources(split: str, limit: int) -> list[dict[str, Any]]:
@@ -87,11 +87,11 @@ def test_the_summary_has_the_schema_and_nothing_else(run: Path) -> None:
     assert 0 < summary["seconds"] < 280
     assert set(summary["modes"]) == set(MODES)
     for mode, scores in summary["modes"].items():
-        measured = set() if mode == "chance" else {"queries_per_second", "above_random"}
-        assert set(scores) == {"hit@1", "think_rate", "tokens_per_query", "by_task"} | measured, mode
+        measured = set() if mode == "chance" else {"queries_per_second", "gain_over_random_routing"}
+        assert set(scores) == {"hit@1", "invocation_rate", "tokens_per_query", "by_task"} | measured, mode
         assert set(scores["by_task"]) == set(TASKS)
         for task, by_task in scores["by_task"].items():
-            assert {"hit@1", "n", "candidates", "think_rate", "tokens_per_query"} <= by_task.keys()
+            assert {"hit@1", "n", "candidates", "invocation_rate", "tokens_per_query"} <= by_task.keys()
             assert (by_task["n"], by_task["candidates"]) == (6, TASKS[task])
         mean = sum(by_task["hit@1"] for by_task in scores["by_task"].values()) / len(TASKS)
         assert scores["hit@1"] == pytest.approx(mean)
@@ -99,13 +99,13 @@ def test_the_summary_has_the_schema_and_nothing_else(run: Path) -> None:
 
 def test_modes_cost_what_they_should(run: Path) -> None:
     modes = json.loads((run / "summary.json").read_text(encoding="utf-8"))["modes"]
-    for mode in ("never", "pretrained", "chance"):
-        assert (modes[mode]["think_rate"], modes[mode]["tokens_per_query"]) == (0, 0)
+    for mode in ("never", "before_training", "chance"):
+        assert (modes[mode]["invocation_rate"], modes[mode]["tokens_per_query"]) == (0, 0)
     for mode in ("always_reason", "true_rationale"):
-        assert modes[mode]["think_rate"] == 1
+        assert modes[mode]["invocation_rate"] == 1
         assert modes[mode]["tokens_per_query"] > 2  # the two brackets and at least something between them
     for mode in ("threshold", "rl", "random", "oracle"):
-        assert 0 <= modes[mode]["think_rate"] <= 1
+        assert 0 <= modes[mode]["invocation_rate"] <= 1
     assert modes["oracle"]["hit@1"] >= max(modes[mode]["hit@1"] for mode in CONTROLLERS)
     assert modes["chance"]["hit@1"] == pytest.approx((1 / 150 + 1 / 200) / 2)
     assert modes["never"]["by_task"]["name"].keys() >= {"hit@5", "mrr", "chance", "queries_per_second"}

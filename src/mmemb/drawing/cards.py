@@ -1,13 +1,13 @@
-"""Pictures of items: cards with the item's pictures and text, for the gallery and for search results.
+"""Draws items as cards with their pictures and text, for the gallery and for search results.
 
-Drawn with Pillow alone. Text is wrapped to its card; what does not fit ends in an ellipsis. A picture that cannot be
-read is drawn as an empty frame: a drawing is a report, never a reason to fail.
+Uses Pillow only. Text is wrapped to its card. Text that does not fit ends in an ellipsis. A picture that cannot be read
+becomes an empty frame, because a drawing is a report and must not stop a run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,15 +19,17 @@ INK, GREY, LINE, PAPER, CARD = "#1c2733", "#66727f", "#d9dfe5", "#f4f6f8", "#fff
 RIGHT, WRONG = "#2e7d5b", "#b3402f"
 GAP, MARGIN = 12, 32
 _RADIUS = 8
+_LEGEND_SIZE, LEGEND_LINE = 14, 21
+"""Height of a legend's letters, and of one of its lines, in pixels."""
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The default face at a size in pixels."""
+    """The default typeface at a size in pixels."""
     return ImageFont.load_default(size)
 
 
 def wrap(text: str, *, width: int, size: int, lines: int) -> list[str]:
-    """Breaks a text into at most ``lines`` lines of at most ``width`` pixels; words longer than a line are broken."""
+    """Breaks a text into at most ``lines`` lines of at most ``width`` pixels. Words longer than a line are broken."""
     face = font(size)
     broken = [""]
     for word in text.split():
@@ -60,6 +62,17 @@ def write(
     return y
 
 
+def legend(pen: ImageDraw.ImageDraw, meanings: Mapping[str, str], at: tuple[int, int]) -> int:
+    """Writes one line per name with its meaning, each `LEGEND_LINE` high; returns the y below them."""
+    x, y = at
+    face = font(_LEGEND_SIZE)
+    for name, meaning in meanings.items():
+        pen.text((x, y), name, font=face, fill=INK)
+        pen.text((x + face.getlength(f"{name}   "), y), meaning, font=face, fill=GREY)
+        y += LEGEND_LINE
+    return y
+
+
 def card(
     sheet: Image.Image,
     item: Item,
@@ -69,15 +82,15 @@ def card(
     label: str = "",
     with_instruction: bool = False,
 ) -> None:
-    """Draws an item into a box (left, top, right, bottom): its pictures side by side, its text below or alone.
+    """Draws an item into a box (left, top, right, bottom): its pictures next to each other, and its text below them.
 
     Args:
-        sheet: where to draw.
-        item: what to draw.
-        box: the card's outline in pixels.
+        sheet: the picture to draw on.
+        item: the item to draw.
+        box: the outline of the card in pixels.
         frame: colour of the outline and the label.
-        label: a word or two at the card's foot.
-        with_instruction: draw the instruction above, too.
+        label: one or two words at the bottom of the card.
+        with_instruction: whether to draw the instruction at the top.
     """
     pen = ImageDraw.Draw(sheet)
     left, top, right, bottom = box
@@ -99,11 +112,11 @@ def card(
         return
     size = 14 if sources else 17
     step = round(size * 1.35)
-    most = max(1, (bottom - y - 4) // step)
-    if not sources:  # text alone stands in the middle
-        lines = len(wrap(item.text, width=width, size=size, lines=most))
+    room = max(1, (bottom - y - 4) // step)
+    if not sources:  # text without pictures is centred
+        lines = len(wrap(item.text, width=width, size=size, lines=room))
         y += max(0, (bottom - y - 10 - lines * step) // 2)
-    write(pen, item.text, (x, y), width=width, size=size, lines=most)
+    write(pen, item.text, (x, y), width=width, size=size, lines=room)
 
 
 def save(sheet: Image.Image, path: str | Path) -> Path:
@@ -121,9 +134,9 @@ def draw_results(path: str | Path, query: Item, results: Sequence[tuple[Item, fl
 
     Args:
         path: PNG to write.
-        query: what was searched.
+        query: the item that was searched for.
         results: items with their cosine, best first.
-        columns: results a line.
+        columns: results per line.
 
     Returns:
         The path.

@@ -1,6 +1,6 @@
-"""A picture of what the bundled tasks ask: a section a task, a card a query with its target and true rationale.
+"""Draws examples of the bundled tasks: one section per task, one card per query with its target and true rationale.
 
-Drawn with Pillow alone; text is wrapped to the card, never cut silently: a line that does not fit ends in an ellipsis.
+Uses Pillow only. Text is wrapped to the card. Text that does not fit ends in an ellipsis.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def draw(
 
     Args:
         path: file to write; its folder is made.
-        split: whose queries to show.
+        split: the split whose queries are shown.
         tasks: task names; all eight by default.
-        rows: queries a task.
-        seed: draws the queries.
+        rows: queries per task.
+        seed: seed of the choice of queries.
 
     Returns:
         The path.
@@ -108,7 +108,7 @@ def _item(sheet: PILImage.Image, item: Item, corner: tuple[int, int], width: int
     y += 18
     pictures = [part.source for part in item.parts if isinstance(part, ImagePart) and isinstance(part.source, str)]
     text = item.text
-    # A picture leaves one narrow column for the question beside it; alone, either takes the whole half.
+    # With a question below it a picture is smaller; without one it takes the whole half of the card.
     side = PICTURE if not text else 84
     for source in pictures:
         picture = open_picture(source).resize((side, side), PILImage.Resampling.LANCZOS)
@@ -128,10 +128,10 @@ def _write(
 
 
 def wrap(pen: ImageDraw.ImageDraw, text: str, width: int, size: int, lines: int) -> list[str]:
-    """Breaks a text into at most so many lines of at most ``width`` pixels; a cut text ends in an ellipsis."""
+    """Breaks a text into at most ``lines`` lines of at most ``width`` pixels. A cut text ends in an ellipsis."""
     font = _font(size)
     wrapped: list[str] = []
-    # Punctuation stands apart in the data; no line may begin with it.
+    # The data has a space before punctuation; no line may begin with a punctuation mark.
     for word in re.split(r" (?![?:;,])", text):
         longer = f"{wrapped[-1]} {word}" if wrapped else word
         if wrapped and pen.textlength(longer, font=font) <= width:

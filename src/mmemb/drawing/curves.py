@@ -1,14 +1,15 @@
-"""Quality against tokens: what thinking about ever more queries buys.
+"""Quality against tokens: the hit@1 that more and more reasoning buys.
 
-A controller is a point; a dial is a curve. The curves are drawn from the records of one evaluation, without running the
-model: queries are sorted by a signal, and the first share of them takes the reasoned path.
+A controller is a point. As its cut moves, it becomes a curve. The curves are computed from the records of one
+evaluation, without running the model: queries are sorted by a signal, and the first share of them takes the reasoned
+path.
 
-- ``rl``: those the model most leans to think about first (what the learned controller does as its offset rises);
-- ``threshold``: least confident first (what the threshold controller does as its threshold rises);
-- ``oracle``: largest gain of hit@1 a token first, the upper bound (it knows the answers);
-- ``random``: the straight line between never and always, the expectation of a coin.
+- ``rl``: first the queries on which the model prefers ``<think>`` most, as when the controller's offset rises;
+- ``threshold``: the least confident queries first, as when the controller's threshold rises;
+- ``oracle``: the largest gain of hit@1 per token first, which needs the targets and is an upper bound;
+- ``random``: the straight line from ``never`` to ``always_reason``, the expected value of deciding at random.
 
-Every task counts once, as in the summary.
+Every task counts once, as in the summary. `mmemb.common.vocabulary` has the names.
 """
 
 from __future__ import annotations
@@ -16,49 +17,60 @@ from __future__ import annotations
 import csv
 import io
 import os
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from mmemb.common.vocabulary import SCORES, ordered, row_meaning
 from mmemb.types import EvaluationResults, QueryRecord
 
-_STYLES = {
-    "rl": ("#b3402f", "-"),
+_LINES: Mapping[str, tuple[str, Literal["-", "--", ""]]] = {
     "threshold": ("#3f5fb5", "-"),
-    "oracle": ("#2e7d5b", "-"),
+    "rl": ("#b3402f", "-"),
     "random": ("#66727f", "--"),
+    "oracle": ("#2e7d5b", "-"),
 }
+_MARKERS = "os^DvPX*<>hpd"
+_INK = "#1c2733"
+_WIDTH, _HEIGHT, _LEGEND_LINE = 9.0, 4.6, 0.16
+"""Width of the figure, height of the axes with their labels, and height per line of the legend, in inches."""
+_LEGEND_LETTERS = 118
+"""Letters per line of the legend, as many as fit the figure's width."""
+_NOTE = "Marker: the row as it was evaluated. Line: the same decision rule as its cut moves from no query to all."
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place on a curve.
+    """A point of a curve.
 
     Attributes:
-        curve: which curve.
-        think_rate: share of queries thought about, tasks counting once.
-        tokens_per_query: rationale tokens a query, tasks counting once.
-        hit: hit@1, tasks counting once.
+        curve: the curve, named by its row.
+        invocation_rate: share of queries that reason, where each task counts once.
+        tokens_per_query: mean number of rationale tokens per query, where each task counts once.
+        hit: hit@1, where each task counts once.
     """
 
     curve: str
-    think_rate: float
+    invocation_rate: float
     tokens_per_query: float
     hit: float
 
 
 def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[Point]:
-    """The curves, each from thinking about nobody to everybody.
+    """The curves, each from no query that reasons to all of them.
 
     Args:
-        records: one a query. No curves unless the reasoned path of all is known: of some they would not compare with
-            the modes, which are of all.
-        steps: points a curve, besides its start.
+        records: one per query. There are no curves unless every query has a reasoned path: the curves of a part of the
+            queries could not be compared with the rows, which are of all queries.
+        steps: points per curve, not counting its start.
     """
     known = [record for record in records if record.reasoned_hit is not None]
     if len(known) < len(records) or not known:
@@ -70,35 +82,69 @@ def quality_curves(records: Sequence[QueryRecord], *, steps: int = 50) -> list[P
     }
     curves = {name: _sweep(name, sorted(known, key=key), steps) for name, key in keys.items()}
     ends = curves["rl"][0], curves["rl"][-1]
-    coin = [Point("random", end.think_rate, end.tokens_per_query, end.hit) for end in ends]
-    return [point for curve in curves.values() for point in curve] + coin
+    at_random = [Point("random", end.invocation_rate, end.tokens_per_query, end.hit) for end in ends]
+    return [point for curve in curves.values() for point in curve] + at_random
 
 
 def draw_curves(results: EvaluationResults) -> Figure | None:
-    """The curves with every mode as a point; None unless all queries were thought about by some mode."""
+    """The curves with every row as a marker, and the legend on top; None unless every query has a reasoned path."""
     points = quality_curves(results.records)
     if not points:
         return None
-    figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+    placed = {row: scores for row, scores in results.modes.items() if "tokens_per_query" in scores}
+    handles = _handles(placed)
+    height = _HEIGHT + _LEGEND_LINE * (2 + sum(1 + str(each.get_label()).count("\n") for each in handles.values()))
+    figure = Figure(figsize=(_WIDTH, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for curve, (colour, style) in _STYLES.items():
-        line = [point for point in points if point.curve == curve]
+    for row, handle in handles.items():
+        colour = handle.get_color()
+        line = [point for point in points if point.curve == row]
         xs, ys = [point.tokens_per_query for point in line], [point.hit for point in line]
-        axes.plot(xs, ys, style, color=colour, label=f"{curve} (swept)" if curve != "random" else "a coin")
-    placed = {mode: scores for mode, scores in results.modes.items() if "tokens_per_query" in scores}
-    # Named in the legend: labels beside points of like quality would lie over each other.
-    for (mode, scores), marker in zip(placed.items(), cycle("os^DvPX*<>"), strict=False):
-        x, y = scores["tokens_per_query"], scores["hit@1"]
-        axes.plot([x], [y], marker, color="#1c2733", markersize=6, label=mode.replace("_", " "))
-    axes.set_xlabel("rationale tokens a query")
-    axes.set_ylabel("hit@1, mean over tasks")
-    axes.set_title("quality against tokens", loc="left")
+        axes.plot(xs, ys, handle.get_linestyle(), color=colour)
+        if row in placed:
+            x, y = placed[row]["tokens_per_query"], placed[row]["hit@1"]
+            filled = handle.get_markerfacecolor()
+            size = 11 if filled == "none" else 7  # a hollow marker stays visible around a filled one
+            axes.plot([x], [y], str(handle.get_marker()), color=colour, markerfacecolor=filled, markersize=size)
+    for score, label in (("tokens_per_query", axes.set_xlabel), ("hit@1", axes.set_ylabel)):
+        label(f"{score}\n{SCORES[score].meaning}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.14, y=0.1)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    axes.margins(x=0.05, y=0.1)
+    # Names are in the legend only: labels next to points of similar quality would overlap.
+    figure.legend(
+        handles=list(handles.values()),
+        title=f"Quality against tokens, means over tasks. {_NOTE}",
+        loc="outside upper left",
+        fontsize=8,
+        title_fontsize=8,
+        alignment="left",
+        frameon=False,
+        handlelength=3,
+        labelspacing=0.3,
+    )
     return figure
+
+
+def _handles(placed: Collection[str]) -> dict[str, Line2D]:
+    """Row -> its entry of the legend, for every curve and every row that has a marker."""
+    markers = cycle(_MARKERS)
+    handles = {}
+    for row in ordered({**dict.fromkeys(_LINES), **dict.fromkeys(placed)}):
+        colour, style = _LINES.get(row, (_INK, ""))
+        handles[row] = Line2D(
+            [],
+            [],
+            color=colour,
+            linestyle=style,
+            marker=next(markers) if row in placed else "",
+            markersize=6,
+            # A row from before training, or before a phase, is hollow: it often coincides with the row from after it.
+            markerfacecolor="none" if "before_" in row else colour,
+            label=textwrap.fill(f"{row}: {row_meaning(row)}", _LEGEND_LETTERS),
+        )
+    return handles
 
 
 def write_curves(folder: str | Path, results: EvaluationResults) -> list[Path]:
@@ -114,9 +160,9 @@ def write_curves(folder: str | Path, results: EvaluationResults) -> list[Path]:
     os.replace(aside, picture)
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["curve", "think_rate", "tokens_per_query", "hit@1"])
+    writer.writerow(["curve", "invocation_rate", "tokens_per_query", "hit@1"])
     for point in quality_curves(results.records):
-        writer.writerow([point.curve, point.think_rate, point.tokens_per_query, point.hit])
+        writer.writerow([point.curve, point.invocation_rate, point.tokens_per_query, point.hit])
     aside = folder / ".quality_tokens.csv.part"
     aside.write_text(rows.getvalue(), encoding="utf-8")
     os.replace(aside, table)
@@ -127,15 +173,15 @@ def _gain(record: QueryRecord) -> float:
     return (record.reasoned_hit or 0.0) - record.direct_hit
 
 
-def _sweep(curve: str, ordered: Sequence[QueryRecord], steps: int) -> list[Point]:
-    """Lets the first 0 ... all queries think; each query weighs one over its task's size."""
-    sizes = Counter(record.task for record in ordered)
+def _sweep(curve: str, queries: Sequence[QueryRecord], steps: int) -> list[Point]:
+    """The points at which the first 0 ... all queries reason; a query's weight is one over the size of its task."""
+    sizes = Counter(record.task for record in queries)
     weight = {task: 1 / (size * len(sizes)) for task, size in sizes.items()}
-    hit = sum(record.direct_hit * weight[record.task] for record in ordered)
+    hit = sum(record.direct_hit * weight[record.task] for record in queries)
     rate = tokens = 0.0
-    cuts = {round(step * len(ordered) / steps) for step in range(1, steps + 1)}
+    cuts = {round(step * len(queries) / steps) for step in range(1, steps + 1)}
     points = [Point(curve, 0.0, 0.0, hit)]
-    for place, record in enumerate(ordered, start=1):
+    for place, record in enumerate(queries, start=1):
         share = weight[record.task]
         hit, rate, tokens = hit + _gain(record) * share, rate + share, tokens + record.tokens * share
         if place in cuts:

@@ -1,4 +1,4 @@
-"""Ten queries as a picture: what was asked, what the model thought, what it found with and without thinking."""
+"""Draws ten queries: the query, the model's rationale, and the candidates it finds with and without reasoning."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from mmemb.common.vocabulary import ALWAYS_REASON, NEVER, row_meaning
 from mmemb.drawing import cards as draw
-from mmemb.drawing.cards import GAP, GREY, INK, MARGIN, PAPER, RIGHT, WRONG
+from mmemb.drawing.cards import GAP, GREY, INK, LEGEND_LINE, MARGIN, PAPER, RIGHT, WRONG
 from mmemb.types import EvaluationResults, EvaluationTask, Item, QueryRecord
 
 _ROW, _QUERY, _THOUGHT, _TARGET, _TITLE = 176, 330, 300, 150, 30
 _TOP = 3
+_LEGEND = {
+    "rationale": "What the model itself wrote before it embedded the query.",
+    **{row: f"{row_meaning(row)} The first three candidates." for row in (NEVER, ALWAYS_REASON)},
+    "right, wrong": "Whether the candidate is the target of the query.",
+}
 
 
 def choose(records: Sequence[QueryRecord], count: int = 10) -> list[QueryRecord]:
-    """Up to ``count`` queries, tasks in turn, evenly spaced within a task: nobody picks the pretty ones."""
+    """Up to ``count`` queries, the same number per task and evenly spaced within it, so that no one picks the best."""
     tasks: dict[str, list[QueryRecord]] = {}
     for record in records:
         tasks.setdefault(record.task, []).append(record)
@@ -29,38 +35,40 @@ def choose(records: Sequence[QueryRecord], count: int = 10) -> list[QueryRecord]
 
 
 def draw_gallery(results: EvaluationResults, *, count: int = 10) -> Image.Image:
-    """A row a query: the query, its rationale, and the first three targets of the direct and the reasoned path.
+    """The legend, then one line per query: the query, its rationale, and the first three candidates of both paths.
 
     Args:
-        results: as `mmemb.evaluation.runner.evaluate` returns them.
-        count: queries to show.
+        results: results of `mmemb.evaluation.runner.evaluate`.
+        count: number of queries to show.
     """
     shown = choose(results.records, count)
     direct_x = MARGIN + _QUERY + GAP + _THOUGHT + 2 * GAP
     reasoned_x = direct_x + _TOP * (_TARGET + GAP) + 2 * GAP
     width = reasoned_x + _TOP * (_TARGET + GAP) - GAP + MARGIN
-    sheet = Image.new("RGB", (width, 2 * MARGIN + 24 + len(shown) * (_ROW + _TITLE + GAP)), PAPER)
+    head = MARGIN + len(_LEGEND) * LEGEND_LINE + GAP
+    sheet = Image.new("RGB", (width, head + MARGIN + 24 + len(shown) * (_ROW + _TITLE + GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
+    draw.legend(pen, _LEGEND, (MARGIN, MARGIN - 12))
     heads = (
         (MARGIN, "query"),
         (MARGIN + _QUERY + 2 * GAP, "rationale"),
-        (direct_x, "direct"),
-        (reasoned_x, "reasoned"),
+        (direct_x, NEVER),
+        (reasoned_x, ALWAYS_REASON),
     )
     for x, title in heads:
-        pen.text((x, MARGIN - 12), title, font=draw.font(20), fill=INK)
-    y = MARGIN + 24
+        pen.text((x, head - 12), title, font=draw.font(20), fill=INK)
+    y = head + 24
     for record in shown:
         task = results.tasks[record.task]
         pen.text((MARGIN, y + 6), record.task, font=draw.font(16), fill=GREY)
         ranks = ((direct_x, record.direct_rank), (reasoned_x, record.reasoned_rank))
         for x, rank in ranks:
             if rank is not None:
-                label = f"positive at rank {rank:.4g} of {len(task.candidates)}"
+                label = f"target at rank {rank:.4g} of {len(task.candidates)}"
                 pen.text((x, y + 8), label, font=draw.font(13), fill=GREY)
         y += _TITLE
         draw.card(sheet, record.pair.query, (MARGIN, y, MARGIN + _QUERY, y + _ROW), with_instruction=True)
-        thought = record.rationale or ("(no words)" if record.tokens else "(did not think)")
+        thought = record.rationale or ("(no words)" if record.tokens else "(no rationale)")
         below = draw.write(
             pen,
             thought,

@@ -1,13 +1,13 @@
-"""Retrieval metrics that a tie cannot flatter.
+"""Retrieval metrics that treat ties fairly.
 
-A model that gives every candidate the same score ranks nothing; counting its positive as first (or last) would reward
-an implementation detail of sorting. Every metric here is the expected value over a random order among the candidates
-tied with the positive, so a collapsed model scores exactly chance. With a candidates strictly above the positive and t
-tied with it (itself included), the positive's rank is uniform on a+1 ... a+t, and the expected value of any gain
-g(rank) is the mean of g over that range.
+A model that gives every candidate the same score ranks nothing. If its positive counted as first (or last), the metric
+would measure an implementation detail of sorting. So every metric here is the expected value over a random order of the
+candidates that tie with the positive, and a collapsed model scores exactly chance. Let a candidates be strictly above
+the positive, and let t candidates tie with it, itself included. Then the rank of the positive is uniform on
+a+1 ... a+t, and the expected value of any gain g(rank) is the mean of g over that range.
 
-Non-finite scores count as the worst case: a positive with one is ranked last alone; any other candidate scored nan or
-+inf ranks above the positive. A candidate masked with -inf ranks below it.
+Non-finite scores count as the worst case. A positive with a non-finite score is ranked last, without a tie. Any other
+candidate with the score nan or +inf ranks above the positive. A candidate masked with -inf ranks below it.
 
 Shape legend: N queries, M candidates.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 _DECIMALS = 6
-"""Cosines are compared to six decimals: float32 products differ by about 1e-7 with the tile a column falls in."""
+"""Decimals to which cosines are compared: float32 products differ by about 1e-7 with the tile of the column."""
 
 
 def cosine_scores(query: Tensor, candidate: Tensor) -> Tensor:
@@ -31,24 +31,25 @@ def cosine_scores(query: Tensor, candidate: Tensor) -> Tensor:
 
 
 def placement(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each positive stands.
+    """Counts the candidates above each positive, and those tied with it.
 
     Args:
         scores: [N, M] float, higher is better.
         positive: [N] int64, column of each query's positive.
 
     Returns:
-        [N] int64 candidates strictly above the positive, and [N] int64 candidates tied with it, itself included.
+        [N] int64, number of candidates strictly above the positive, and [N] int64, number of candidates tied with it,
+        itself included.
 
     Raises:
-        ValueError: the shapes do not fit, or a positive is not a column.
+        ValueError: the shapes do not fit, or a positive is not a column of the scores.
     """
     if scores.ndim != 2 or positive.shape != scores.shape[:1]:
         raise ValueError(
             f"metrics: scores {tuple(scores.shape)} and positive {tuple(positive.shape)} given; expected [N, M] and [N]"
         )
     if len(positive) and (int(positive.min()) < 0 or int(positive.max()) >= scores.shape[1]):
-        raise ValueError(f"metrics: a positive lies outside the {scores.shape[1]} candidates; give columns of `scores`")
+        raise ValueError(f"metrics: a positive is outside the {scores.shape[1]} candidates; give columns of `scores`")
     own = scores.gather(1, positive[:, None])
     above = (scores > own) | scores.isnan() | scores.isposinf()
     tied = (scores == own) & ~above
@@ -98,7 +99,7 @@ def _expected_gain(scores: Tensor, positive: Tensor, gain: Callable[[Tensor], Te
 
 
 class _Mean(Metric):
-    """A mean over queries whose sums add up over ranks."""
+    """A mean over queries, with sums that are added over ranks."""
 
     full_state_update = False
     higher_is_better = True
@@ -112,12 +113,12 @@ class _Mean(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, positive: Tensor) -> None:
-        """Adds N queries: scores [N, M], positive [N] int64."""
+        """Adds N queries, with scores [N, M] and positive [N] int64."""
         self.total += self.values(scores, positive).sum()
         self.count += len(positive)
 
     def compute(self) -> Tensor:
-        """The mean over every query seen, on every rank."""
+        """The mean over the queries of all ranks."""
         return self.total / self.count
 
     def values(self, scores: Tensor, positive: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class ExpectedHitRate(_Mean):
         self.k = k
 
     def values(self, scores: Tensor, positive: Tensor) -> Tensor:
-        """Expected hit@k a query, [N]."""
+        """Expected hit@k per query, [N]."""
         return expected_hit(scores, positive, self.k)
 
 
@@ -147,5 +148,5 @@ class ExpectedReciprocalRank(_Mean):
     """Mean expected reciprocal rank (MRR)."""
 
     def values(self, scores: Tensor, positive: Tensor) -> Tensor:
-        """Expected reciprocal rank a query, [N]."""
+        """Expected reciprocal rank per query, [N]."""
         return expected_reciprocal_rank(scores, positive)

@@ -1,15 +1,16 @@
-"""Scores an encoder on retrieval tasks, under every controller at the price of one pass.
+"""Scores an encoder on retrieval tasks with every controller, in a single pass over the queries.
 
-The direct and the reasoned embedding of a query do not depend on who asked for them. So one adaptive pass computes the
-direct path of all queries and the reasoned path of those that any controller wants; each controller then only picks per
-row. A row is encoded anew only where a controller's budget is smaller than the rationale already written.
+The direct and the reasoned embedding of a query do not depend on the controller. So one adaptive pass computes the
+direct path of all queries, and the reasoned path of the queries for which any controller asks. Each controller then
+only picks one of the two per query. A query is encoded again only if a controller's budget is smaller than the
+rationale already written.
 
-The utility of thinking is s_r - s_d with s the log-probability of the positive among the task's own candidates under
-the encoder's confidence temperature (measured: cosines against easy negatives say nothing about rank, hard candidates
-of the task do).
+The utility of reasoning is s_r - s_d, where s is the log-probability of the positive among the task's own candidates
+at the encoder's confidence temperature. Measured: hard candidates of the task predict the rank of the positive, cosines
+against easy negatives do not.
 
 Under `torch.distributed` each rank encodes every world-size-th query and candidate, and all ranks return the same
-results; every rank must therefore call with the same tasks.
+results. Every rank must therefore call with the same tasks.
 
 Shape legend: N queries, M candidates, D embedding width.
 """
@@ -25,6 +26,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from mmemb.common.vocabulary import ALWAYS_REASON, TRUE_RATIONALE
 from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
 from mmemb.evaluation.ranking import Ranking
 from mmemb.evaluation.ranks import gather, in_order, sharded, share, world
@@ -34,13 +36,12 @@ from mmemb.interfaces import Controller, Worker
 from mmemb.registry import create
 from mmemb.types import Decision, EvaluationResults, EvaluationTask, Item, PrefillState, QueryRecord
 
-TRUE_RATIONALE = "true_rationale"
-MEANS = ("hit@1", "hit@5", "mrr", "think_rate", "tokens_per_query", "chance", "queries_per_second")
-"""Scores of a task that a mode averages over its tasks, each task counting once."""
+MEANS = ("hit@1", "hit@5", "mrr", "invocation_rate", "tokens_per_query", "chance", "queries_per_second")
+"""Scores of a task that a row averages over its tasks, where each task counts once."""
 
 
 class QueryEncoder(Protocol):
-    """What the runner needs of `mmemb.inference.encoder.Encoder`."""
+    """The part of `mmemb.inference.encoder.Encoder` that the runner needs."""
 
     confidence_temperature: float
 
@@ -53,7 +54,7 @@ class QueryEncoder(Protocol):
 
 
 def merge_results(parts: Iterable[EvaluationResults]) -> EvaluationResults:
-    """Joins results of different tasks; the means are computed again over all tasks."""
+    """Joins results of different tasks and computes the means over all of them."""
     merged = EvaluationResults()
     by_task: dict[str, dict[str, dict[str, float]]] = {}
     for part in parts:
@@ -66,7 +67,7 @@ def merge_results(parts: Iterable[EvaluationResults]) -> EvaluationResults:
 
 
 def mode_scores(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """A mode's entry: the mean over tasks of every score that all of them have, and the tasks themselves."""
+    """A row's entry in the results: the mean of every score that all tasks have, and the scores by task."""
     tasks = {task: dict(scores) for task, scores in by_task.items()}
     means = {
         key: sum(scores[key] for scores in tasks.values()) / len(tasks)
@@ -84,20 +85,20 @@ def evaluate(
     true_rationale: Worker | None,
     progress: bool = True,
 ) -> EvaluationResults:
-    """Scores every controller, and the true rationale's path, on every task.
+    """Scores every controller on every task, and the reasoned path with the true rationale.
 
-    Scores of a task: ``hit@1``, ``hit@5``, ``mrr`` (tie-safe expectations), ``n``, ``candidates``, ``think_rate``,
-    ``tokens_per_query`` (rationale tokens, brackets included), ``chance`` (hit@1 of a random order) and
-    ``queries_per_second`` of one process: the prompts' time in full, and of the decoding time the share of tokens that
-    the controller's rows wrote.
+    The scores of a task are those of `mmemb.common.vocabulary`, and ``chance``, the hit@1 of a random order. hit@1,
+    hit@5 and mrr are expected values over the orders of ties. ``tokens_per_query`` counts ``<think>`` and ``</think>``.
+    ``queries_per_second`` is an estimate from the single pass. It charges the whole time of the prompts, and the share
+    of the decoding time that equals the controller's share of the tokens.
 
     Args:
         encoder: the model.
-        tasks: what to retrieve; every positive is among its task's candidates.
-        controllers: mode -> controller, calibrated where it must be.
-        true_rationale: worker whose first rationale is teacher-forced as the mode ``true_rationale``; None leaves the
-            mode out.
-        progress: show a bar over tasks.
+        tasks: retrieval tasks; every positive is among its task's candidates.
+        controllers: row -> controller. Controllers that need calibration are calibrated.
+        true_rationale: worker whose first rationale the model reads in the row ``true_rationale``; None leaves the row
+            out.
+        progress: show a progress bar over tasks.
 
     Raises:
         ValueError: a task has no queries, or a positive is not among its candidates.
@@ -110,17 +111,17 @@ def evaluate(
 
 
 def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:
-    """Fits, in place, every controller that has something to fit, on the queries of all tasks; each task counts once.
+    """Fits every controller that has something to fit on the queries of all tasks, in place. Each task counts once.
 
     Args:
         encoder: the model.
         tasks: validation tasks.
-        controllers: those without a ``calibrate`` of their own are left alone, and cost nothing.
+        controllers: controllers by row. Those without a ``calibrate`` method of their own stay as they are.
     """
     fitted = [part for part in controllers.values() if type(part).calibrate is not Controller.calibrate]
     if not fitted:
         return
-    states = [_Run.of(encoder, task, {"everyone": None}).state for task in tasks]
+    states = [_Run.of(encoder, task, {ALWAYS_REASON: None}).state for task in tasks]
     for state in states:
         state.weight = torch.full((len(state.direct),), 1 / len(state.direct))  # every task counts once
     joined = {each.name: torch.cat([getattr(state, each.name) for state in states]) for each in fields(PrefillState)}
@@ -130,7 +131,10 @@ def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controller
 
 
 class _Any(Controller):
-    """Thinks where any of several would, with the largest budget asked; everywhere for one that needs the utility."""
+    """Reasons where any of several controllers does, with the largest of their budgets.
+
+    If one of them needs the utility, every query reasons.
+    """
 
     def __init__(self, controllers: Sequence[Controller]) -> None:
         self.controllers = controllers
@@ -151,7 +155,7 @@ class _Any(Controller):
 
 @dataclass
 class _Run:
-    """One task encoded: everything the modes pick from. ``paths`` covers all N queries, whichever rank encoded them."""
+    """One encoded task, from which every row picks. ``paths`` covers all N queries, whichever rank encoded them."""
 
     task: EvaluationTask
     ranking: Ranking
@@ -160,7 +164,7 @@ class _Run:
 
     @classmethod
     def of(cls, encoder: QueryEncoder, task: EvaluationTask, controllers: Mapping[str, Controller | None]) -> _Run:
-        """Encodes candidates and queries; a controller of None stands for everybody."""
+        """Encodes candidates and queries. If a controller is None, every query reasons."""
         ranking = Ranking.of(task, sharded(task.candidates, encoder.encode_targets))
         mine = share(len(task.queries))
         asked = [part for part in controllers.values() if part is not None]
@@ -200,14 +204,14 @@ def _evaluate_task(
 
 
 def _controller_scores(encoder: QueryEncoder, run: _Run, controller: Controller) -> dict[str, float]:
-    """Picks each row's path as the controller says; encodes anew only rows whose rationale is over its budget."""
+    """Picks a path per query as the controller decides; encodes a query again only if its rationale is over budget."""
     decision = controller.decide(run.state)
     think = decision.think
     embedding = torch.where(think[:, None], run.paths.embedding, run.state.direct)
     tokens = torch.where(think, run.paths.tokens, 0)
     portion = float(tokens.sum() / run.paths.tokens.sum().clamp(min=1))
     seconds = run.paths.direct_seconds + portion * run.paths.think_seconds
-    # Two brackets count as tokens but not towards the budget.
+    # <think> and </think> count as tokens, but not towards the budget.
     over = think & (~run.paths.decision.think | (run.paths.tokens - 2 > decision.budget))
     for budget in decision.budget[over].unique().tolist():
         rows = (over & (decision.budget == budget)).nonzero().flatten()
@@ -234,7 +238,7 @@ def _true_rationale_scores(encoder: QueryEncoder, run: _Run, worker: Worker) -> 
 
 def _scores(run: _Run, embedding: Tensor, tokens: Tensor, think: Tensor, seconds: float) -> dict[str, float]:
     n, counts = len(embedding), run.ranking.counts
-    # Every rank holds all rows here: there is nothing left to add up over ranks.
+    # Every rank holds all rows here, so the metrics need no sum over ranks.
     metrics = {
         "hit@1": ExpectedHitRate(1, sync_on_compute=False),
         "hit@5": ExpectedHitRate(5, sync_on_compute=False),
@@ -248,7 +252,7 @@ def _scores(run: _Run, embedding: Tensor, tokens: Tensor, think: Tensor, seconds
         **{name: float(metric.compute()) for name, metric in metrics.items()},
         "n": n,
         "candidates": round(float(counts.double().mean())),
-        "think_rate": float(think.float().mean()),
+        "invocation_rate": float(think.float().mean()),
         "tokens_per_query": float(tokens.float().mean()),
         "chance": float((1 / counts.double()).mean()),
         "queries_per_second": n / max(seconds, 1e-9),
@@ -282,7 +286,7 @@ def _records(run: _Run) -> list[QueryRecord]:
 
 
 def _placed(run: _Run, embedding: Tensor) -> list[tuple[float, float, tuple[str, ...]]]:
-    """Expected rank, expected hit@1 and the first ids of every row."""
+    """Expected rank, expected hit@1 and the first candidate ids of every query."""
     return [
         (rank, hit, tuple(run.task.candidate_ids[column] for column in columns))
         for rank, hit, columns in run.ranking.placed(embedding)

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from mmemb.common import vocabulary
 from mmemb.common.checkpoint import IDENTITY_KEY, refuse_other_backbone
 from mmemb.common.checks import refuse_below
 from mmemb.data.datamodule import PairDataModule, PhaseBatches
@@ -230,7 +231,7 @@ class EmbeddingModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._started = time.monotonic()
         if self.phases[0].objective.needs_rationales and self.global_step == 0:
-            self._score_before("before_training", ("never",), "before_training")
+            self._score_before({"never": vocabulary.BEFORE_TRAINING})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # As late as can be: making loaders and sanity checks draw random numbers that the uninterrupted run did not.
@@ -242,25 +243,22 @@ class EmbeddingModule(L.LightningModule):
             # Moments of the gradients of another objective would steer the first steps of this one.
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()
             if self.global_step > 0:
-                self._score_before(f"before_{span.name}", BOTH_PATHS, f"{{mode}}_before_{span.name}")
+                self._score_before({row: vocabulary.before_phase(row, span.name) for row in BOTH_PATHS})
 
-    def _score_before(self, moment: str, names: Sequence[str], row: str) -> None:
-        """Scores the model as it is on the test split, for rows of the summary; once per moment, across resumes.
+    def _score_before(self, names: Mapping[str, str]) -> None:
+        """Scores the model as it is on the test split, for further rows of the summary; once, across resumes.
 
         Args:
-            moment: when, as the rows' names end.
-            names: controllers to score, of those that the run has.
-            row: the rows' names; ``{mode}`` stands for the controller's.
+            names: controller -> name of the row; controllers that the run does not have are left out.
         """
-        known = any(name.endswith(moment) for name in self.earlier_rows)
         controllers = {name: part for name, part in self.controllers.items() if name in names}
-        if known or not controllers or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+        known = any(row in self.earlier_rows for row in names.values())
         tasks = self.datamodule.evaluation_tasks("test")
-        if tasks:
-            rank_zero_info(f"Scoring the model for the rows '{row.format(mode='...')}' of the summary.")
-            results = evaluate(self.encoder(), tasks, controllers=controllers, true_rationale=None, progress=False)
-            self.earlier_rows |= {row.format(mode=mode): scores for mode, scores in results.modes.items()}
+        if known or not controllers or not tasks or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        rank_zero_info(f"Scoring the model for the summary: {', '.join(names.values())}.")
+        results = evaluate(self.encoder(), tasks, controllers=controllers, true_rationale=None, progress=False)
+        self.earlier_rows |= {names[mode]: scores for mode, scores in results.modes.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers())

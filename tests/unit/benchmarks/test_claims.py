@@ -1,4 +1,4 @@
-"""The claims are judged by the newest rows, and what was not measured is said to be so."""
+"""The claims are judged by the newest rows, and missing measurements are reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def line(lines: list[str], text: str) -> list[str]:
     return next(each.split()[-3:] for each in lines if text in each)
 
 
-def test_newest_rows_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_row_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = judged(tmp_path, [row(ratio_to_floor=2.0), row()], capsys)
     assert status == 0
     assert line(lines, "8192 x 256 float32: time / floor") == ["1.12", "1.1", "yes"]
@@ -36,7 +36,7 @@ def test_newest_rows_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(lines) == len(claims.CLAIMS)
 
 
-def test_a_broken_bound_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_is_1_if_a_bound_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = judged(tmp_path, [row(extra_mb=131.0)], capsys)
     assert status == 1
     assert line(lines, "extra MB") == ["130", "131", "no"]
@@ -61,7 +61,9 @@ def test_rows_of_different_runs_are_not_compared(
     assert line(lines, "sentence-transformers-512 /") == ["2", "2", "yes"]
 
 
-def test_a_named_run_is_one_also_where_its_commit_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_named_run_are_compared_even_if_the_commit_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     peer = row(rival="sentence-transformers-512", ratio_to_floor=3.3, run="a", commit="two")
     _, lines = judged(tmp_path, [row(run="a"), peer], capsys)
     assert line(lines, "sentence-transformers-512 /") == ["2", "3", "yes"]
@@ -83,13 +85,15 @@ def test_gpu_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1
     won = [row(**gpu, ratio_to_floor=1.5, run="new"), {**peer, "run": "new"}]
     _, lines = judged(tmp_path, [*rows, peer, faster, *won], capsys)
-    assert line(lines, "fastest peer") == ["1", "0.9", "no"]  # one case again does not hide another
+    assert line(lines, "fastest peer") == ["1", "0.9", "no"]  # a new row of one case does not hide another case
     assert line(lines, "on one card")[-2:] == ["yet", "-"]
     _, lines = judged(tmp_path, [row(backend="cuda", n=262144, width=2048, dtype="bfloat16")], capsys)
     assert line(lines, "on one card") == ["runs", "0.1", "yes"]
 
 
-def test_a_missing_file_says_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_missing_file_names_the_command_that_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         claims.main([str(tmp_path / "none.jsonl")])
     assert "python -m benchmarks.infonce writes it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The seeds benchmark runs each seed once, keeps what is finished, and writes the list of summaries."""
+"""The seeds benchmark runs each seed once, keeps finished runs, and writes the list of summaries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _summary(seed: int, hit: float) -> dict[str, Any]:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Every command that would have trained; each leaves the summary of its seed."""
+    """The commands that would have trained; each writes the summary of its seed."""
     ran: list[list[str]] = []
 
     def pretend(command: list[str], **_: Any) -> None:
@@ -34,7 +34,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return ran
 
 
-def test_runs_missing_seeds_only_and_writes_all(
+def test_only_missing_seeds_are_run_and_all_are_written(
     tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "results")]
@@ -46,7 +46,7 @@ def test_runs_missing_seeds_only_and_writes_all(
     assert commands[1][-2:] == extra
     kept = json.loads((tmp_path / "results" / "r1_seeds.json").read_text(encoding="utf-8"))
     assert [run["settings"] for run in kept] == [{"seed": 1, "runs_at_once": 2}, {"seed": 3, "runs_at_once": 2}]
-    assert "hit@1 0.200" in capsys.readouterr().out  # the mean of .1 and .3, 2.0 times a chance of .1
+    assert "hit@1 0.200" in capsys.readouterr().out  # the mean of .1 and .3, which is 2.0 times a chance of .1
 
 
 def test_an_interrupted_seed_resumes(tmp_path: Path, commands: list[list[str]]) -> None:
@@ -57,7 +57,7 @@ def test_an_interrupted_seed_resumes(tmp_path: Path, commands: list[list[str]]) 
     assert commands[0][-2:] == ["--ckpt_path", str(last)]
 
 
-def test_a_run_that_ends_early_is_told_in_a_line(
+def test_a_run_that_fails_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(command: list[str], **_: Any) -> None:
@@ -65,10 +65,12 @@ def test_a_run_that_ends_early_is_told_in_a_line(
 
     monkeypatch.setattr(subprocess, "run", stopped)
     assert r1_seeds.main(["--seeds", "1", "--folder", str(tmp_path), "--output", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "r1_seeds: a run ended with exit code 130; the same command goes on\n"
+    assert (
+        capsys.readouterr().err == "r1_seeds: a run ended with exit code 130; run the same command again to continue\n"
+    )
 
 
-def test_a_run_of_other_settings_is_another_run(
+def test_other_settings_are_another_run(
     tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, recipe = tmp_path / "changes.yaml", tmp_path / "r1.yaml"
@@ -82,7 +84,7 @@ def test_a_run_of_other_settings_is_another_run(
     assert len(commands) == 4
 
 
-def test_a_word_of_the_command_that_is_too_long_for_a_file_name_counts_as_it_is() -> None:
+def test_a_word_that_is_too_long_for_a_file_name_counts_by_its_text() -> None:
     long = "[{path: bundled:validation}]" * 20
     assert r1_seeds.made_from([long]) == r1_seeds.made_from([long])
     assert r1_seeds.made_from([long]) != r1_seeds.made_from([long + " "])

@@ -108,17 +108,17 @@ def test_what_is_trained_has_the_margin_of_the_evaluator_that_training_reads() -
     assert not hasattr(selectors.selector_of("random", -0.5), "margin")
 
 
-def test_hits_are_means_over_seeds_by_path_and_task() -> None:
+def test_hits_are_means_over_seeds_by_row_and_task() -> None:
     def run(selector: str, hit: float, modes: tuple[str, ...]) -> dict[str, object]:
         row = {"hit@1": hit, "by_task": {"fact": {"hit@1": hit}, "name": {"hit@1": 0.5}}}
         return {"selector": selector, "modes": dict.fromkeys(modes, row), "seconds": 10.0}
 
     runs = [run("none", 0.25, ("never",)), *(run("random", hit, ("never", "always_reason")) for hit in (0.2, 0.4))]
     rows = selectors.hits(runs, ["fact", "name"])
-    assert [(row["selector"], row["path"]) for row in rows] == [
-        ("none", "direct"),
-        ("random", "direct"),
-        ("random", "reasoned"),
+    assert [(row["selector"], row["row"]) for row in rows] == [
+        ("none", "never"),
+        ("random", "never"),
+        ("random", "always_reason"),
     ]
     assert rows[0]["fact"] == rows[0]["reasoning"] == "0.250"
     assert rows[2]["fact"] == rows[2]["reasoning"] == "0.300±0.141"

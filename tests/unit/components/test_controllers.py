@@ -54,7 +54,7 @@ def built(name: str, **settings: Any) -> Controller:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_decision_is_binary_with_its_budget(name: str) -> None:
+def test_a_query_that_reasons_has_the_budget_and_no_other_has_any(name: str) -> None:
     decision = built(name).decide(known())
     assert decision.think.shape == decision.probability.shape == decision.budget.shape == (6,)
     assert (decision.think.dtype, decision.budget.dtype) == (torch.bool, torch.int64)
@@ -64,14 +64,14 @@ def test_every_decision_is_binary_with_its_budget(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "never"])
-def test_a_budget_of_its_own_is_every_thinking_rows(name: str) -> None:
+def test_every_query_that_reasons_has_the_budget_of_the_controller(name: str) -> None:
     decision = built(name, budget=7).decide(known())
     assert decision.think.any()
     assert decision.budget.tolist() == [7 * think for think in decision.think.tolist()]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_is_decided_without_its_neighbours(name: str) -> None:
+def test_a_decision_does_not_depend_on_the_other_queries(name: str) -> None:
     whole, controller = known(), built(name)
     together = controller.decide(whole)
     for row in range(6):
@@ -79,7 +79,7 @@ def test_a_row_is_decided_without_its_neighbours(name: str) -> None:
         assert controller.decide(one).think.item() == together.think[row].item()
 
 
-def test_never_and_always_are_the_two_ends() -> None:
+def test_no_query_reasons_with_never_and_every_query_with_always_reason() -> None:
     assert not built("never").decide(known()).think.any()
     assert built("always_reason").decide(known()).think.all()
 
@@ -98,7 +98,7 @@ def test_rl_follows_the_decision_token_and_its_offset() -> None:
         Rl(spread=0.0)
 
 
-def test_oracle_thinks_where_the_gain_exceeds_the_price() -> None:
+def test_oracle_reasons_where_the_gain_exceeds_the_price() -> None:
     given = state(3, utility=torch.tensor([-0.1, 0.0, 0.3]), hit_gain=torch.tensor([1.0, 0.0, 0.5]))
     assert Oracle().decide(given).think.tolist() == [True, False, True]
     assert Oracle(price=0.5).decide(given).think.tolist() == [True, False, False]
@@ -106,8 +106,8 @@ def test_oracle_thinks_where_the_gain_exceeds_the_price() -> None:
     assert Oracle(gain="utility", price=0.3).decide(given).think.tolist() == [False, False, False]
 
 
-def test_oracle_refuses_an_unknown_utility() -> None:
-    with pytest.raises(ValueError, match="utility is unknown here; it works in evaluation only"):
+def test_oracle_raises_an_error_if_the_gain_is_unknown() -> None:
+    with pytest.raises(ValueError, match="controller oracle: the gain from reasoning is known in evaluation only"):
         Oracle().decide(state())
 
 
@@ -121,25 +121,25 @@ def test_random_keeps_its_rate_and_its_seed() -> None:
     assert Random(rate=1.0).decide(given).think.all()
 
 
-def test_random_survives_rounding_noise() -> None:
+def test_random_decides_the_same_in_spite_of_rounding() -> None:
     given = state(500)
     noisy = PrefillState(given.decision_logits, given.direct * (1 + 1e-6))
     assert torch.equal(Random().decide(given).think, Random().decide(noisy).think)
 
 
-def test_random_refuses_an_impossible_rate() -> None:
+def test_random_raises_an_error_for_an_impossible_rate() -> None:
     with pytest.raises(ValueError, match=r"rate is 1\.5; give a probability"):
         Random(rate=1.5)
 
 
-def test_threshold_thinks_below_it() -> None:
+def test_queries_below_the_threshold_reason() -> None:
     given = state(3, confidence=torch.tensor([0.2, 0.5, 0.9]))
     decision = Threshold(threshold=0.5).decide(given)
     assert decision.think.tolist() == [True, False, False]
     torch.testing.assert_close(decision.probability, torch.tensor([0.8, 0.5, 0.1]))
 
 
-def test_threshold_on_entropy_thinks_where_the_direct_path_is_not_certain() -> None:
+def test_threshold_on_entropy_reasons_where_the_decision_is_uncertain() -> None:
     logits = torch.tensor([[0.0, 4.0], [0.0, 0.5], [0.0, 0.0], [4.0, 0.0]])
     given = PrefillState(decision_logits=logits, direct=torch.zeros(4, 2))
     assert Threshold(signal="entropy", threshold=0.5).decide(given).think.tolist() == [False, True, True, True]
@@ -159,10 +159,10 @@ FITTED = pytest.mark.parametrize("kind", [Threshold, Rl])
 
 
 @FITTED
-def test_calibration_maximises_what_thinking_adds(kind: type) -> None:
+def test_calibration_maximises_the_gain_from_reasoning(kind: type) -> None:
     given = fitting([0.9, 0.1, 0.3, 0.5, 0.7], [-0.5, 0.4, -0.1, 0.3, -0.2])
     assert decided(kind(), given) == [False, True, True, True, False]  # .4 - .1 + .3, against .4 for the first alone
-    # At .015 a token of 10, the second gap is no longer paid for.
+    # With a price of .015 per token, and 10 tokens, reaching the second gain costs more than it adds.
     assert decided(kind(price=0.015), given) == [False, True, False, False, False]
 
 
@@ -176,20 +176,20 @@ def test_calibration_keeps_within_its_share_of_tokens(kind: type) -> None:
 
 
 @FITTED
-def test_calibration_thinks_never_where_it_never_pays_and_always_where_it_always_does(kind: type) -> None:
+def test_calibration_finds_no_query_or_every_query_if_that_is_best(kind: type) -> None:
     assert decided(kind(), fitting([0.2, 0.4], [-1.0, -1.0])) == [False, False]
     assert decided(kind(), fitting([0.2, 0.4], [1.0, 1.0])) == [True, True]
-    assert decided(kind(), fitting([0.2, 0.4], [0.0, 0.0])) == [False, False], "nothing gained, nothing spent"
+    assert decided(kind(), fitting([0.2, 0.4], [0.0, 0.0])) == [False, False], "without a gain no query reasons"
 
 
 @FITTED
-def test_calibration_does_not_part_equal_signals(kind: type) -> None:
+def test_calibration_decides_the_same_for_equal_signals(kind: type) -> None:
     given = fitting([0.5, 0.5, 0.8], [1.0, -3.0, 0.5])
-    assert decided(kind(), given) == [False] * 3  # splitting the pair would look like +1
+    assert decided(kind(), given) == [False] * 3  # a cut between the equal signals would seem to gain 1
 
 
 @FITTED
-def test_calibration_counts_rows_by_their_weight(kind: type) -> None:
+def test_calibration_weighs_queries(kind: type) -> None:
     given = fitting([0.1, 0.2], [0.5, -0.4])
     given.weight = torch.tensor([1.0, 1.0])
     assert decided(kind(), given) == [True, False]
@@ -199,18 +199,18 @@ def test_calibration_counts_rows_by_their_weight(kind: type) -> None:
 
 
 @FITTED
-def test_a_fit_can_be_given_to_another_controller(kind: type) -> None:
+def test_a_fitted_value_can_be_given_to_another_controller(kind: type) -> None:
     given = fitting([0.9, 0.1, 0.3, 0.5, 0.7], [-0.5, 0.4, -0.1, 0.3, -0.2])
     controller = kind()
     controller.calibrate(given)
-    told = kind(**controller.calibration)
-    told.calibrate(fitting([0.5], [1.0]))  # a value that was given stays
-    assert told.decide(given).think.tolist() == controller.decide(given).think.tolist()
+    other = kind(**controller.calibration)
+    other.calibrate(fitting([0.5], [1.0]))  # a value that was given stays
+    assert other.decide(given).think.tolist() == controller.decide(given).think.tolist()
 
 
 @FITTED
-def test_a_fit_needs_queries_of_which_all_is_known(kind: type) -> None:
-    with pytest.raises(ValueError, match="what thinking adds is unknown"):
+def test_calibration_needs_queries_with_a_known_gain(kind: type) -> None:
+    with pytest.raises(ValueError, match="the gain from reasoning is unknown"):
         kind().calibrate(state(2, confidence=torch.tensor([0.1, 0.2])))
     with pytest.raises(ValueError, match="no validation queries"):
         kind().calibrate(state(0, confidence=torch.zeros(0)))
@@ -219,7 +219,7 @@ def test_a_fit_needs_queries_of_which_all_is_known(kind: type) -> None:
             kind(**wrong)
 
 
-def test_rl_can_think_a_little() -> None:
+def test_rl_gives_a_short_budget_to_small_margins() -> None:
     logits = torch.tensor([[0.0, 1.0], [0.5, 0.0], [2.0, 0.0]])
     given = PrefillState(decision_logits=logits, direct=torch.zeros(3, 4))
     decision = Rl(offset=0.0, budget=48, short_budget=8, full_margin=1.0).decide(given)
@@ -227,13 +227,13 @@ def test_rl_can_think_a_little() -> None:
     assert decision.budget.tolist() == [0, 8, 48]
     assert Rl(offset=0.6, budget=48, short_budget=8).decide(given).budget.tolist() == [0, 48, 48]
     assert Rl(offset=0.0, short_budget=80).decide(given).budget.tolist() == [0, 80, NO_LIMIT]
-    with pytest.raises(ValueError, match="short_budget is 48 of 48"):
+    with pytest.raises(ValueError, match="short_budget is 48, budget is 48"):
         Rl(budget=48, short_budget=48)
-    with pytest.raises(ValueError, match="short_budget is 0 of any"):
+    with pytest.raises(ValueError, match="short_budget is 0, budget is no limit"):
         Rl(short_budget=0)
 
 
-def test_the_threshold_says_what_it_misses() -> None:
+def test_threshold_says_what_is_missing() -> None:
     given = state(2, confidence=torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="not calibrated; calibrate it"):
         Threshold().decide(given)

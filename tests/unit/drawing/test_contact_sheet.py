@@ -1,4 +1,4 @@
-"""The contact sheet: every task is drawn, from a seed, whole or not at all."""
+"""The contact sheet: every task is drawn, the seed chooses the queries, and no file is left incomplete."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nothing_is_drawn_outside_the_cards(tmp_path: Path) -> None:
     with PILImage.open(draw(tmp_path / "all.png", rows=2)) as sheet:
         width, height = sheet.size
         gutter = sheet.crop((40 + CARD_WIDTH + 1, 0, 40 + CARD_WIDTH + GAP - 1, height)).convert("RGB")
-        # Section rules cross the gutter; task headings may as well: look at the height of the cards alone.
+        # Lines and task headings may cross the space between cards, so only the height of the cards is checked.
         for section in range(8):
             top = 94 + section * (HEADER + CARD_HEIGHT + GAP) + HEADER
             band = gutter.crop((0, top, gutter.width, top + CARD_HEIGHT))

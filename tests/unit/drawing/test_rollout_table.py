@@ -1,10 +1,13 @@
-"""The table of rollouts: a row each, ranks coloured by whether thinking helped."""
+"""The table of rollouts colours a rank by whether reasoning improved it."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image as PILImage
+from PIL import ImageDraw
 
+from mmemb.drawing import cards, gallery, rollout_table
 from mmemb.drawing.cards import RIGHT, WRONG
 from mmemb.drawing.rollout_table import RolloutRow, draw_rollouts
 from mmemb.types import Image, Item, Pair, Text
@@ -21,7 +24,7 @@ def has(sheet: PILImage.Image, colour: str) -> bool:
     return bool((np.asarray(sheet) == rgb).all(axis=-1).any())
 
 
-def test_ranks_are_coloured_by_what_thinking_did() -> None:
+def test_ranks_are_green_if_reasoning_helped_and_red_if_it_hurt() -> None:
     helped, hurt = row(thought=True, before=9, after=1), row(thought=True, before=1, after=9)
     direct = row(thought=False, before=3, after=3)
     assert has(draw_rollouts([helped]), RIGHT)
@@ -31,3 +34,15 @@ def test_ranks_are_coloured_by_what_thinking_did() -> None:
     assert not has(plain, RIGHT)
     assert not has(plain, WRONG)
     assert draw_rollouts([helped, hurt, direct]).height > plain.height
+
+
+@pytest.mark.parametrize("meanings", [gallery._LEGEND, rollout_table._LEGEND], ids=["gallery", "rollouts"])
+def test_a_legend_has_one_line_per_name_and_fits_its_picture(meanings: dict[str, str]) -> None:
+    width = draw_rollouts([]).width  # the gallery is wider
+    sheet = PILImage.new("L", (width + 400, 400), 255)
+    below = cards.legend(ImageDraw.Draw(sheet), meanings, (cards.MARGIN, 10))
+    assert below == 10 + len(meanings) * cards.LEGEND_LINE
+    drawn = sheet.point(lambda grey: 255 - grey).getbbox()
+    assert drawn is not None
+    assert drawn[2] < width - cards.MARGIN
+    assert drawn[3] <= below

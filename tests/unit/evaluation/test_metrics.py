@@ -1,4 +1,4 @@
-"""Tie-safe metrics against every order of the ties, written out."""
+"""Metrics compared with the mean over every order of the ties."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_collapsed_model_scores_chance() -> None:
     assert expected_rank(scores, positive).mean().item() == pytest.approx(70.0)
 
 
-def test_rounding_noise_does_not_part_equal_candidates() -> None:
+def test_equal_candidates_tie_in_spite_of_rounding() -> None:
     candidate = torch.nn.functional.normalize(torch.randn(1, 64), dim=-1).repeat(9, 1)
     candidate = candidate * (1 + 1e-8 * torch.arange(9)[:, None])
     above, tied = placement(cosine_scores(candidate[:1], candidate), torch.tensor([3]))
@@ -82,7 +82,7 @@ def test_rounding_noise_does_not_part_equal_candidates() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_positive_without_a_finite_score_is_last(bad: float) -> None:
+def test_a_positive_with_a_non_finite_score_is_last(bad: float) -> None:
     scores = torch.tensor([[bad, 0.1, bad, 0.2]])
     assert placement(scores, torch.tensor([0]))[0].item() == 3
     assert expected_rank(scores, torch.tensor([0])).item() == 4.0
@@ -90,7 +90,7 @@ def test_a_positive_without_a_finite_score_is_last(bad: float) -> None:
     assert expected_hit(scores, torch.tensor([0]), 4).item() == 1.0
 
 
-def test_another_candidate_without_a_finite_score_ranks_above_unless_masked() -> None:
+def test_another_candidate_with_a_non_finite_score_ranks_above_unless_masked() -> None:
     scores = torch.tensor([[0.5, math.nan, math.inf, -math.inf, 0.1]])
     assert expected_rank(scores, torch.tensor([0])).item() == 3.0
 
@@ -98,7 +98,7 @@ def test_another_candidate_without_a_finite_score_ranks_above_unless_masked() ->
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"expected \[N, M\] and \[N\]"):
         expected_hit(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1)
-    with pytest.raises(ValueError, match="outside the 3 candidates"):
+    with pytest.raises(ValueError, match="a positive is outside the 3 candidates"):
         expected_hit(torch.zeros(1, 3), torch.tensor([3]), 1)
     with pytest.raises(ValueError, match="counts from 1"):
         ExpectedHitRate(0)
@@ -118,7 +118,7 @@ def test_modules_average_over_updates() -> None:
 def _rank_main(rank: int, port: int, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     metric = ExpectedHitRate(1)
-    rows = [[0], [1, 2, 3, 4]][rank]  # uneven shards: a mean of means would be wrong
+    rows = [[0], [1, 2, 3, 4]][rank]  # unequal parts, for which a mean of means would be wrong
     metric.update(torch.tensor(ROWS)[rows], torch.zeros(len(rows), dtype=torch.int64))
     value = metric.compute().item()
     torch.distributed.destroy_process_group()

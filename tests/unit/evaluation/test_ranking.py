@@ -1,4 +1,4 @@
-"""Queries with candidates of their own are ranked against those alone, in every number."""
+"""Queries with candidates of their own are ranked among those only, in every number."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_candidates_of_other_queries_do_not_count() -> None:
     assert ranking.confidence(embedding, temperature=0.1)[0].item() == pytest.approx(expected[0].exp().item(), abs=1e-5)
 
 
-def test_fewer_candidates_than_places_leave_places_empty() -> None:
+def test_fewer_candidates_than_places_give_fewer_results() -> None:
     ranking = Ranking.of(task(pair("b", "d")), torch.eye(4))
     assert ranking.placed(torch.eye(4)[:1])[0] == (1.5, 0.5, (1, 3))
     assert not math.isnan(ranking.log_probability(torch.eye(4)[:1], temperature=0.05).item())
 
 
-def test_a_task_that_cannot_be_ranked_says_why() -> None:
+def test_errors_say_why_a_task_cannot_be_ranked() -> None:
     with pytest.raises(ValueError, match="the positive 'z' of query 'z\\?' is not a candidate"):
         Ranking.of(task(pair("z")), torch.eye(4))
-    with pytest.raises(ValueError, match="task task: no queries"):
+    with pytest.raises(ValueError, match="task task: the task has no queries"):
         Ranking.of(task(), torch.eye(4))

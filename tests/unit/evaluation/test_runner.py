@@ -1,4 +1,4 @@
-"""The runner on an encoder made of tables: every number can be computed by hand."""
+"""The runner with an encoder made of tables, so that every number can be computed by hand."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from mmemb.registry import create
 from mmemb.types import Decision, EvaluationResults, EvaluationTask, Item, Pair, PrefillState, Rationale, Text
 from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
 
-# Candidate i is the i-th unit vector; a query's text says what its paths find, and its tokens: "direct reasoned true n"
+# Candidate i is the i-th unit vector. The text of a query has four words: the candidate that its direct path finds, the
+# candidate of its reasoned path, that of the true rationale, and the number of rationale tokens.
 WIDTH = 4
 
 
 def unit(column: str) -> Tensor:
-    """A unit vector; ``x`` lies as near to every candidate as to the others."""
+    """A unit vector; ``x`` has the same cosine with every candidate."""
     return torch.ones(WIDTH) / WIDTH**0.5 if column == "x" else torch.eye(WIDTH)[int(column)]
 
 
 class Tables:
-    """An encoder without a model, which notes what it was asked."""
+    """An encoder without a model, which records its calls."""
 
     confidence_temperature = 0.5
 
@@ -62,7 +63,7 @@ class Tables:
         self.asked += [("prefill", len(items)), ("think", int(think.sum()))]
         written = torch.tensor([int(word[3]) for word in words], dtype=torch.int64)
         written = torch.minimum(written, decision.budget)
-        # A rationale cut short finds nothing: it lies between all candidates.
+        # A rationale that was cut finds nothing: its embedding ties all candidates.
         whole = [int(word[3]) <= budget for word, budget in zip(words, decision.budget.tolist(), strict=True)]
         reasoned = [unit(word[1] if complete else "x") for word, complete in zip(words, whole, strict=True)]
         embedding = torch.where(think[:, None], torch.stack(reasoned), direct) if words else direct
@@ -82,8 +83,8 @@ class Tables:
         return len(text.split())
 
 
-class Told(Worker):
-    """Knows a rationale for all queries but those that start with 3."""
+class TrueRationale(Worker):
+    """Has a rationale for every query that does not start with 3."""
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
         return [[] if item.text.startswith("3") else [Rationale("three words here")] for item in items]
@@ -102,7 +103,7 @@ def task(name: str, *queries: tuple[str, int]) -> EvaluationTask:
     return EvaluationTask(name, pairs, candidates, [f"id{column}" for column in range(WIDTH)])
 
 
-# direct finds it | reasoning helps | reasoning hurts | direct is undecided, a true rationale is missing for the last
+# The direct path finds the target | reasoning helps | reasoning hurts | there is no true rationale
 A = task("a", ("0 0 0 5", 0), ("1 2 2 7", 2), ("1 0 1 3", 1), ("3 3 3 1", 3))
 B = task("b", ("x 1 1 9", 1), ("x 2 2 9", 1))
 
@@ -112,43 +113,43 @@ def run(*names: str, worker: Worker | None = None, tasks: Sequence[EvaluationTas
     return evaluate(Tables(), list(tasks), controllers=controllers, true_rationale=worker, progress=False)
 
 
-def test_hit_rates_and_costs_by_hand() -> None:
-    results = run("never", "always_reason", "oracle", worker=Told())
+def test_scores_equal_those_computed_by_hand() -> None:
+    results = run("never", "always_reason", "oracle", worker=TrueRationale())
     never, always = results.modes["never"]["by_task"], results.modes["always_reason"]["by_task"]
     assert never["a"]["hit@1"] == pytest.approx(3 / 4)
     assert always["a"]["hit@1"] == pytest.approx(3 / 4)
-    assert never["b"]["hit@1"] == pytest.approx(1 / 4)  # tied with all: chance
+    assert never["b"]["hit@1"] == pytest.approx(1 / 4)  # the query ties with all candidates, which gives chance
     assert always["b"]["hit@1"] == pytest.approx(1 / 2)
-    # The lost query of each path ties with the two other wrong candidates: ranks 2, 3, 4.
+    # The positive that is not found ties with two other candidates, so its rank is 2, 3 or 4.
     assert never["a"]["mrr"] == pytest.approx((3 + (1 / 2 + 1 / 3 + 1 / 4) / 3) / 4)
     assert never["a"]["hit@5"] == 1.0
     assert (never["a"]["n"], never["a"]["candidates"], never["a"]["chance"]) == (4, 4, 0.25)
-    assert (never["a"]["think_rate"], never["a"]["tokens_per_query"]) == (0.0, 0.0)
-    assert (always["a"]["think_rate"], always["a"]["tokens_per_query"]) == (1.0, (5 + 7 + 3 + 1) / 4 + 2)
+    assert (never["a"]["invocation_rate"], never["a"]["tokens_per_query"]) == (0.0, 0.0)
+    assert (always["a"]["invocation_rate"], always["a"]["tokens_per_query"]) == (1.0, (5 + 7 + 3 + 1) / 4 + 2)
     oracle = results.modes["oracle"]["by_task"]
     assert oracle["a"]["hit@1"] == 1.0
-    assert oracle["a"]["think_rate"] == 1 / 4
+    assert oracle["a"]["invocation_rate"] == 1 / 4
     assert oracle["a"]["tokens_per_query"] == 9 / 4
-    told = results.modes["true_rationale"]["by_task"]
-    assert told["a"]["hit@1"] == 1.0
-    assert (told["a"]["think_rate"], told["a"]["tokens_per_query"]) == (3 / 4, 3 * 5 / 4)
+    true = results.modes["true_rationale"]["by_task"]
+    assert true["a"]["hit@1"] == 1.0
+    assert (true["a"]["invocation_rate"], true["a"]["tokens_per_query"]) == (3 / 4, 3 * 5 / 4)
 
 
-def test_a_mode_counts_every_task_once() -> None:
+def test_a_row_counts_every_task_once() -> None:
     results = run("never", "always_reason")
     assert results.modes["never"]["hit@1"] == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert results.modes["always_reason"]["tokens_per_query"] == pytest.approx((6 + 11) / 2)
     assert set(results.modes["never"]["by_task"]) == {"a", "b"}
 
 
-def test_one_pass_serves_every_controller() -> None:
+def test_every_controller_uses_the_same_single_pass() -> None:
     encoder = Tables()
     controllers = {name: create("controller", name) for name in ("never", "always_reason", "random", "oracle", "rl")}
     evaluate(encoder, [A], controllers=controllers, true_rationale=None, progress=False)
     assert encoder.asked == [("targets", 4), ("prefill", 4), ("think", 4)]
 
 
-def test_nobody_thinks_where_no_controller_asks() -> None:
+def test_no_query_reasons_if_no_controller_wants_it() -> None:
     encoder = Tables()
     results = evaluate(
         encoder, [A], controllers={"never": create("controller", "never")}, true_rationale=None, progress=False
@@ -157,33 +158,33 @@ def test_nobody_thinks_where_no_controller_asks() -> None:
     assert all(record.reasoned_rank is None and record.rationale == "" for record in results.records)
 
 
-def test_speed_charges_the_prompt_in_full_and_decoding_by_tokens() -> None:
+def test_speed_counts_all_of_the_prompt_time_and_decoding_time_by_tokens() -> None:
     modes = run("never", "always_reason", "oracle", tasks=[A]).modes
     assert modes["never"]["queries_per_second"] == pytest.approx(4 / 1)
     assert modes["always_reason"]["queries_per_second"] == pytest.approx(4 / 5)
     assert modes["oracle"]["queries_per_second"] == pytest.approx(4 / (1 + 4 * 9 / 24))
 
 
-def test_a_smaller_budget_encodes_only_the_rows_it_cuts() -> None:
+def test_a_smaller_budget_encodes_only_the_queries_that_it_cuts() -> None:
     encoder = Tables()
     controllers = {
         "full": create("controller", "always_reason"),
         "short": create("controller", "always_reason", budget=3),
     }
     results = evaluate(encoder, [A], controllers=controllers, true_rationale=None, progress=False)
-    # Rationales of 5 and 7 tokens are over the budget, those of 3 and 1 are reused.
+    # Rationales of 5 and 7 tokens exceed the budget; those of 3 and 1 tokens are reused.
     assert encoder.asked[-2:] == [("prefill", 2), ("think", 2)]
     short = results.modes["short"]["by_task"]["a"]
     assert short["tokens_per_query"] == (5 + 5 + 5 + 3) / 4
     assert short["hit@1"] == pytest.approx((1 / 4 + 1 / 4 + 0 + 1) / 4)
 
 
-def test_a_controller_without_a_budget_leaves_it_to_the_encoder() -> None:
+def test_a_controller_without_a_budget_has_the_budget_of_the_encoder() -> None:
     modes = run("always_reason", "oracle", tasks=[task("long", ("0 1 1 60", 1))]).modes
     assert modes["always_reason"]["tokens_per_query"] == modes["oracle"]["tokens_per_query"] == 62
 
 
-def test_records_say_what_each_path_found() -> None:
+def test_records_contain_the_outcome_of_each_path() -> None:
     records = run("always_reason").records
     helped = records[1]
     assert (helped.task, helped.pair.id) == ("a", "a/1")
@@ -205,14 +206,14 @@ def test_records_say_what_each_path_found() -> None:
 def test_calibration_fits_on_all_validation_queries() -> None:
     controller = create("controller", "threshold")
     calibrate(Tables(), [A, B], {"threshold": controller, "never": create("controller", "never")})
-    # Confidence is 1/4 on task b, where reasoning pays on balance, and .71 on task a, where it gains nothing.
+    # The confidence is 1/4 on task b, where reasoning pays, and .71 on task a, where it gains nothing.
     assert 0.25 < controller.threshold < 0.72
     results = evaluate(Tables(), [A, B], controllers={"threshold": controller}, true_rationale=None, progress=False)
     by_task = results.modes["threshold"]["by_task"]
-    assert (by_task["a"]["think_rate"], by_task["b"]["think_rate"]) == (0.0, 1.0)
+    assert (by_task["a"]["invocation_rate"], by_task["b"]["invocation_rate"]) == (0.0, 1.0)
 
 
-def test_calibration_costs_nothing_where_nothing_fits() -> None:
+def test_calibration_encodes_nothing_if_no_controller_is_fitted() -> None:
     encoder = Tables()
     calibrate(encoder, [A], {"never": create("controller", "never")})
     assert encoder.asked == []
@@ -227,17 +228,17 @@ def test_merging_parts_equals_evaluating_together() -> None:
     assert list(merged.tasks) == ["a", "b"]
 
 
-def test_a_mean_needs_every_task() -> None:
+def test_a_mean_needs_the_score_of_every_task() -> None:
     scores = mode_scores({"a": {"hit@1": 0.5, "mrr": 0.5}, "b": {"hit@1": 1.0}})
     assert scores["hit@1"] == 0.75
     assert "mrr" not in scores
     assert mode_scores({}) == {"by_task": {}}
 
 
-def test_unusable_tasks_are_named() -> None:
+def test_errors_name_the_task_that_cannot_be_used() -> None:
     with pytest.raises(ValueError, match=r"task a: the positive 'id9' of query 'a/0' is not a candidate"):
         run("never", tasks=[task("a", ("0 0 0 5", 9))])
-    with pytest.raises(ValueError, match="task empty: no queries"):
+    with pytest.raises(ValueError, match="task empty: the task has no queries"):
         run("never", tasks=[task("empty")])
 
 
@@ -256,7 +257,7 @@ def fake_encoder() -> Encoder:
     return Encoder(FakeBackbone(), pooler, batch_size=4, budget=8)
 
 
-def test_controllers_match_their_own_adaptive_pass() -> None:
+def test_a_shared_pass_equals_one_pass_per_controller() -> None:
     encoder, tasks = fake_encoder(), fake_tasks()
     results = evaluate(
         encoder,
@@ -285,7 +286,7 @@ def _scored() -> dict[str, Any]:
     controllers = {name: create("controller", name) for name in ("never", "always_reason", "threshold", "oracle")}
     encoder, tasks = fake_encoder(), fake_tasks()
     calibrate(encoder, tasks, controllers)
-    results = evaluate(encoder, tasks, controllers=controllers, true_rationale=Told(), progress=False)
+    results = evaluate(encoder, tasks, controllers=controllers, true_rationale=TrueRationale(), progress=False)
     for scores in results.modes.values():
         for each in (scores, scores["by_task"]["words"]):
             each.pop("queries_per_second")
@@ -293,7 +294,7 @@ def _scored() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -304,14 +305,14 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
 
 
 class Bound(Controller):
-    """Thinks everywhere with a budget of its own a row."""
+    """Every query reasons, each with its own budget."""
 
     def decide(self, state: PrefillState) -> Decision:
         rows = len(state.direct)
         return Decision(torch.ones(rows, dtype=torch.bool), torch.ones(rows), torch.arange(rows) + 1)
 
 
-def test_budgets_by_row_are_kept() -> None:
+def test_each_query_keeps_its_own_budget() -> None:
     results = evaluate(
         Tables(),
         [A],
@@ -319,5 +320,5 @@ def test_budgets_by_row_are_kept() -> None:
         true_rationale=None,
         progress=False,
     )
-    # Budgets 1 2 3 4 against rationales of 5 7 3 1 tokens.
+    # Budgets of 1, 2, 3, 4 tokens for rationales of 5, 7, 3, 1 tokens.
     assert results.modes["rows"]["by_task"]["a"]["tokens_per_query"] == (1 + 2 + 3 + 1) / 4 + 2

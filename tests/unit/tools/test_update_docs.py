@@ -1,4 +1,4 @@
-"""Tables of results are made from the kept files, and a page that is out of date is named."""
+"""Tables of results are made from the kept files, and pages that are out of date are named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def summary(seed: int, hit: float, modes: tuple[str, ...] = ("never", "always_re
     """A summary with one task."""
     row = {
         "hit@1": hit,
-        "think_rate": 0.0,
+        "invocation_rate": 0.0,
         "tokens_per_query": 0.0,
         "by_task": {"name": {"hit@1": hit, "n": 10, "candidates": 50, "chance": 0.02}},
     }
@@ -32,18 +32,21 @@ def project(tmp_path: Path) -> Path:
 
 
 def update(project: Path, *more: str) -> int:
-    """Runs the tool on a project whose results lie beside its README."""
+    """Runs the tool on a project whose results are next to its README."""
     return update_docs.main(["--root", str(project), "--results", str(project), *more])
 
 
 def test_table_shows_mean_spread_and_chance(project: Path) -> None:
     assert update(project) == 0
     text = (project / "README.md").read_text()
-    assert "| task | candidates | chance | direct | reasoned |" in text
-    assert "| name | 50 | 0.020 | 0.600 ± 0.141 | 0.600 ± 0.141 |" in text
+    assert "| score, task | candidates | chance | never | always_reason |" in text
+    assert "| hit@1, name | 50 | 0.020 | 0.600 ± 0.141 | 0.600 ± 0.141 |" in text
     assert "seeds 1, 2" in text
     assert "1 to 2 minutes" in text
-    assert "| `name`, better path: hit@1 | at least 0.6 | 0.600 ± 0.141 |" in text
+    assert "| `name`: hit@1, higher of `never` and `always_reason` | at least 0.6 | 0.600 ± 0.141 |" in text
+    legend = text.partition("| score, task |")[0]
+    assert "| `always_reason` | Every query reasons" in legend
+    assert "| `invocation_rate` | Share of queries that reason. |" in legend
     assert "of yesterday" not in text
     assert text.startswith("before\n<!-- table: r1 -->\n")
     assert text.endswith("\n<!-- end of table -->\nafter\n")
@@ -65,10 +68,10 @@ def test_check_names_the_stale_page_and_writes_nothing(project: Path, capsys: py
         ("<!-- table: r1 -->\n", "needs an `<!-- end of table -->`"),
         ("<!-- end of table -->\n", "needs an `<!-- end of table -->`"),
         ("<!-- table: r1 -->\n<!-- table: r1 -->\n<!-- end of table -->\n", "needs an `<!-- end of table -->`"),
-        ("<!-- table: r2 -->\n<!-- end of table -->\n", "there is no table r2; there are r1, "),
+        ("<!-- table: r2 -->\n<!-- end of table -->\n", "unknown table r2; known tables: rows, scores, r1, "),
     ],
 )
-def test_a_wrong_marker_is_named_with_its_page(
+def test_the_error_for_a_wrong_marker_names_the_page(
     project: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     (project / "docs" / "page.md").write_text(text)
@@ -80,27 +83,27 @@ def test_a_wrong_marker_is_named_with_its_page(
     assert said in error
 
 
-def test_every_table_has_a_place() -> None:
+def test_every_table_is_on_one_page() -> None:
     shown = [name for page in update_docs.pages() for name in update_docs.names(page.read_text(encoding="utf-8"))]
     assert sorted(shown) == sorted(update_docs.TABLES)
 
 
 def test_one_run_has_no_spread() -> None:
-    assert "| name | 50 | 0.020 | 0.500 | 0.500 |" in r1_tables.table([summary(1, 0.5)])
+    assert "| hit@1, name | 50 | 0.020 | 0.500 | 0.500 |" in r1_tables.table([summary(1, 0.5)])
 
 
-def test_thinking_is_shown_by_task_beside_what_it_gains() -> None:
+def test_the_invocation_rate_is_shown_by_task_with_the_gain_from_reasoning() -> None:
     runs = [summary(1, 0.5, modes=("never", "always_reason", "rl")) for _ in range(2)]
     for run, rate in zip(runs, (0.25, 0.75), strict=True):
-        row = {"hit@1": 0.9, "n": 10, "candidates": 50, "chance": 0.02, "think_rate": rate}
+        row = {"hit@1": 0.9, "n": 10, "candidates": 50, "chance": 0.02, "invocation_rate": rate}
         run["modes"]["always_reason"] = run["modes"]["rl"] = {**run["modes"]["rl"], "by_task": {"name": row}}
-    text = r1_tables.thinking(runs)
-    assert "| think rate of `rl` | 0.500 ± 0.354 |" in text
-    assert "| hit@1, reasoned - direct | 0.400 ± 0.000 |" in text
-    assert r1_tables.thinking([summary(1, 0.5)]) == ""
+    text = r1_tables.reasoning(runs)
+    assert "| invocation_rate, `rl` | 0.500 ± 0.354 |" in text
+    assert "| hit@1, `always_reason` minus `never` | 0.400 ± 0.000 |" in text
+    assert r1_tables.reasoning([summary(1, 0.5)]) == ""
 
 
-def test_a_mode_of_some_runs_only_is_refused() -> None:
+def test_a_row_that_only_some_runs_have_is_an_error() -> None:
     with pytest.raises(ValueError, match="'always_reason' is in 1 of 2 runs"):
         r1_tables.table([summary(1, 0.5), summary(2, 0.5, modes=("never",))])
 

@@ -111,7 +111,14 @@ def test_every_measure_is_logged() -> None:
     logs, _, made = one_step(pairs(), rewards=[Retrieval(), Utility()], grpo=GRPO(kl_weight=0.1))
     assert set(logs) >= {
         *(f"{kind}/{name}" for kind in ("reward", "reward_spread") for name in ("retrieval", "utility", "total")),
-        *("zero_spread_share", "kl", "decision_entropy", "decision_clip_share", "rationale_clip_share", "think_rate"),
+        *(
+            "zero_spread_share",
+            "kl",
+            "decision_entropy",
+            "decision_clip_share",
+            "rationale_clip_share",
+            "invocation_rate",
+        ),
         *("think_probability", "tokens_per_query", "regret", "infonce_direct", "infonce_reasoned", "exploration"),
     }
     assert all(value.isfinite() for value in logs.values())

@@ -30,7 +30,7 @@ def measures(
     think = log_prob[:, 0].exp()
     logs["decision_entropy"] = -(log_prob.exp() * log_prob).sum(1).mean()
     logs["think_probability"] = think.mean()
-    logs["think_rate"] = outcome.think.float().mean()
+    logs["invocation_rate"] = outcome.think.float().mean()
     logs["tokens_per_query"] = outcome.tokens.float().mean()
     logs["truncated_share"] = outcome.truncated.float().mean()
     # What the better decision earns on average, less what the policy earns; of queries that saw both.
