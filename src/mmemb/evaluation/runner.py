@@ -17,14 +17,14 @@ Shape legend: N queries, M candidates, D embedding width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
+from mmemb.common import terminal
 from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
 from mmemb.evaluation.ranking import Ranking
 from mmemb.evaluation.ranks import gather, in_order, sharded, share, world
@@ -96,30 +96,47 @@ def evaluate(
         controllers: mode -> controller, calibrated where it must be.
         true_rationale: worker whose first rationale is teacher-forced as the mode ``true_rationale``; None leaves the
             mode out.
-        progress: show a bar over tasks.
+        progress: whether to report progress over queries, task by task.
 
     Raises:
         ValueError: a task has no queries, or a positive is not among its candidates.
     """
-    parts = [
-        _evaluate_task(encoder, task, controllers, true_rationale)
-        for task in track(tasks, "evaluate", transient=True, disable=not progress)
-    ]
+    parts = []
+    for task in _reported("evaluate", tasks, show=progress):
+        parts.append(_evaluate_task(encoder, task, controllers, true_rationale))
     return merge_results(parts)
 
 
-def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:
+def _reported(title: str, tasks: Sequence[EvaluationTask], *, show: bool) -> Iterator[EvaluationTask]:
+    """The tasks in turn; reports which one is at work, and how many queries of how many are done."""
+    with terminal.progress(title, sum(len(task.queries) for task in tasks), unit="queries", show=show) as bar:
+        for task in tasks:
+            bar.about(f"{title} {task.name}")
+            yield task
+            bar.advance(len(task.queries))
+        bar.about(title)
+
+
+def calibrate(
+    encoder: QueryEncoder,
+    tasks: Sequence[EvaluationTask],
+    controllers: Mapping[str, Controller],
+    *,
+    progress: bool = True,
+) -> None:
     """Fits, in place, every controller that has something to fit, on the queries of all tasks; each task counts once.
 
     Args:
         encoder: the model.
         tasks: validation tasks.
         controllers: those without a ``calibrate`` of their own are left alone, and cost nothing.
+        progress: whether to report progress over queries, task by task.
     """
     fitted = [part for part in controllers.values() if type(part).calibrate is not Controller.calibrate]
     if not fitted:
         return
-    states = [_Run.of(encoder, task, {"everyone": None}).state for task in tasks]
+    reported = _reported("calibrate", tasks, show=progress)
+    states = [_Run.of(encoder, task, {"everyone": None}).state for task in reported]
     for state in states:
         state.weight = torch.full((len(state.direct),), 1 / len(state.direct))  # every task counts once
     joined = {each.name: torch.cat([getattr(state, each.name) for state in states]) for each in fields(PrefillState)}

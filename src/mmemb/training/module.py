@@ -217,7 +217,7 @@ class EmbeddingModule(L.LightningModule):
             never = {name: part for name, part in self.controllers.items() if name == "never"}
             if tasks and never and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_info("Scoring the model before training (the 'pretrained' row of the summary).")
-                results = evaluate(self.encoder(), tasks, controllers=never, true_rationale=None, progress=False)
+                results = evaluate(self.encoder(progress=True), tasks, controllers=never, true_rationale=None)
                 self.before_training = results.modes.get("never")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -237,7 +237,7 @@ class EmbeddingModule(L.LightningModule):
         paths = {name: part for name, part in self.controllers.items() if name in ("never", "always_reason")}
         if tasks and paths:
             rank_zero_info("Scoring the model before the control phase (the '..._before_control' rows of the summary).")
-            results = evaluate(self.encoder(), tasks, controllers=paths, true_rationale=None, progress=False)
+            results = evaluate(self.encoder(progress=True), tasks, controllers=paths, true_rationale=None)
             self.before_control = results.modes
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -328,7 +328,7 @@ class EmbeddingModule(L.LightningModule):
         controllers = {
             name: part for name, part in self.controllers.items() if not fitting or name in ("never", "always_reason")
         }
-        results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
+        results = evaluate(self.encoder(progress=True), [short], controllers=controllers, true_rationale=None)
         self._results.append(results)
 
     def on_validation_epoch_end(self) -> None:
@@ -352,11 +352,11 @@ class EmbeddingModule(L.LightningModule):
         tasks = self.datamodule.evaluation_tasks("validation")
         if tasks and self.controllers:
             rank_zero_info("Calibrating controllers on the validation split.")
-            calibrate(self.encoder(), tasks, self.controllers)
+            calibrate(self.encoder(progress=True), tasks, self.controllers)
 
     def test_step(self, task: EvaluationTask, batch_idx: int) -> None:
         results = evaluate(
-            self.encoder(), [task], controllers=self.controllers, true_rationale=self.reference, progress=False
+            self.encoder(progress=True), [task], controllers=self.controllers, true_rationale=self.reference
         )
         self._results.append(results)
 
