@@ -212,6 +212,7 @@ class Bar:
         self._found = done
         self._output = output
         self._began = 0.0 if output is None else output.clock()
+        self._told: int | None = None
         self._display: Progress | None = None
         self._task: TaskID | None = None
 
@@ -226,7 +227,8 @@ class Bar:
             return
         if self._display is not None and self._task is not None:
             self._display.update(self._task, completed=done)
-        if self._output.is_due():
+        finished_before = self.total is not None and self._told == done >= self.total
+        if self._output.is_due() and not finished_before:
             self.tell()
 
     def about(self, title: str) -> None:
@@ -239,6 +241,7 @@ class Bar:
         """Writes a line now."""
         if self._output is None:
             return
+        self._told = self.done
         past = self._output.clock() - self._began
         moved = self.done - self._found
         rate = moved / past if moved > 0 and past > 0 else None
@@ -306,7 +309,7 @@ def progress(
             bar.tell()
         with bar._shown(outer):
             yield bar
-        if outer is None:
+        if outer is None and bar._told != bar.done:
             bar.tell()
     finally:
         where.bars.remove(bar)
