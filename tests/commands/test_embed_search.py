@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,27 @@ def test_a_folder_is_embedded_and_a_picture_finds_itself(cli: Cli, model: Path, 
     assert ["1", "1.000", "red.png"] in [row[:3] for row in rows]
     assert [row[0] for row in rows if row and row[0].isdigit()] == ["1", "2"]
     assert Image.open("results.png").size[0] > 200
+
+
+def test_without_a_terminal_progress_is_lines_on_standard_error(
+    cli: Cli, model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMEMB_PROGRESS_SECONDS", "0")
+    code, out, err = embed(cli, model, "--input", str(pictures), "--part_rows", "2")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    found = [line[9:] for line in err.splitlines() if re.match(r"\d\d:\d\d:\d\d embed", line)]
+    fields = (
+        r"(embed|embed: (?:think and )?encode)  (\d/\d) items  (?:-|[\d.,]+) items/s  past \S+  left \S+  [\d,]+ MB"
+    )
+    matches = [re.fullmatch(fields, line) for line in found]
+    assert None not in matches, found
+    assert [match[2] for match in matches if match and match[1] == "embed"] == ["0/3", "2/3", "3/3"]
+    assert {match[2] for match in matches if match and match[1] != "embed"} == {"0/2", "2/2", "0/1", "1/1"}
+    assert all(line.isprintable() for line in found)
+    code, _, err = search(cli, model, "--query", "apple")
+    assert code == 0
+    assert "encode  1/1 items" in err
 
 
 def test_a_file_of_items_is_embedded_and_searched_by_text(cli: Cli, model: Path, pictures: Path) -> None:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         device=options.device or _own_device(ranks),
         batch_size=options.batch_size,
         budget=options.budget,
-        progress=ranks.rank == 0,
+        progress=True,
     )
     settings = {name: options[name] for name in ("side", "reason", "dim")}
     if options.offset is not None:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from mmemb.commands.parsing.errors import UsageError
+from mmemb.common import terminal
 
 _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's place are those of the training config:
 
@@ -20,8 +21,6 @@ _EPILOG = """The data, the backbone, the workers, the evaluator and the pool's p
 `mmemb fit` does the first two by itself where the config names workers and the pool is missing. A stopped generate or
 score goes on where it was. Every other option is a setting of `mmemb fit` (`mmemb fit --help`).
 """
-
-_WIDEST = 10_000  # characters of a line that no name comes near
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,11 +119,9 @@ def _open(settings: Any, pairs: Sequence[Any]) -> Any:
 
 def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -> None:
     """Prints a table by task and worker and writes the page."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from mmemb.rationales.generate import bar, say
     from mmemb.rationales.page import COLUMNS, LEGEND, cells, write_page
     from mmemb.rationales.stats import ALL, pool_stats
 
@@ -133,16 +130,14 @@ def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -
     # What the selector keeps; one without a margin keeps what helps at all.
     margin = float(getattr(model.selector, "margin", 0.0))
     net = bool(getattr(model.selector, "net_of_placebo", False))
-    with bar("read rationales", len(pairs), done=0, show=True) as advance:
-        groups = pool_stats(pool, pairs, margin=margin, net_of_placebo=net, advance=advance)
+    with terminal.progress("read rationales", len(pairs), unit="pairs") as bar:
+        groups = pool_stats(pool, pairs, margin=margin, net_of_placebo=net, advance=bar.advance)
     table = Table(box=None, header_style="dim", padding=(0, 2))
     for number, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for group in groups:
         table.add_row(*map(Text, cells(group)), style="bold" if group.task == ALL else "")
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own: a line a row
-        console.width = _WIDEST
+    console = terminal.table_console()
     console.print(table)
     console.print(LEGEND, style="dim", soft_wrap=True)
     facts = {
@@ -152,13 +147,12 @@ def _stats(model: Any, pairs: Sequence[Any], *, task: str | None, output: str) -
         "kept": f"{'net ' if net else ''}gain above {margin:g} nats",
         "pairs": str(len(pairs)),
     }
-    say(f"report: {write_page(output, groups, facts, margin=margin)}")
+    terminal.say(f"report: {write_page(output, groups, facts, margin=margin)}")
 
 
 def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str], pair_id: str | None) -> None:
     """Prints pairs with their candidates, gains and the selector's choice."""
     from mmemb.rationales.choose import show
-    from mmemb.rationales.generate import say
 
     pool = _open(model.pool, pairs)
     if pair_id is not None:
@@ -178,4 +172,4 @@ def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str],
             show(pair, pool)
             without_choice.append(str(error))
     if without_choice:
-        say(f"no choice shown for {len(without_choice)} of {len(chosen)} pairs: {without_choice[0]}")
+        terminal.say(f"no choice shown for {len(without_choice)} of {len(chosen)} pairs: {without_choice[0]}")

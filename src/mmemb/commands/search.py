@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmemb.commands.parsing.errors import UsageError
 from mmemb.commands.parsing.parser import CommandParser
+from mmemb.common.terminal import table_console
 
 _EPILOG = """examples:
   mmemb search --checkpoint runs/r1/version_0 --index photos.parquet --query "a red apple"
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     parts = [Path(options.image)] if options.image else []
     parts += [options.query] if options.query else []
     query = as_item(parts, instruction=options.instruction, place="the query")
-    embedder = Embedder.from_checkpoint(options.checkpoint, device=options.device)
+    embedder = Embedder.from_checkpoint(options.checkpoint, device=options.device, progress=True)
     index = read_embeddings(options.index, model=embedder.identity)
     width = index.embeddings.shape[1]
     # An index of fewer dimensions was cut to its first ones; so is the query.
@@ -68,13 +69,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _print(hits: Sequence[Any], rationale: str) -> None:
     """A table of the results; the thought first, if there was one."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from mmemb.types import pictures
 
-    console = Console()
+    console = table_console()
     if rationale:
         console.print(Text("thought: ", style="dim").append(rationale, style="italic"))
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -18,14 +18,14 @@ Shape legend: N queries, M candidates, D embedding width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
+from mmemb.common import terminal
 from mmemb.common.vocabulary import ALWAYS_REASON, TRUE_RATIONALE
 from mmemb.evaluation.metrics import ExpectedHitRate, ExpectedReciprocalRank
 from mmemb.evaluation.ranking import Ranking
@@ -98,30 +98,47 @@ def evaluate(
         controllers: row -> controller. Controllers that need calibration are calibrated.
         true_rationale: worker whose first rationale the model reads in the row ``true_rationale``; None leaves the row
             out.
-        progress: show a progress bar over tasks.
+        progress: whether to report progress over queries, task by task.
 
     Raises:
         ValueError: a task has no queries, or a positive is not among its candidates.
     """
-    parts = [
-        _evaluate_task(encoder, task, controllers, true_rationale)
-        for task in track(tasks, "evaluate", transient=True, disable=not progress)
-    ]
+    parts = []
+    for task in _reported("evaluate", tasks, show=progress):
+        parts.append(_evaluate_task(encoder, task, controllers, true_rationale))
     return merge_results(parts)
 
 
-def calibrate(encoder: QueryEncoder, tasks: Sequence[EvaluationTask], controllers: Mapping[str, Controller]) -> None:
+def _reported(title: str, tasks: Sequence[EvaluationTask], *, show: bool) -> Iterator[EvaluationTask]:
+    """The tasks in turn; reports which one is at work, and how many queries of how many are done."""
+    with terminal.progress(title, sum(len(task.queries) for task in tasks), unit="queries", show=show) as bar:
+        for task in tasks:
+            bar.about(f"{title} {task.name}")
+            yield task
+            bar.advance(len(task.queries))
+        bar.about(title)
+
+
+def calibrate(
+    encoder: QueryEncoder,
+    tasks: Sequence[EvaluationTask],
+    controllers: Mapping[str, Controller],
+    *,
+    progress: bool = True,
+) -> None:
     """Fits every controller that has something to fit on the queries of all tasks, in place. Each task counts once.
 
     Args:
         encoder: the model.
         tasks: validation tasks.
         controllers: controllers by row. Those without a ``calibrate`` method of their own stay as they are.
+        progress: whether to report progress over queries, task by task.
     """
     fitted = [part for part in controllers.values() if type(part).calibrate is not Controller.calibrate]
     if not fitted:
         return
-    states = [_Run.of(encoder, task, {ALWAYS_REASON: None}).state for task in tasks]
+    reported = _reported("calibrate", tasks, show=progress)
+    states = [_Run.of(encoder, task, {ALWAYS_REASON: None}).state for task in reported]
     for state in states:
         state.weight = torch.full((len(state.direct),), 1 / len(state.direct))  # every task counts once
     joined = {each.name: torch.cat([getattr(state, each.name) for state in states]) for each in fields(PrefillState)}

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from mmemb.common import terminal
 from mmemb.common.digests import digest, item_digest
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.embedding_files import embedding_table
@@ -91,26 +92,34 @@ def embed_to_parquet(
     if parts <= ranks.rank:  # nothing to do, and the others may have joined the parts and removed their folder already
         return Share(0, 0, 0, output.is_file() and not folder.exists())
     _claim(folder, _job(embedder, items, part_rows, options))
-    embedded = thought = found = 0
+    mine = range(ranks.rank, parts, ranks.world_size)
+    missing = [number for number in mine if not _part(folder, number).is_file()]
+    total, todo = (sum(len(_rows(items, number, part_rows)) for number in numbers) for numbers in (mine, missing))
+    found, embedded, thought = total - todo, 0, 0
+    shown = terminal.progress("embed", total, unit="items", done=found, show=embedder.encoder.progress)
     try:
-        for number in range(ranks.rank, parts, ranks.world_size):
-            rows = items[number * part_rows : (number + 1) * part_rows]
-            if _part(folder, number).is_file():
-                found += len(rows)
-                continue
-            encoded = embedder.encode(list(rows), return_rationales=True, **options)
-            names = [item.fields.get("id", str(number * part_rows + row)) for row, item in enumerate(rows)]
-            table = embedding_table(rows, encoded, ids=names, model=embedder.identity)
-            aside = folder / f".{number:07}.{os.getpid()}"
-            pq.write_table(table, aside, compression="zstd")
-            os.replace(aside, _part(folder, number))
-            embedded += len(rows)
-            thought += int(encoded.thought.sum())
+        with shown as bar:
+            for number in missing:
+                rows = _rows(items, number, part_rows)
+                encoded = embedder.encode(list(rows), return_rationales=True, **options)
+                names = [item.fields.get("id", str(number * part_rows + row)) for row, item in enumerate(rows)]
+                table = embedding_table(rows, encoded, ids=names, model=embedder.identity)
+                aside = folder / f".{number:07}.{os.getpid()}"
+                pq.write_table(table, aside, compression="zstd")
+                os.replace(aside, _part(folder, number))
+                embedded += len(rows)
+                thought += int(encoded.thought.sum())
+                bar.advance(len(rows))
     except BaseException:
         if ranks.world_size == 1 and not any(folder.glob("*.parquet")):
             shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
         raise
     return Share(embedded, thought, found, _join(folder, parts, output))
+
+
+def _rows(items: Sequence[Item], number: int, part_rows: int) -> Sequence[Item]:
+    """The items of a part."""
+    return items[number * part_rows : (number + 1) * part_rows]
 
 
 def _part(folder: Path, number: int) -> Path:

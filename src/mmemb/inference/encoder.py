@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from rich.errors import LiveError
-from rich.progress import Progress
 from torch import Tensor, nn
 
+from mmemb.common import terminal
 from mmemb.inference.adaptive import AdaptivePaths, adaptive_paths
 from mmemb.inference.prompts import embed_items, length_order
 from mmemb.interfaces import Backbone, Controller, Model, Pooler
@@ -53,7 +52,7 @@ class Encoder:
         batch_size: prompts of one forward pass; steps of thinking may have half as many rows more.
         budget: most rationale tokens of a row, ``<think>`` and ``</think>`` not counted.
         confidence_temperature: temperature of the softmax over a reference bank that gives a row's confidence.
-        progress: show a bar over items.
+        progress: whether to report progress over items (`mmemb.common.terminal`).
     """
 
     def __init__(
@@ -164,19 +163,20 @@ class Encoder:
         Args:
             items: the items.
             run: is given the rows of a window, the size of a batch and what to tell how many rows it has reached.
-            title: of the bar.
+            title: what the progress is called.
             window: most batches of a window.
         """
         order = length_order(items)
         results: list[Result] = []
         start, size = 0, self.batch_size
-        with evaluating(self.backbone, self.pooler), _bar(self.progress, title, len(items)) as reach:
+        shown = terminal.progress(title, len(items), unit="items", show=self.progress and bool(items))
+        with evaluating(self.backbone, self.pooler), shown as bar:
             while start < len(order):
                 rows = order[start : start + size * window]
                 size = min(size, len(rows))
 
                 def reached(count: int, start: int = start) -> None:
-                    reach(start + count)
+                    bar.reach(start + count)
 
                 try:
                     result = run(rows, size, reached)
@@ -186,7 +186,7 @@ class Encoder:
                 else:
                     results.append(result)
                     start += len(rows)
-                    reach(start)
+                    bar.reach(start)
                     continue
                 # Out of the handler: the traceback kept the failed batch's tensors alive.
                 if torch.cuda.is_available():
@@ -244,22 +244,3 @@ def _inverse(order: Sequence[int]) -> Tensor:
     inverse = torch.empty(len(order), dtype=torch.int64)
     inverse[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
     return inverse
-
-
-@contextmanager
-def _bar(show: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar, told how many items are done; silent where another live display (a trainer's) owns the terminal."""
-    if not show:
-        yield lambda _: None
-        return
-    progress = Progress(transient=True)
-    try:
-        progress.start()
-    except LiveError:
-        yield lambda _: None
-        return
-    try:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.update(task, completed=count)
-    finally:
-        progress.stop()

@@ -7,26 +7,13 @@ rest is done again in the same batches, so the pool ends up the same row for row
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
+from mmemb.common import terminal
 from mmemb.common.checks import refuse_below
 from mmemb.common.digests import digest
 from mmemb.interfaces import Model, SetupContext, Worker
@@ -88,7 +75,7 @@ def generate(
         model: the model in training, for workers that use it.
         sides: which items are thought about; training reads the queries' candidates.
         leaks: flags candidates that hold the other side; None: the default check.
-        progress: a bar with rate and time left, and a line at the end.
+        progress: whether to report progress, and a summary in one line at the end.
         shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
 
     Raises:
@@ -134,7 +121,7 @@ def _fill(
     missing = [start for start in asked.starts() if not candidates_shard(folder, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + asked.shard_size]) for start in missing)
     written = leaking = 0
-    with bar("generate rationales", len(pairs), done=done, show=progress) as advance:
+    with terminal.progress("generate rationales", len(pairs), unit="pairs", done=done, show=progress) as bar:
         for start in missing:
             shard = pairs[start : start + asked.shard_size]
             proposals = _propose(shard, list(zip(workers, settings, strict=True)), k, seed, sides, check)
@@ -144,14 +131,14 @@ def _fill(
             write_shard(candidates_shard(folder, start), pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA))
             written += sum(row.get("text") is not None for row in rows)
             leaking += sum(bool(row.get("leaks")) for row in rows)
-            advance(len(shard))
+            bar.advance(len(shard))
     if progress:
-        say(
+        terminal.say(
             f"{folder}: {written} new candidates, {leaking} of them set aside as leaks; "
             f"{done} of {len(pairs)} pairs were there already"
         )
         for line in filter(None, (worker.report for worker in workers if missing)):
-            say(line)
+            terminal.say(line)
 
 
 def _propose(
@@ -196,55 +183,3 @@ def _resume(folder: Path, asked: Manifest) -> Manifest:
 
 def _worker_settings(worker: Worker) -> dict[str, Any]:
     return {"worker": worker.name or type(worker).__qualname__, **worker.settings}
-
-
-class _Rate(ProgressColumn):
-    """Pairs a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} pairs/s" if task.speed else "", style="progress.data.speed")
-
-
-@contextmanager
-def bar(
-    title: str,
-    total: int,
-    *,
-    done: int,
-    show: bool,
-    console: Console | None = None,
-    get_time: Callable[[], float] | None = None,
-) -> Iterator[Callable[[int], None]]:
-    """A progress bar over pairs, with rate and time left.
-
-    Args:
-        title: what is done.
-        total: pairs.
-        done: pairs that an earlier run had finished; they do not count in the rate.
-        show: False for no bar.
-        console: where it is shown; None: standard error.
-        get_time: a clock in seconds; None: the system's.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        _Rate(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # A console of its own: one console shows one live display, and a trainer's bar may be up.
-    console = console or Console(stderr=True)
-    # Over the whole run: a shard may take longer than the half minute over which a rate is taken by default.
-    with Progress(
-        *columns, console=console, disable=not show, speed_estimate_period=math.inf, get_time=get_time
-    ) as progress:
-        task = progress.add_task(title, total=total, completed=done)
-        progress.advance(task, 0)  # a rate is taken between two looks: this is the first
-        yield lambda pairs: progress.advance(task, pairs)
-
-
-def say(line: str) -> None:
-    """One line for the person at the terminal, kept off standard output."""
-    Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)

@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmemb.common import terminal
 from mmemb.common.digests import digest
 from mmemb.interfaces import Evaluator, Model, SetupContext
-from mmemb.rationales.generate import bar, say
 from mmemb.rationales.placebo import Placebos
 from mmemb.rationales.pool import RationalePool
 from mmemb.rationales.storage import (
@@ -60,7 +60,7 @@ def score(
         evaluator: gives the confidence.
         pool: the folder, every candidate in place.
         model: the model in training, for an evaluator that uses it.
-        progress: a bar with rate and time left, and a line at the end.
+        progress: whether to report progress, and a summary in one line at the end.
 
     Raises:
         FileNotFoundError: there is no pool.
@@ -117,7 +117,7 @@ def _fill(
     if missing:
         evaluator.setup(SetupContext(model=model, pairs=pairs))
         placebos = Placebos.collect([candidates_shard(folder, start) for start in manifest.starts()], pairs)
-    with bar("score rationales", len(pairs), done=done, show=progress) as advance:
+    with terminal.progress("score rationales", len(pairs), unit="pairs", done=done, show=progress) as bar:
         for start in missing:
             shard = pairs[start : start + manifest.shard_size]
             table, of_shard = _score_shard(candidates_shard(folder, start), shard, evaluator, name, placebos)
@@ -125,12 +125,14 @@ def _fill(
             scored += len(of_shard)
             helping += sum(gain > 0 for gain in of_shard)
             total_gain += math.fsum(of_shard)
-            advance(len(shard))
+            bar.advance(len(shard))
     if progress:
         worth = ""
         if scored:
             worth = f", mean gain {total_gain / scored:+.3f}, {helping / scored:.0%} help"
-        say(f"{folder}: {scored} candidates scored by {name}{worth}; {done} of {len(pairs)} pairs were there already")
+        terminal.say(
+            f"{folder}: {scored} candidates scored by {name}{worth}; {done} of {len(pairs)} pairs were there already"
+        )
 
 
 def _check_settings(manifest: Manifest, folder: Path, name: str, settings: Mapping[str, Any]) -> None:

@@ -257,7 +257,7 @@ class EmbeddingModule(L.LightningModule):
         if known or not controllers or not tasks or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rank_zero_info(f"Scoring the model for the summary: {', '.join(names.values())}.")
-        results = evaluate(self.encoder(), tasks, controllers=controllers, true_rationale=None, progress=False)
+        results = evaluate(self.encoder(progress=True), tasks, controllers=controllers, true_rationale=None)
         self.earlier_rows |= {names[mode]: scores for mode, scores in results.modes.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -344,7 +344,7 @@ class EmbeddingModule(L.LightningModule):
         short = EvaluationTask(task.name, task.queries[:most], task.candidates, task.candidate_ids)
         # While training, the two paths alone: what a controller makes of them needs a calibration.
         controllers = {name: part for name, part in self.controllers.items() if not fitting or name in BOTH_PATHS}
-        results = evaluate(self.encoder(), [short], controllers=controllers, true_rationale=None, progress=False)
+        results = evaluate(self.encoder(progress=True), [short], controllers=controllers, true_rationale=None)
         self._results.append(results)
 
     def on_validation_epoch_end(self) -> None:
@@ -368,11 +368,11 @@ class EmbeddingModule(L.LightningModule):
         tasks = self.datamodule.evaluation_tasks("validation")
         if tasks and self.controllers:
             rank_zero_info("Calibrating controllers on the validation split.")
-            calibrate(self.encoder(), tasks, self.controllers)
+            calibrate(self.encoder(progress=True), tasks, self.controllers)
 
     def test_step(self, task: EvaluationTask, batch_idx: int) -> None:
         results = evaluate(
-            self.encoder(), [task], controllers=self.controllers, true_rationale=self.true_rationale, progress=False
+            self.encoder(progress=True), [task], controllers=self.controllers, true_rationale=self.true_rationale
         )
         self._results.append(results)
 

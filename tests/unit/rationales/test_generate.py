@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,11 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 
 from mmemb.components.workers.corrupting import CorruptingWorker
-from mmemb.rationales import generate as stage
 from mmemb.rationales.generate import generate
 from mmemb.rationales.leaks import LeakCheck
 from mmemb.rationales.pool import RationalePool
@@ -218,23 +213,13 @@ def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: p
     )
 
 
-def test_a_bar_shows_rate_and_time_left_of_shards_however_slow() -> None:
-    out, now = io.StringIO(), 0.0
-    console = Console(file=out, width=120, force_terminal=True)
-    with stage.bar("slow", 100, done=20, show=True, console=console, get_time=lambda: now) as advance:
-        for _ in range(2):
-            now += 100
-            advance(20)
-    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1]
-    assert "60/100" in last
-    assert "0.2 pairs/s" in last
-    assert "0:03:20" in last  # past
-    assert "left 0:03:20" in last
-
-
-def test_a_bar_works_within_another_live_display() -> None:
-    with Progress(), stage.bar("inner", 3, done=0, show=True) as advance:
-        advance(3)
+def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(make_pairs(10), [Numbered()], 3, pool=tmp_path / "pool", seed=0, shard_size=4)
+    first, last, summary = capsys.readouterr().err.splitlines()
+    assert "generate rationales  0/10 pairs  - pairs/s" in first
+    assert "generate rationales  10/10 pairs" in last
+    assert "left 0:00:00" in last
+    assert "new candidates" in summary
 
 
 def test_settings_name_each_worker(tmp_path: Path) -> None:

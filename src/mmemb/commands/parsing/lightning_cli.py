@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from mmemb.commands.parsing import short_names as shortnames
 from mmemb.commands.parsing.configs import check_yaml, config_paths
 from mmemb.commands.parsing.errors import UsageError
 from mmemb.commands.parsing.parser import HelpFormatter, OneLineErrors
+from mmemb.common.terminal import has_terminal
 from mmemb.training.callbacks.checkpoint import SafeCheckpointIO
 from mmemb.training.callbacks.interrupt import InterruptCheckpoint
-from mmemb.training.callbacks.progress import StepsBar
+from mmemb.training.callbacks.progress import ProgressLines, StepsBar
 from mmemb.training.phases import total_steps
 
 RUNS = "runs"
@@ -127,7 +129,7 @@ class MmembCLI(LightningCLI):
     # -- building and running ----------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds the safe checkpoint writer, the bar and the stop on Ctrl-C; drops what a disabled feature rules out."""
+        """Adds the checkpoint writer, the progress and the stop on Ctrl-C; drops what a disabled feature rules out."""
         config = self._get(self.config_init, "trainer")
         callbacks = _listed(config.get("callbacks"))
         if config.get("enable_checkpointing") is False:
@@ -135,8 +137,13 @@ class MmembCLI(LightningCLI):
         plugins = _listed(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(StepsBar())
+        shown = config.get("enable_progress_bar") is not False
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            if has_terminal(sys.stdout):
+                callbacks.append(StepsBar())
+            else:  # Lightning would add a bar of its own
+                kwargs["enable_progress_bar"] = False
+        callbacks.append(ProgressLines(show=shown))
         callbacks.append(self.interrupt)
         if self.command == "predict":
             from mmemb.training.callbacks.predictions import EmbeddingWriter
