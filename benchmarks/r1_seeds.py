@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 from mmemb.common.digests import digest
+from mmemb.common.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "r1.yaml"
@@ -100,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:  # it has said why itself
         print(f"r1_seeds: a run ended with exit code {error.returncode}; the same command goes on", file=sys.stderr)
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    aside = options.output / "r1_seeds.json.part"
-    aside.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, options.output / "r1_seeds.json")
+    write_text(options.output / "r1_seeds.json", json.dumps(summaries, indent=1) + "\n")
     print("\n".join(lines(summaries)))
     return 0
 

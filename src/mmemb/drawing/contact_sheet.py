@@ -5,7 +5,6 @@ Drawn with Pillow alone; text is wrapped to the card, never cut silently: a line
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from mmemb.data.bundled import TASKS, load_pairs, open_picture
+from mmemb.drawing.cards import save
 from mmemb.types import Image as ImagePart
 from mmemb.types import Item, Pair
 
@@ -61,12 +61,7 @@ def draw(
         for column, pair in enumerate(found):
             _card(sheet, pair, (MARGIN + column * (CARD_WIDTH + GAP), top + HEADER))
         top += HEADER + CARD_HEIGHT + GAP
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    sheet.save(aside, "PNG", optimize=True)
-    os.replace(aside, path)
-    return path
+    return save(sheet, path)
 
 
 def _font(size: int) -> Font:

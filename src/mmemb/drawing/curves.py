@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mmemb.common.files import whole_file, write_text
 from mmemb.types import EvaluationResults, QueryRecord
 
 _STYLES = {
@@ -102,25 +102,19 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
 
 
 def write_curves(folder: str | Path, results: EvaluationResults) -> list[Path]:
-    """Writes ``quality_tokens.png`` and ``.csv``, aside and moved into place; nothing without curves."""
+    """Writes ``quality_tokens.png`` and ``.csv``, each whole or not at all; nothing without curves."""
     figure = draw_curves(results)
     if figure is None:
         return []
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture, table = folder / "quality_tokens.png", folder / "quality_tokens.csv"
-    aside = folder / ".quality_tokens.png.part"
-    figure.savefig(aside, format="png")
-    os.replace(aside, picture)
+    picture, table = Path(folder) / "quality_tokens.png", Path(folder) / "quality_tokens.csv"
+    with whole_file(picture) as temporary:
+        figure.savefig(temporary, format="png")
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["curve", "think_rate", "tokens_per_query", "hit@1"])
     for point in quality_curves(results.records):
         writer.writerow([point.curve, point.think_rate, point.tokens_per_query, point.hit])
-    aside = folder / ".quality_tokens.csv.part"
-    aside.write_text(rows.getvalue(), encoding="utf-8")
-    os.replace(aside, table)
-    return [picture, table]
+    return [picture, write_text(table, rows.getvalue())]
 
 
 def _gain(record: QueryRecord) -> float:

@@ -6,7 +6,7 @@ A pool is a folder while it grows and may be exported to a single file to ship::
     pool/candidates-000000000.parquet         one row a candidate, of the pairs from number 0 on
     pool/scores-retrieval-000000000.parquet   the same rows' scores, one column an arm of the evaluator
 
-Shards are written aside and renamed, never changed: what exists is whole, and a stopped run goes on at the first shard
+Shards are written whole and never changed: what exists is whole, and a stopped run goes on at the first shard
 that is missing. A pair that no worker had a word for keeps one row whose text is null.
 
 Reading costs an index of 20 bytes a pair, the row groups last used (at most 64 MiB) and the files last used, memory

@@ -60,7 +60,7 @@ def test_a_run_stopped_at_any_shard_and_resumed_equals_one_that_was_not(tmp_path
     assert len(resumed.calls) == 3 - die_at
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "pool" / path.name).read_bytes()
-    assert not list((tmp_path / "pool").glob("*.partial"))
+    assert not list((tmp_path / "pool").glob("*.part"))
 
 
 def test_a_finished_pool_is_left_alone(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ class Slow(Numbered):
 
 def half(table, path, **options):
     write(table, path, **options)
-    if point == f"writing {path.name[11:20]}":
+    if point == f"writing {path.name[12:21]}":
         os.truncate(path, path.stat().st_size // 2)
         here(point)
 
@@ -123,9 +123,9 @@ generate(make_pairs(40), workers, 3, pool=pool, seed=0, progress=False, shard_si
 @pytest.mark.parametrize(
     ("point", "shards", "left"),
     [
-        ("renaming manifest.json", 0, "manifest.json.*.partial"),
+        ("renaming manifest.json", 0, ".manifest.json.*.part"),
         ("proposing 5", 4, ""),
-        ("writing 000000032", 8, "candidates-000000032.parquet.*.partial"),
+        ("writing 000000032", 8, ".candidates-000000032.parquet.*.part"),
     ],
 )
 def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, shards: int, left: str) -> None:
@@ -145,7 +145,7 @@ def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, sha
         child.wait()
     killed = len(list((tmp_path / "pool").glob("candidates-*.parquet")))
     assert killed == shards
-    assert [path.match(left) for path in (tmp_path / "pool").glob("*.partial")] == [True] * bool(left)
+    assert [path.match(left) for path in (tmp_path / "pool").glob("*.part")] == [True] * bool(left)
     for name in ("whole", "pool"):
         workers = (Numbered(), CorruptingWorker(Numbered(label="b")))
         generate(make_pairs(40), workers, 3, pool=tmp_path / name, seed=0, progress=False, shard_size=4)
