@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from mmemb.common.digests import digest
+from mmemb.common.digests import bytes_digest, digest
 from mmemb.common.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +41,7 @@ def made_from(extra: Sequence[str]) -> str:
     """A digest of the recipe, the shipped files and further words of the command, of a file its content."""
     content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
     content += [_content(word) for word in extra]
-    return digest([hashlib.sha256(each).hexdigest() for each in content])
+    return digest([bytes_digest(each) for each in content])
 
 
 def _content(word: str) -> bytes:

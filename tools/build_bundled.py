@@ -11,7 +11,6 @@ in NOTICE.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmemb.common.digests import number_of
 from mmemb.common.files import whole_file
 
 PACKAGES = {
@@ -180,7 +180,7 @@ MAIN_CURRENCY = {"LS": "LSL"}
 
 def order(*parts: object) -> int:
     """A stable pseudo-random number of its arguments, 64 bits."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+    return number_of("/".join(map(str, parts)))
 
 
 def plain(name: str) -> str:

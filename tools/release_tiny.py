@@ -14,7 +14,6 @@ number of the card is measured here, with the weights as shipped (half precision
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 
+from mmemb.common.digests import bytes_digest
 from mmemb.common.files import write_text
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.data.bundled import is_right, probe_samples
@@ -60,7 +60,7 @@ RECIPES = ("recipes/pretrain_tiny.yaml", "recipes/pretrain_tiny_find.yaml")
 
 def weights_digest(path: Path = FOLDER / "model.safetensors") -> str:
     """SHA-256 of a file of weights, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return bytes_digest(path.read_bytes())
 
 
 def shipped_stages() -> list[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from mmemb.common.digests import coin
 from mmemb.components.controllers._binary import binary
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
@@ -36,10 +35,6 @@ class Random(Controller, name="random"):
     def decide(self, state: PrefillState) -> Decision:
         """Tosses one coin a row."""
         signs = (state.direct[:, :_SIGNS] > 0).to(torch.uint8).cpu().numpy()
-        coins = torch.tensor([self._coin(row.tobytes()) for row in signs], dtype=torch.float64)
+        coins = torch.tensor([coin(self.seed, row.tobytes()) for row in signs], dtype=torch.float64)
         think = (coins < self.rate).to(state.direct.device)
         return binary(think, torch.full_like(state.direct[:, 0], self.rate), budget=self.limit)
-
-    def _coin(self, row: bytes) -> float:
-        digest = hashlib.blake2b(row, digest_size=8, key=str(self.seed).encode()).digest()
-        return int.from_bytes(digest, "little") / 2**64
