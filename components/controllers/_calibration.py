@@ -48,15 +48,3 @@ def fit_cut(signal: Tensor, known: PrefillState, *, price: float, token_share: f
     if thinking in (0, len(ordered)):
         return -FAR if thinking else FAR
     return float((ordered[thinking - 1] + ordered[thinking]) / 2)
-
-
-def check_settings(price: float, token_share: float | None, who: str) -> None:
-    """Refuses a negative price and a share that is none.
-
-    Raises:
-        ValueError: which one.
-    """
-    if price < 0:
-        raise ValueError(f"controller {who}: price is {price}; a token costs 0 or more")
-    if token_share is not None and not 0 <= token_share <= 1:
-        raise ValueError(f"controller {who}: token_share is {token_share}; give a share between 0 and 1, or null")

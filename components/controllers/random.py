@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import coin
 from mmemb.components.controllers._binary import binary
 from mmemb.interfaces import Controller
@@ -26,8 +27,8 @@ class Random(Controller, name="random"):
     """
 
     def __init__(self, rate: float = 0.5, seed: int = 0, budget: int | None = None) -> None:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"controller random: rate is {rate}; give a probability between 0 and 1")
+        check_numbers("controllers.random", at_least=0, at_most=1, rate=rate)
+        check_numbers("controllers.random", at_least=1, budget=budget)
         self.rate = rate
         self.seed = seed
         self.budget = budget

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.components.controllers._binary import binary
-from mmemb.components.controllers._calibration import check_settings, fit_cut
+from mmemb.components.controllers._calibration import fit_cut
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
@@ -43,7 +44,9 @@ class Threshold(Controller, name="threshold"):
         token_share: float | None = None,
         budget: int | None = None,
     ) -> None:
-        check_settings(price, token_share, "threshold")
+        check_numbers("controllers.threshold", at_least=0, price=price)
+        check_numbers("controllers.threshold", at_least=0, at_most=1, token_share=token_share)
+        check_numbers("controllers.threshold", at_least=1, budget=budget)
         self.signal = signal
         self.threshold = threshold
         self.fitted = threshold is None

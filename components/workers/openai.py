@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import describe, item_digest, item_key, seed_of
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
@@ -74,21 +75,21 @@ class OpenAIWorker(Worker, name="openai"):
         input_price: float = 0.0,
         output_price: float = 0.0,
     ) -> None:
-        for name, value, least in (
-            ("temperature", temperature, 0),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("max_pixels", max_pixels, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("input_price", input_price, 0),
-            ("output_price", output_price, 0),
-        ):
-            if value < least:
-                raise ValueError(f"openai worker: {name} is {value}, expected at least {least}")
-        if not timeout > 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"openai worker: timeout is {timeout} and top_p {top_p}; expected timeout > 0 and 0 < top_p <= 1"
-            )
+        check_numbers(
+            "workers.openai",
+            at_least=0,
+            temperature=temperature,
+            retries=retries,
+            token_budget=token_budget,
+            cost_budget=cost_budget,
+            input_price=input_price,
+            output_price=output_price,
+        )
+        check_numbers(
+            "workers.openai", at_least=1, max_new_tokens=max_new_tokens, max_pixels=max_pixels, concurrency=concurrency
+        )
+        check_numbers("workers.openai", above=0, timeout=timeout)
+        check_numbers("workers.openai", above=0, at_most=1, top_p=top_p)
         given = base_url is not None
         name, address = ("base_url", base_url) if given else ("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"))
         if address and not address.startswith(("http://", "https://")):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import number_of
 
 _BLOCK = 4096
@@ -129,8 +130,7 @@ def _normalised(tasks: list[str], weights: Mapping[str, float]) -> np.ndarray:
     for task, weight in weights.items():
         if task not in tasks:
             raise ValueError(f"there is a weight for the task {task!r}, which no source has; the tasks are {known}")
-        if not weight >= 0:
-            raise ValueError(f"the weight of the task {task!r} is {weight}; weights are 0 or more")
+        check_numbers("task_weights", at_least=0, **{task: weight})
     values = np.array([float(weights.get(task, 1.0)) for task in tasks])
     if not values.sum() > 0:
         raise ValueError(f"no task is left to draw from (tasks: {known}); give at least one a weight above 0")

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from mmemb.common.checks import check_numbers
 from mmemb.data.bundled import TASKS, load_pairs, open_picture
 from mmemb.drawing.cards import save
 from mmemb.types import Image as ImagePart
@@ -44,8 +45,7 @@ def draw(
     Raises:
         ValueError: unknown split or task, or ``rows`` below one.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+    check_numbers("contact sheet", at_least=1, rows=rows)
     pairs = load_pairs(split, tasks=tasks)
     shown = {name: [pair for pair in pairs if pair.task == name] for name in TASKS}
     rng = random.Random(seed)

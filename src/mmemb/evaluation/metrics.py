@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from mmemb.common.checks import check_numbers
+
 _DECIMALS = 6
 """Cosines are compared to six decimals: float32 products differ by about 1e-7 with the tile a column falls in."""
 
@@ -134,8 +136,7 @@ class ExpectedHitRate(_Mean):
 
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"ExpectedHitRate: k is {k}; it counts from 1")
+        check_numbers("ExpectedHitRate", at_least=1, k=k)
         self.k = k
 
     def values(self, scores: Tensor, positive: Tensor) -> Tensor:

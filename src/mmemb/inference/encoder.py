@@ -17,6 +17,7 @@ from rich.errors import LiveError
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mmemb.common.checks import check_numbers
 from mmemb.inference.adaptive import Paths, adaptive_paths, length_order, pool_prepared
 from mmemb.interfaces import Backbone, Controller, Pooler
 from mmemb.types import Decision, Encoded, Item, PrefillState
@@ -76,8 +77,8 @@ class Encoder:
         confidence_temperature: float = 0.05,
         progress: bool = False,
     ) -> None:
-        if batch_size < 1 or budget < 1:
-            raise ValueError(f"Encoder: batch_size {batch_size} and budget {budget} given; both count from 1")
+        check_numbers("Encoder", at_least=1, batch_size=batch_size, budget=budget)
+        check_numbers("Encoder", above=0, confidence_temperature=confidence_temperature)
         self.backbone = backbone
         self.pooler = pooler
         self.batch_size = batch_size

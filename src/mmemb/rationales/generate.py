@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import digest
 from mmemb.interfaces import Worker
 from mmemb.rationales.leaks import LeakCheck
@@ -99,7 +99,7 @@ def generate(
         )
     if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
         raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
-    refuse_below(1, "generate", k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
+    check_numbers("generate", at_least=1, k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
     folder, check = resolve(pool), leaks or LeakCheck()
     asked = Manifest(
         data=data_digest(pairs),

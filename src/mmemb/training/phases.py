@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmemb.common.checks import check_numbers
 from mmemb.training.objective import Objective
 
 Schedule: TypeAlias = Literal[
@@ -42,11 +43,8 @@ class Phase:
         schedule: Schedule = "cosine",
         warmup_steps: int = 5,
     ) -> None:
-        if start < 0 or not learning_rate_factor > 0:
-            raise ValueError(
-                f"phase: start is {start}, learning_rate_factor {learning_rate_factor}; "
-                "start counts from 0, the factor is above 0"
-            )
+        check_numbers("phase", at_least=0, start=start)
+        check_numbers("phase", above=0, learning_rate_factor=learning_rate_factor)
         self.objective = objective
         self.start = start
         self.learning_rate_factor = learning_rate_factor

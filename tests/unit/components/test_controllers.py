@@ -128,7 +128,7 @@ def test_random_survives_rounding_noise() -> None:
 
 
 def test_random_refuses_an_impossible_rate() -> None:
-    with pytest.raises(ValueError, match=r"rate is 1\.5; give a probability"):
+    with pytest.raises(ValueError, match=r"controllers\.random\.rate is 1\.5; give a number from 0 to 1"):
         Random(rate=1.5)
 
 
@@ -227,9 +227,9 @@ def test_rl_can_think_a_little() -> None:
     assert decision.budget.tolist() == [0, 8, 48]
     assert Rl(offset=0.6, budget=48, short_budget=8).decide(given).budget.tolist() == [0, 48, 48]
     assert Rl(offset=0.0, short_budget=80).decide(given).budget.tolist() == [0, 80, NO_LIMIT]
-    with pytest.raises(ValueError, match="short_budget is 48 of 48"):
+    with pytest.raises(ValueError, match="short_budget is 48; give a number of at least 1 and below 48"):
         Rl(budget=48, short_budget=48)
-    with pytest.raises(ValueError, match="short_budget is 0 of any"):
+    with pytest.raises(ValueError, match="short_budget is 0; give 1 or more"):
         Rl(short_budget=0)
 
 

@@ -386,10 +386,10 @@ def test_a_running_event_loop_is_no_hindrance(make: Callable[..., OpenAIWorker])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"retries": -1}, "retries is -1, expected at least 0"),
+        ({"retries": -1}, "retries is -1; give 0 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"timeout": 0}, "timeout is 0"),
-        ({"top_p": 0}, "top_p 0"),
+        ({"top_p": 0}, "top_p is 0"),
         ({"base_url": "host:8000/v1"}, "base_url is 'host:8000/v1', expected .* as in http://host:8000/v1"),
         ({"cost_budget": 5.0}, "cost_budget needs input_price and output_price"),
     ],

@@ -100,7 +100,7 @@ def test_shapes_are_checked() -> None:
         expected_hit(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="outside the 3 candidates"):
         expected_hit(torch.zeros(1, 3), torch.tensor([3]), 1)
-    with pytest.raises(ValueError, match="counts from 1"):
+    with pytest.raises(ValueError, match=r"ExpectedHitRate\.k is 0; give 1 or more"):
         ExpectedHitRate(0)
 
 

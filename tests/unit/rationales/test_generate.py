@@ -131,7 +131,8 @@ generate(make_pairs(40), workers, 3, pool=pool, seed=0, progress=False, shard_si
 def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, shards: int, left: str) -> None:
     """Killed before there is a manifest, while a worker writes, and with half a shard on disk; then run again."""
     root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool"), point], cwd=root, env=environment)
     try:
         deadline = time.monotonic() + 240
@@ -190,11 +191,11 @@ def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, -3])
 @pytest.mark.parametrize("name", ["k", "shard_size"])
 def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path, name: str, number: int) -> None:
-    with pytest.raises(ValueError, match=rf"generate\.{name}: expected 1 or more, got {number}"):
+    with pytest.raises(ValueError, match=rf"generate\.{name} is {number}; give 1 or more"):
         run(make_pairs(3), tmp_path / "pool", Numbered(), **{name: number})
     assert not (tmp_path / "pool").exists()
     setting = {"k": "candidates"}.get(name, name)
-    with pytest.raises(ValueError, match=rf"model\.pool\.{setting}: expected 1 or more, got {number}"):
+    with pytest.raises(ValueError, match=rf"model\.pool\.{setting} is {number}; give 1 or more"):
         PoolSettings(str(tmp_path / "pool"), **{setting: number})
 
 
