@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
-import torch
 from torch import Tensor
 
 from mmemb.common.checks import check_numbers
@@ -23,10 +19,8 @@ class Threshold(Controller, name="threshold"):
     within a budget of tokens. Of equally good thresholds it takes the one that thinks least.
 
     Args:
-        signal: ``confidence``, the largest softmax probability of the direct embedding over the reference bank, in [0,
-            1]; or ``entropy``, the certainty 1 - H(p) / ln 2 of the decision p = softmax(decision logits), counted
-            negative where the model leans to ``<think>``, in [-1, 1].
-        threshold: rows with a signal below it think; null fits it.
+        threshold: rows with a confidence below it reason; null fits it. The confidence is the largest softmax
+            probability of the direct embedding over the reference bank, in [0, 1].
         price: what a rationale token costs, in hit@1; used by the fit.
         token_share: most tokens that the fit may spend, as a share of what thinking everywhere takes; null for no
             limit.
@@ -38,7 +32,6 @@ class Threshold(Controller, name="threshold"):
 
     def __init__(
         self,
-        signal: Literal["confidence", "entropy"] = "confidence",
         threshold: float | None = None,
         price: float = 0.0,
         token_share: float | None = None,
@@ -47,7 +40,6 @@ class Threshold(Controller, name="threshold"):
         check_numbers("controllers.threshold", at_least=0, price=price)
         check_numbers("controllers.threshold", at_least=0, at_most=1, token_share=token_share)
         check_numbers("controllers.threshold", at_least=1, budget=budget)
-        self.signal = signal
         self.threshold = threshold
         self.fitted = threshold is None
         self.price = price
@@ -55,18 +47,17 @@ class Threshold(Controller, name="threshold"):
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """Thinks where the signal is below the threshold; the degree reported falls with the signal.
+        """Reasons where the confidence is below the threshold; the degree reported is 1 - confidence.
 
         Raises:
-            ValueError: not calibrated, or the signal needs a reference bank and there is none.
+            ValueError: not calibrated, or there is no reference bank.
         """
         if self.threshold is None:
             raise ValueError(
                 "controller threshold: not calibrated; calibrate it on validation queries or give `threshold`"
             )
-        signal = self._signal(state)
-        degree = 1 - signal if self.signal == "confidence" else (1 - signal) / 2
-        return binary(signal.double() < self.threshold, degree, budget=self.limit)
+        confidence = _confidence(state)
+        return binary(confidence.double() < self.threshold, 1 - confidence, budget=self.limit)
 
     def calibrate(self, state: PrefillState) -> None:
         """Fits the threshold, unless one was given.
@@ -75,8 +66,10 @@ class Threshold(Controller, name="threshold"):
             ValueError: no queries, or what thinking adds is unknown, or no reference bank.
         """
         if self.fitted:
-            signal = self._signal(state)
-            self.threshold = -fit_cut(-signal, state, price=self.price, token_share=self.token_share, who="threshold")
+            confidence = _confidence(state)
+            self.threshold = -fit_cut(
+                -confidence, state, price=self.price, token_share=self.token_share, who="threshold"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -88,14 +81,9 @@ class Threshold(Controller, name="threshold"):
         """The threshold, once there is one."""
         return {} if self.threshold is None else {"threshold": self.threshold}
 
-    def _signal(self, state: PrefillState) -> Tensor:
-        if self.signal == "confidence":
-            if state.confidence is None:
-                raise ValueError(
-                    "controller threshold: no reference bank, so no confidence; give a bank, or use `signal: entropy`"
-                )
-            return state.confidence
-        logits = state.decision_logits.float()
-        probability = logits.softmax(dim=-1)
-        entropy = -(probability * logits.log_softmax(dim=-1)).sum(dim=-1)
-        return torch.sign(probability[:, 1] - probability[:, 0]) * (1 - entropy / math.log(2))
+
+def _confidence(state: PrefillState) -> Tensor:
+    """Confidences [B] of the direct path."""
+    if state.confidence is None:
+        raise ValueError("controller threshold: no reference bank, so no confidence; give a bank")
+    return state.confidence

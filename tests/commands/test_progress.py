@@ -41,10 +41,11 @@ def test_a_run_of_epochs_has_lightnings_bar() -> None:
     assert "Epoch 1/1" in task.description
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_command_uses_it_unless_told_otherwise(shown: bool) -> None:
     argv = ["fit", "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.enable_model_summary=false"]
     argv += [f"--trainer.enable_progress_bar={str(shown).lower()}", "--evaluate=false"]
-    assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
+    assert cli_module.main(argv) == 0
     callbacks = StandInModule.seen[-1].trainer.callbacks
     assert any(isinstance(callback, StepsBar) for callback in callbacks) is shown

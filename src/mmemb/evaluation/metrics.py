@@ -77,15 +77,6 @@ def expected_reciprocal_rank(scores: Tensor, positive: Tensor) -> Tensor:
     return _expected_gain(scores, positive, lambda rank: 1 / rank)
 
 
-def expected_ndcg(scores: Tensor, positive: Tensor, k: int) -> Tensor:
-    """Expected NDCG@k with one relevant candidate, [N] float64 in [0, 1]: 1 / log2(rank + 1) within the first k.
-
-    The ideal gain is 1, so gain and normalised gain are one (Jaervelin and Kekaelaeinen, 2002). Arguments as in
-    `expected_hit`.
-    """
-    return _expected_gain(scores, positive, lambda rank: (rank <= k) / (rank + 1).log2())
-
-
 def expected_rank(scores: Tensor, positive: Tensor) -> Tensor:
     """Expected rank, [N] float64, from 1; arguments as in `expected_hit`."""
     return _expected_gain(scores, positive, lambda rank: rank)

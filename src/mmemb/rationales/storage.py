@@ -22,8 +22,6 @@ from mmemb.data import bundled
 from mmemb.types import Pair, Rationale
 
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 had no prompt hashes, marks of corruption and leak flags: it is read, and never gone on with."""
 MANIFEST = "manifest.json"
 METADATA_KEY = b"mmemb.pool"
 ROW_GROUP = 512
@@ -104,11 +102,10 @@ class Manifest:
             manifest = cls(**stored)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a rationale pool's manifest ({error}); make the pool anew") from None
-        if manifest.version not in READABLE_VERSIONS:
+        if manifest.version != SCHEMA_VERSION:
             raise ValueError(
-                f"{path}: pool format {manifest.version}, this version reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; make the pool anew "
-                f"(`mmemb rationales generate`) under another path"
+                f"{path}: pool format {manifest.version}, but this version of mmemb reads {SCHEMA_VERSION}; generate "
+                f"the pool again under another path (`mmemb rationales generate`)"
             )
         return manifest
 
@@ -259,6 +256,6 @@ def candidate_rows(pair: Pair, proposals: Sequence[Proposal]) -> list[dict[str, 
 
 
 def rationale_of(row: Mapping[str, Any]) -> Rationale:
-    """The rationale of a stored row; columns that an older format lacks keep their defaults."""
-    values = {name: row[name] for name in RATIONALE_COLUMNS if name in row}
-    return Rationale(**{**values, "leaks": tuple(filter(None, (row.get("leaks") or "").split(",")))})
+    """The rationale of a stored row."""
+    values = {name: row[name] for name in RATIONALE_COLUMNS}
+    return Rationale(**{**values, "leaks": tuple(filter(None, row["leaks"].split(",")))})

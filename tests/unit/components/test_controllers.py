@@ -139,17 +139,6 @@ def test_threshold_thinks_below_it() -> None:
     torch.testing.assert_close(decision.probability, torch.tensor([0.8, 0.5, 0.1]))
 
 
-def test_threshold_on_entropy_thinks_where_the_direct_path_is_not_certain() -> None:
-    logits = torch.tensor([[0.0, 4.0], [0.0, 0.5], [0.0, 0.0], [4.0, 0.0]])
-    given = PrefillState(decision_logits=logits, direct=torch.zeros(4, 2))
-    assert Threshold(signal="entropy", threshold=0.5).decide(given).think.tolist() == [False, True, True, True]
-    assert Threshold(signal="entropy", threshold=0.0).decide(given).think.tolist() == [False, False, False, True]
-    p = 1 / (1 + math.exp(-4))
-    certainty = 1 + (p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)
-    degree = Threshold(signal="entropy", threshold=0.0).decide(given).probability
-    assert degree.tolist() == pytest.approx([(1 - certainty) / 2, degree[1].item(), 0.5, (1 + certainty) / 2], abs=1e-5)
-
-
 def decided(controller: Controller, given: PrefillState) -> list[bool]:
     controller.calibrate(given)
     return controller.decide(given).think.tolist()
