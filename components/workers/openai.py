@@ -26,9 +26,10 @@ class OpenAIWorker(Worker, name="openai"):
 
     Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
     that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
-    A request that fails for now (429, 5xx, timeouts, cut connections, damaged answers) is repeated after the pause that
-    the endpoint names (at most ten minutes), or a growing one; one that the endpoint refuses for what it is (a picture
-    too large, say) gives no candidate and a warning. Budgets count anew in every run.
+    The library `openai` repeats a request that fails for now (429, 5xx, timeouts, cut connections). It waits as long as
+    the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for what it is, such
+    as a picture that is too large, gives no candidate and a warning. So does an answer that does not follow the protocol.
+    Every run begins with its full budget.
 
     The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
     'mmemb[openai]'``).
@@ -123,7 +124,7 @@ class OpenAIWorker(Worker, name="openai"):
         Raises:
             ImportError: the client library is not installed.
             ValueError: there is no key; the endpoint refuses key, model or every request; the budget is used up.
-            ConnectionError: the endpoint is down, or gives no proper answer, after all attempts.
+            ConnectionError: the endpoint is down after all attempts.
         """
         prompts = [asked(item, self.instruction) for item in items]
         keys = [item_key(prompt) for prompt in prompts]
