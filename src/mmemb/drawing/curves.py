@@ -20,12 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from mmemb.common.files import whole_file, write_text
 from mmemb.types import EvaluationResults, QueryRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLES = {
     "rl": ("#b3402f", "-"),
@@ -79,6 +80,9 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
     points = quality_curves(results.records)
     if not points:
         return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

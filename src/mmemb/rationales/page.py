@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from mmemb.common.files import write_text
 from mmemb.rationales.stats import ALL, GroupStats
@@ -87,6 +84,10 @@ def write_page(path: str | Path, groups: Sequence[GroupStats], facts: Mapping[st
 
 def _histogram(task: str, groups: Sequence[GroupStats], margin: float) -> str:
     """An SVG element: gains by worker, and the placebos' as an outline."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     values = [np.asarray(group.gains) for group in groups]
     placebos = np.concatenate([np.asarray(group.placebos) for group in groups])
     every = np.concatenate([*values, placebos])

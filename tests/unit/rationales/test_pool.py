@@ -18,6 +18,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from mmemb.common.digests import portable_id
+from mmemb.data import bundled
 from mmemb.data.items import content_identity
 from mmemb.rationales import index as pool_index
 from mmemb.rationales import pool as pool_module
@@ -206,7 +207,7 @@ class Looked(Dataset[str]):
 def test_pairs_of_equal_hash_are_told_apart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs(12)
     expected = everything(make(pairs))
-    monkeypatch.setattr(pool_index, "_key", lambda pair_id: len(pair_id))
+    monkeypatch.setattr(pool_index, "number_of", lambda pair_id: len(pair_id))
     pool = make(pairs)
     assert [pool.candidates(pair.id) for pair in pairs] == expected
     with pytest.raises(ValueError, match="no pair 'nobody'"):
@@ -368,7 +369,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_bundled_names_a_file_of_the_package() -> None:
-    assert resolve("bundled:pool") == Path(pool_files.__file__).parent / "bundled" / "pool.parquet"
+    assert resolve("bundled:pool") == Path(bundled.__file__).parent / "pool.parquet"
 
 
 def test_scored_wants_a_number_a_candidate() -> None:
