@@ -27,9 +27,9 @@ class OpenAIWorker(Worker, name="openai"):
     Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
     that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
     The library `openai` repeats a request that fails for now (429, 5xx, timeouts, cut connections). It waits as long as
-    the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for what it is, such
-    as a picture that is too large, gives no candidate and a warning. So does an answer that does not follow the protocol.
-    Every run begins with its full budget.
+    the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for what it is,
+    such as a picture that is too large, gives no candidate and a warning. So does an answer that does not follow the
+    protocol. Every run begins with its full budget.
 
     The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
     'mmemb[openai]'``).
