@@ -317,9 +317,8 @@ def test_budgets_stop_the_run_and_what_was_finished_is_kept(
 
 def test_an_answer_without_choices_is_paid_for(server: ChatServer, make: Callable[..., OpenAIWorker]) -> None:
     server.faults = ["empty"]
-    worker = make()
     with pytest.warns(UserWarning, match="an answer without choices"):
-        worker.propose(ITEMS[:1], 1, seed=0)
+        (worker := make()).propose(ITEMS[:1], 1, seed=0)
     assert (worker.budget.requests, worker.budget.completion_tokens) == (1, 4)
 
 
