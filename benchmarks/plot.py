@@ -8,7 +8,6 @@ draws it again from the rows there are.
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.harness import RESULTS, read
+from mmemb.common.files import whole_file
 
 PANELS = {"tflops": "TFLOP/s", "extra_mb": "memory beyond the gradients, MB"}
 """Column of the rows -> label of the axis."""
@@ -64,9 +64,8 @@ def draw(results: Path, *, device: str | None = None) -> Path:
     title = "{}, torch {}, commit {}".format(*where) if measured else "nothing measured"
     wrapped = textwrap.fill(title, int(CHARACTERS * figure.get_figwidth()))
     figure.suptitle(f"Loss and gradients; dashed, hollow: symmetric\n{wrapped}", fontsize="medium")
-    aside = path.with_name(path.name + ".part")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path
 
 

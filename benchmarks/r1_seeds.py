@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from mmemb.common.digests import digest
+from mmemb.common.digests import bytes_digest, digest
+from mmemb.common.files import write_text
 from mmemb.common.vocabulary import ordered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def made_from(extra: Sequence[str]) -> str:
     """A digest of the recipe, the shipped files and the other words of the command; of a file, its content counts."""
     content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
     content += [_content(word) for word in extra]
-    return digest([hashlib.sha256(each).hexdigest() for each in content])
+    return digest([bytes_digest(each) for each in content])
 
 
 def _content(word: str) -> bytes:
@@ -104,10 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    aside = options.output / "r1_seeds.json.part"
-    aside.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, options.output / "r1_seeds.json")
+    write_text(options.output / "r1_seeds.json", json.dumps(summaries, indent=1) + "\n")
     print("\n".join(lines(summaries)))
     return 0
 

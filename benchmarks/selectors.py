@@ -22,7 +22,6 @@ import functools
 import importlib
 import inspect
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ import yaml
 from benchmarks import r1_seeds
 from benchmarks.harness import environment, parser, table
 from mmemb.common.digests import digest
+from mmemb.common.files import write_text
 from mmemb.common.vocabulary import ALWAYS_REASON, NEVER
 from mmemb.data.pairs import read_pairs
 from mmemb.data.sources import Source
@@ -89,12 +89,8 @@ def overlay(
 
 
 def write(path: Path, content: Any) -> Path:
-    """YAML, written aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(yaml.safe_dump(content), encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    """Writes YAML, whole or not at all; returns the path."""
+    return write_text(path, yaml.safe_dump(content))
 
 
 def mmemb(*words: str) -> None:
@@ -369,12 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hit@1": rows,
         "runs": runs,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"selectors{'_smoke' if options.smoke else ''}.json"
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-    print(path)
+    print(write_text(path, json.dumps(result, indent=1) + "\n"))
     return 0
 
 

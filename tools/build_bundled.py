@@ -11,10 +11,8 @@ in NOTICE.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -26,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from mmemb.common.digests import number_of
+from mmemb.common.files import whole_file
 
 PACKAGES = {
     "emoji-datasource-google": "16.0.0",
@@ -179,7 +180,7 @@ MAIN_CURRENCY = {"LS": "LSL"}
 
 def order(*parts: object) -> int:
     """A stable pseudo-random number of its arguments, 64 bits."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+    return number_of("/".join(map(str, parts)))
 
 
 def plain(name: str) -> str:
@@ -444,7 +445,7 @@ def build(packages: Mapping[str, Package], english: Any) -> tuple[dict[str, Any]
 
 
 def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> int:
-    """Writes both files aside and renames them; returns their size in bytes."""
+    """Writes both files, each whole or not at all; returns their size in bytes."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
         for name in sorted(pictures):
@@ -457,10 +458,9 @@ def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes
     size = sum(map(len, files.values()))
     if size > LIMIT_BYTES:
         raise ValueError(f"the data set would take {size} bytes, at most {LIMIT_BYTES} are allowed: drop entities")
-    output.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (output / f"{name}.part").write_bytes(data)
-        os.replace(output / f"{name}.part", output / name)
+        with whole_file(output / name) as temporary:
+            temporary.write_bytes(data)
     return size
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mmemb.common.files import whole_file, write_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "components" / "backbones" / "tiny"
 VOCABULARY = 1536
@@ -144,8 +145,8 @@ def skeleton(folder: Path, corpus: Iterable[str]) -> None:
     Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=128 * 128
     ).save_pretrained(folder)
-    write_aside(folder / "config.json", json.dumps(build_config(tokenizer), indent=2) + "\n")
-    write_aside(folder / "backbone.json", json.dumps({"origin": "tiny@1"}) + "\n")
+    write_text(folder / "config.json", json.dumps(build_config(tokenizer), indent=2) + "\n")
+    write_text(folder / "backbone.json", json.dumps({"origin": "tiny@1"}) + "\n")
 
 
 def pack(source: Path, folder: Path) -> None:
@@ -156,16 +157,8 @@ def pack(source: Path, folder: Path) -> None:
     state = {
         name: value.to(torch.float16).contiguous() for name, value in load_file(source / "model.safetensors").items()
     }
-    aside = folder / ".model.safetensors"
-    save_file(state, aside, metadata={"format": "pt"})
-    os.replace(aside, folder / "model.safetensors")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    aside = path.with_name("." + path.name)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ number of the card is measured here, with the weights as shipped (half precision
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -25,12 +24,14 @@ from typing import Any
 import torch
 import yaml
 
+from mmemb.common.digests import bytes_digest
+from mmemb.common.files import write_text
 from mmemb.components.backbones.tiny import TinyBackbone
 from mmemb.data.bundled import is_right, probe_samples
 from mmemb.data.bundled.pretraining import WEIGHTS
 from mmemb.inference.adaptive import sample
 from mmemb.types import Pair
-from tools.build_tiny import FOLDER, pack, write_aside
+from tools.build_tiny import FOLDER, pack
 
 WHAT = {
     "picture": "name of a picture whose (thing, vendor) pair was withheld",
@@ -59,7 +60,7 @@ RECIPES = ("recipes/pretrain_tiny.yaml", "recipes/pretrain_tiny_find.yaml")
 
 def weights_digest(path: Path = FOLDER / "model.safetensors") -> str:
     """SHA-256 of a file of weights, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return bytes_digest(path.read_bytes())
 
 
 def shipped_stages() -> list[dict[str, Any]]:
@@ -142,7 +143,7 @@ def main() -> None:
     model = TinyBackbone().eval()
     scores = {split: accuracy(model, probe_samples(split)) for split in ("validation", "test")}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_aside(FOLDER / "MODEL_CARD.md", card(stages, scores, parameters=parameters))
+    write_text(FOLDER / "MODEL_CARD.md", card(stages, scores, parameters=parameters))
     print(json.dumps({"stages": stages, **scores}, indent=2))
 
 
@@ -166,7 +167,7 @@ def release(run: Path) -> list[dict[str, Any]]:
         pack(Path(folder) / "tiny", FOLDER)
     if weights_digest() == before:  # released once already
         return shipped_stages()
-    write_aside(STAGES, json.dumps({"weights": weights_digest(), "stages": stages}, indent=1) + "\n")
+    write_text(STAGES, json.dumps({"weights": weights_digest(), "stages": stages}, indent=1) + "\n")
     return stages
 
 

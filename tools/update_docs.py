@@ -10,12 +10,12 @@ The place of a table in a page is between `<!-- table: NAME -->` and `<!-- end o
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mmemb.common.files import write_text
 from mmemb.common.vocabulary import ROWS, SCORES, markdown_legend
 from tools import r1_headline, r1_tables, result_tables
 
@@ -101,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stale += 1
             print(f"{page.relative_to(options.root)} does not show the kept results: run python -m tools.update_docs")
             continue
-        aside = page.with_suffix(".md.part")
-        aside.write_text(new, encoding="utf-8")
-        os.replace(aside, page)
+        write_text(page, new)
     return int(stale > 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import cached_file
 from transformers.utils import logging as library_logging
 
+from mmemb.common.digests import bytes_digest
 from mmemb.types import EMB, END_THINK, THINK
 
 from .families import FAMILIES, Family
@@ -274,4 +274,4 @@ def digest(config: PreTrainedConfig) -> str:
         return value
 
     text = json.dumps(strip(config.to_dict()), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return bytes_digest(text.encode())[:12]

@@ -10,8 +10,6 @@ import copy
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mmemb.common.digests import digest
+from mmemb.common.files import whole_folder
 from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import Item, ModelInputs
 
@@ -288,28 +287,20 @@ class TransformersBackbone(Backbone, name="transformers"):
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), config and processor; the folder loads again by its path.
 
-        Adapters are merged into the weights. Everything is written aside and moved into place at the end.
+        Adapters are merged into the weights. The folder changes only when everything has been written.
 
         Raises:
             ValueError: the weights are quantised: merging would lose what the adapters learned.
         """
         if getattr(self.model, "is_quantized", False):
             raise ValueError("a quantised backbone cannot be saved as a model; keep its training checkpoint instead")
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with whole_folder(folder) as temporary:
             with tuning.merged(self.model) as state, loading.without_bars():
-                self.model.save_pretrained(aside, state_dict=state)
+                self.model.save_pretrained(temporary, state_dict=state)
             self.processor.tokenizer.chat_template = self.processor.chat_template
-            self.processor.tokenizer.save_pretrained(aside)
-            self.image_processor.save_pretrained(aside)
-            (aside / loading.MARKER).write_text(json.dumps({"origin": self.identity_origin}), encoding="utf-8")
-            folder.mkdir(exist_ok=True)
-            for file in sorted(aside.iterdir()):
-                os.replace(file, folder / file.name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            self.processor.tokenizer.save_pretrained(temporary)
+            self.image_processor.save_pretrained(temporary)
+            (temporary / loading.MARKER).write_text(json.dumps({"origin": self.identity_origin}), encoding="utf-8")
 
     @property
     def identity(self) -> str:

@@ -48,15 +48,3 @@ def fit_cut(signal: Tensor, known: PrefillState, *, price: float, token_share: f
     if reasoning in (0, len(ordered)):
         return -FAR if reasoning else FAR
     return float((ordered[reasoning - 1] + ordered[reasoning]) / 2)
-
-
-def check_settings(price: float, token_share: float | None, who: str) -> None:
-    """Checks the price and the share of tokens.
-
-    Raises:
-        ValueError: the price is negative, or the share is outside [0, 1].
-    """
-    if price < 0:
-        raise ValueError(f"controller {who}: price is {price}; a token costs 0 or more")
-    if token_share is not None and not 0 <= token_share <= 1:
-        raise ValueError(f"controller {who}: token_share is {token_share}; give a share between 0 and 1, or null")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from mmemb.common.checks import check_numbers
+from mmemb.common.digests import coin
 from mmemb.components.controllers._binary import binary
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
@@ -28,8 +28,8 @@ class Random(Controller, name="random"):
     """
 
     def __init__(self, rate: float = 0.5, seed: int = 0, budget: int | None = None) -> None:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"controller random: rate is {rate}; give a probability between 0 and 1")
+        check_numbers("controllers.random", at_least=0, at_most=1, rate=rate)
+        check_numbers("controllers.random", at_least=1, budget=budget)
         self.rate = rate
         self.seed = seed
         self.budget = budget
@@ -37,11 +37,6 @@ class Random(Controller, name="random"):
     def decide(self, state: PrefillState) -> Decision:
         """Compares one random number per query with the rate."""
         signs = (state.direct[:, :_SIGNS] > 0).to(torch.uint8).cpu().numpy()
-        drawn = torch.tensor([self._number(row.tobytes()) for row in signs], dtype=torch.float64)
+        drawn = torch.tensor([coin(self.seed, row.tobytes()) for row in signs], dtype=torch.float64)
         think = (drawn < self.rate).to(state.direct.device)
         return binary(think, torch.full_like(state.direct[:, 0], self.rate), budget=self.limit)
-
-    def _number(self, row: bytes) -> float:
-        """A number in [0, 1) from the signs of a query's embedding."""
-        digest = hashlib.blake2b(row, digest_size=8, key=str(self.seed).encode()).digest()
-        return int.from_bytes(digest, "little") / 2**64

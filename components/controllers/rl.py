@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mmemb.components.controllers._calibration import check_settings, fit_cut
+from mmemb.common.checks import check_numbers
+from mmemb.components.controllers._calibration import fit_cut
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
@@ -45,16 +46,12 @@ class Rl(Controller, name="rl"):
         full_margin: float = 1.0,
         spread: float = 1.0,
     ) -> None:
-        check_settings(price, token_share, "rl")
+        check_numbers("controllers.rl", at_least=0, price=price)
+        check_numbers("controllers.rl", at_least=0, at_most=1, token_share=token_share)
+        check_numbers("controllers.rl", at_least=1, budget=budget)
+        check_numbers("controllers.rl", at_least=1, below=budget, short_budget=short_budget)
+        check_numbers("controllers.rl", above=0, full_margin=full_margin, spread=spread)
         self.budget = budget
-        if short_budget is not None and not (0 < short_budget < self.limit and full_margin > 0):
-            full = "no limit" if budget is None else budget
-            raise ValueError(
-                f"controller rl: short_budget is {short_budget}, budget is {full}, full_margin is {full_margin}; "
-                "use 0 < short_budget < budget and full_margin > 0"
-            )
-        if not spread > 0:
-            raise ValueError(f"controller rl: spread is {spread}; use a number above 0")
         self.spread = spread
         self.offset = 0.0 if offset is None else offset
         self.fitted = offset is None

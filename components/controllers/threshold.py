@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
-import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.components.controllers._binary import binary
-from mmemb.components.controllers._calibration import check_settings, fit_cut
+from mmemb.components.controllers._calibration import fit_cut
 from mmemb.interfaces import Controller
 from mmemb.types import Decision, PrefillState
 
@@ -22,10 +19,8 @@ class Threshold(Controller, name="threshold"):
     equally good thresholds it takes the one with the fewest queries that reason.
 
     Args:
-        signal: ``confidence``, the largest softmax probability of the direct embedding over the reference bank, in
-            [0, 1]; or ``entropy``, the certainty 1 - H(p) / ln 2 of the decision p = softmax(decision logits), with a
-            minus sign where the model prefers ``<think>``, in [-1, 1].
-        threshold: queries with a signal below it reason; null fits it.
+        threshold: queries with a confidence below it reason; null fits it. The confidence is the largest softmax
+            probability of the direct embedding over the reference bank, in [0, 1].
         price: cost of a rationale token, in hit@1; used by the fit.
         token_share: maximum number of tokens for the fit, as a share of the tokens when every query reasons; null for
             no limit.
@@ -37,14 +32,14 @@ class Threshold(Controller, name="threshold"):
 
     def __init__(
         self,
-        signal: Literal["confidence", "entropy"] = "confidence",
         threshold: float | None = None,
         price: float = 0.0,
         token_share: float | None = None,
         budget: int | None = None,
     ) -> None:
-        check_settings(price, token_share, "threshold")
-        self.signal = signal
+        check_numbers("controllers.threshold", at_least=0, price=price)
+        check_numbers("controllers.threshold", at_least=0, at_most=1, token_share=token_share)
+        check_numbers("controllers.threshold", at_least=1, budget=budget)
         self.threshold = threshold
         self.fitted = threshold is None
         self.price = price
@@ -52,18 +47,17 @@ class Threshold(Controller, name="threshold"):
         self.budget = budget
 
     def decide(self, state: PrefillState) -> Decision:
-        """A query reasons where its signal is below the threshold. The reported degree falls with the signal.
+        """A query reasons where its confidence is below the threshold. The reported degree is 1 - confidence.
 
         Raises:
-            ValueError: the threshold is not calibrated, or the signal needs a reference bank and there is none.
+            ValueError: the threshold is not calibrated, or there is no reference bank.
         """
         if self.threshold is None:
             raise ValueError(
                 "controller threshold: not calibrated; calibrate it on validation queries or give `threshold`"
             )
-        signal = self._signal(state)
-        degree = 1 - signal if self.signal == "confidence" else (1 - signal) / 2
-        return binary(signal.double() < self.threshold, degree, budget=self.limit)
+        confidence = _confidence(state)
+        return binary(confidence.double() < self.threshold, 1 - confidence, budget=self.limit)
 
     def calibrate(self, state: PrefillState) -> None:
         """Fits the threshold, unless one was given.
@@ -72,8 +66,10 @@ class Threshold(Controller, name="threshold"):
             ValueError: there are no queries, no reference bank, or the gain from reasoning is unknown.
         """
         if self.fitted:
-            signal = self._signal(state)
-            self.threshold = -fit_cut(-signal, state, price=self.price, token_share=self.token_share, who="threshold")
+            confidence = _confidence(state)
+            self.threshold = -fit_cut(
+                -confidence, state, price=self.price, token_share=self.token_share, who="threshold"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -85,14 +81,9 @@ class Threshold(Controller, name="threshold"):
         """The threshold, once there is one."""
         return {} if self.threshold is None else {"threshold": self.threshold}
 
-    def _signal(self, state: PrefillState) -> Tensor:
-        if self.signal == "confidence":
-            if state.confidence is None:
-                raise ValueError(
-                    "controller threshold: no reference bank, so no confidence; give a bank, or use `signal: entropy`"
-                )
-            return state.confidence
-        logits = state.decision_logits.float()
-        probability = logits.softmax(dim=-1)
-        entropy = -(probability * logits.log_softmax(dim=-1)).sum(dim=-1)
-        return torch.sign(probability[:, 1] - probability[:, 0]) * (1 - entropy / math.log(2))
+
+def _confidence(state: PrefillState) -> Tensor:
+    """Confidences [B] of the direct path."""
+    if state.confidence is None:
+        raise ValueError("controller threshold: no reference bank, so no confidence; give a bank")
+    return state.confidence

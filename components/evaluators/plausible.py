@@ -10,6 +10,7 @@ import random
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.embedder import load_encoder
 from mmemb.inference.prompts import thought_tokens
@@ -68,8 +69,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if alternatives < 1:
-            raise ValueError(f"plausible evaluator: alternatives is {alternatives}, expected 1 or more")
+        check_numbers("evaluators.plausible", at_least=1, alternatives=alternatives, batch_size=batch_size)
         self.evaluator = evaluator
         self.writer = writer
         self.alternatives = alternatives

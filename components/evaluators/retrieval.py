@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import module_digest, portable_id, seed_of
 from mmemb.inference.embedder import load_encoder
 from mmemb.inference.encoder import Encoder
@@ -46,10 +47,8 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if not temperature > 0 or negatives < 1:
-            raise ValueError(
-                f"retrieval evaluator: temperature is {temperature}, negatives {negatives}; both must be positive"
-            )
+        check_numbers("evaluators.retrieval", above=0, temperature=temperature)
+        check_numbers("evaluators.retrieval", at_least=1, negatives=negatives, batch_size=batch_size)
         self.embedder = embedder
         self.temperature = temperature
         self.negatives = negatives

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmemb.common.checks import check_numbers
 from mmemb.interfaces import SetupContext
 
 from .base import ProjectedPooler
@@ -28,8 +29,7 @@ class Attention(ProjectedPooler, name="attention"):
 
     def __init__(self, *, heads: int = 1, projection: int | None = None, dim: int | None = None) -> None:
         super().__init__(projection=projection, dim=dim)
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        check_numbers("pooler", at_least=1, heads=heads)
         self.heads = heads
 
     def setup(self, context: SetupContext) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmemb.common.checks import check_numbers
 from mmemb.interfaces import Pooler, SetupContext
 
 
@@ -24,9 +25,7 @@ class ProjectedPooler(Pooler):
 
     def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
         super().__init__()
-        for name, value in (("projection", projection), ("dim", dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; leave it out for the full width")
+        check_numbers("pooler", at_least=1, projection=projection, dim=dim)
         self.projection = projection
         self.dim = dim
         self.project: nn.Linear | None = None
@@ -38,8 +37,7 @@ class ProjectedPooler(Pooler):
             ValueError: ``dim`` is larger than the width it cuts.
         """
         width = self.projection or context.hidden_size
-        if self.dim is not None and self.dim > width:
-            raise ValueError(f"dim={self.dim} is larger than the pooled width {width}; lower dim or set projection")
+        check_numbers("pooler", at_most=width, dim=self.dim)
         if self.projection is not None:
             self.project = nn.Linear(context.hidden_size, self.projection, bias=False)
         self._size = self.dim or width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+from mmemb.common.checks import check_numbers
 from mmemb.interfaces import Selector
 from mmemb.rationales.gains import surviving
 from mmemb.types import Candidates, Selection
@@ -26,8 +27,7 @@ class Counterfactual(Selector, name="counterfactual"):
     """
 
     def __init__(self, margin: float = 0.0, temperature: float = 0.1, net_of_placebo: bool = False) -> None:
-        if not temperature > 0:
-            raise ValueError(f"counterfactual: temperature is {temperature}, expected > 0 (a small one nears arg-max)")
+        check_numbers("selectors.counterfactual", above=0, temperature=temperature)
         self.margin = margin
         self.temperature = temperature
         self.net_of_placebo = net_of_placebo

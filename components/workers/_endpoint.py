@@ -1,8 +1,8 @@
-"""A client of an OpenAI-compatible chat endpoint: many requests in flight, retries, a budget, a key nobody gets to see.
+"""A client of an OpenAI-compatible chat endpoint: many requests in flight, a budget, and a key that is never shown.
 
-The `openai` library does the requests; they are retried here, since it gives up where a server asks for a pause of more
-than two minutes, and passes damaged answers through. Connection errors, timeouts, 408, 409, 429, 5xx and damaged
-answers are asked again after the pause that the server names, or else a growing, jittered one.
+The `openai` library sends the requests and repeats those that may succeed later: after connection errors, timeouts and
+the statuses 408, 409, 429 and 5xx. It waits as long as the server asks, up to two minutes, or else a growing time. Here
+the budget is kept, and answers that do not follow the protocol are refused: the library passes them through.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ import base64
 import io
 import math
 import os
-import random
-import time
-import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mmemb.common.digests import describe
@@ -30,10 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 T = TypeVar("T")
-_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds between attempts, as in the library
-_LONGEST_WAIT = 600.0  # seconds; a server that names a longer pause is asked again after this one
-_JITTER = random.SystemRandom()  # the seeded generator is the training's
-_WORTH_A_WORD = 60.0  # seconds of waiting after which someone at the terminal wonders
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ class Budget:
 
 
 class Refused(Exception):
-    """The endpoint will not answer this one request; another may do."""
+    """The endpoint refuses this one request, or its answer is not usable; another request may succeed."""
 
 
 class Endpoint:
@@ -130,7 +122,7 @@ class Endpoint:
         base_url: as in ``http://host:8000/v1``; None: the library's (``OPENAI_BASE_URL`` or OpenAI itself).
         key_variable: environment variable that holds the key; None for an endpoint that wants none.
         timeout: seconds an answer may take.
-        retries: further attempts of a request.
+        retries: further attempts of a request by the library.
         budget: counts what is used and stops at its limits.
     """
 
@@ -149,7 +141,7 @@ class Endpoint:
         Raises:
             ImportError: the client library is not installed.
             ValueError: there is no key, or the endpoint refuses it, the model or the address.
-            ConnectionError: the endpoint did not answer, or not as it should, after all attempts.
+            ConnectionError: the endpoint did not answer after all attempts.
         """
         try:
             from openai import AsyncOpenAI
@@ -158,7 +150,8 @@ class Endpoint:
         key = self._key()
 
         async def inside() -> T:
-            async with AsyncOpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=0) as client:
+            client = AsyncOpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=self.retries)
+            async with client:
                 return await work(client)
 
         try:
@@ -172,67 +165,51 @@ class Endpoint:
         """One answer; `request` holds the arguments of ``chat.completions.create``.
 
         Raises:
-            Refused: the endpoint will not answer this request (400, 413, 422).
+            Refused: the endpoint refuses this request (400, 413, 422), or its answer does not follow the protocol.
             ValueError: a limit of the budget is reached, or the endpoint refuses key, model or address.
-            ConnectionError: no proper answer after all attempts.
+            ConnectionError: no answer after all attempts.
         """
         import openai
 
-        for attempt in range(1, self.retries + 2):
-            self.budget.check()
-            failure: Exception
-            named, again = None, True
-            try:
-                return self._read(await client.chat.completions.create(**request))
-            except openai.APIStatusError as error:
-                what, failure, named = self._passing(error), error, _named_pause(error.response.headers)
-                again = error.response.headers.get("x-should-retry") != "false"
-            except openai.APITimeoutError as error:
-                what, failure = f"took longer than {self.timeout:g} s", error
-            except openai.APIConnectionError as error:
-                what, failure = "cannot be reached, or cut the connection", error
-            except (_DamagedAnswer, openai.APIResponseValidationError, ValueError) as error:
-                if isinstance(error, ValueError) and not _is_decoding(error):
-                    raise
-                what, failure = "gave no proper answer", error
-            if attempt > self.retries or not again:
-                self._down(f"{what}, attempt {attempt} of {self.retries + 1}", failure)
-            await asyncio.sleep(self._pause(attempt, named))
-        raise AssertionError("the last attempt returns or raises")
+        self.budget.check()
+        try:
+            return self._read(await client.chat.completions.create(**request))
+        except openai.APIStatusError as error:
+            what = self._status(error)
+            failure: Exception = error
+        except openai.APITimeoutError as error:
+            what, failure = f"took longer than {self.timeout:g} s", error
+        except openai.APIConnectionError as error:
+            what, failure = "cannot be reached, or cut the connection", error
+        except (_DamagedAnswer, openai.APIResponseValidationError, ValueError) as error:
+            if isinstance(error, ValueError) and not _is_decoding(error):
+                raise
+            raise Refused(f"no proper answer ({self._clean(error)})") from None
+        raise self._down(what, failure) from None
 
-    def _passing(self, error: APIStatusError) -> str:
-        """What a status that may be another one next time says of the endpoint.
+    def _status(self, error: APIStatusError) -> str:
+        """What a status that may change with time says about the endpoint.
 
         Raises:
-            Refused: the request will never be answered.
-            ValueError: no request will.
+            Refused: the endpoint will never answer the request.
+            ValueError: it will answer no request.
         """
         if error.status_code in (400, 413, 422):
             raise Refused(self._clean(error)) from None
+        pause = error.response.headers.get("retry-after")
+        asked = f" and asks for a pause ({pause[:50]})" if pause else ""
         if error.status_code == 429:
-            return "limits the rate of requests"
+            return f"limits the rate of requests{asked}"
         if error.status_code in (408, 409) or error.status_code >= 500:
-            return "failed"
+            return f"failed{asked}"
         key = f" and the key in {self.key_variable}" if self.key_variable else " (it was sent no key)"
         raise ValueError(
             f"openai worker: {self._place} refuses the request ({self._clean(error)}); "
             f"check base_url, the model's name{key}"
         ) from None
 
-    def _pause(self, attempt: int, named: float | None) -> float:
-        """Seconds to the next attempt: what the endpoint names, capped, or a growing time, jittered."""
-        if named is None:
-            return min(_LONGEST_PAUSE, _PAUSE * 2 ** (attempt - 1)) * _JITTER.uniform(0.75, 1.0)
-        if named > _WORTH_A_WORD:
-            warnings.warn(
-                f"openai worker: {self._place} asks for a pause of over {_WORTH_A_WORD:.0f} s; "
-                f"waiting as long as it says, at most {_LONGEST_WAIT:.0f} s",
-                stacklevel=2,
-            )
-        return min(_LONGEST_WAIT, named)
-
     def _read(self, completion: Any) -> Answer:
-        """The library validates nothing: any JSON, or text, may come."""
+        """Checks an answer, which the library does not: any JSON, or text, may come."""
         choices, usage = (getattr(completion, name, None) for name in ("choices", "usage"))
         if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
             if usage is not None:
@@ -277,11 +254,12 @@ class Endpoint:
         key = os.environ.get(self.key_variable or "", "")
         return (text.replace(key, "***") if key else text)[:500]  # cut last: half a key is one to be seen
 
-    def _down(self, what: str, error: Exception) -> NoReturn:
-        raise ConnectionError(
-            f"openai worker: {self._place} {what} ({self._clean(error) or type(error).__name__}); "
+    def _down(self, what: str, error: Exception) -> ConnectionError:
+        return ConnectionError(
+            f"openai worker: {self._place} {what}, retries: {self.retries} "
+            f"({self._clean(error) or type(error).__name__}); "
             f"finished shards are kept: run the same command again when it is back"
-        ) from None
+        )
 
 
 class _DamagedAnswer(Exception):
@@ -370,20 +348,6 @@ def data_url(source: str | PILImage, *, max_pixels: int) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _named_pause(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer's headers ask to wait, as a number or a date; None if they do not, or make no sense."""
-    for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
-        text = headers.get(name, "")
-        try:
-            seconds = float(text) / divisor
-        except ValueError:
-            date = parsedate_tz(text)
-            seconds = math.nan if date is None else mktime_tz(date) - time.time()
-        if seconds > 0:
-            return seconds
-    return None
 
 
 def _is_decoding(error: ValueError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import item_digest, item_key, module_digest, seed_of
 from mmemb.inference.adaptive import sample
 from mmemb.inference.encoder import evaluating
@@ -82,8 +83,5 @@ def check_sampling(worker: str, *, temperature: float, max_new_tokens: int, batc
     Raises:
         ValueError: names the setting and what is expected.
     """
-    if not temperature > 0:
-        raise ValueError(f"{worker} worker: temperature is {temperature}, expected > 0 (equal answers are of no use)")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{worker} worker: {name} is {value}, expected at least 1")
+    check_numbers(f"workers.{worker}", above=0, temperature=temperature)  # at 0 all samples would be equal
+    check_numbers(f"workers.{worker}", at_least=1, max_new_tokens=max_new_tokens, batch_size=batch_size)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import item_digest, item_key, seed_of
 from mmemb.interfaces import SetupContext, Worker
 from mmemb.types import Item, Rationale
@@ -50,8 +51,7 @@ class CorruptingWorker(Worker, name="corrupting"):
         share: float = 0.5,
         kinds: Sequence[Corruption] = ("wrong_entity", "shuffled", "empty_talk"),
     ) -> None:
-        if not 0 <= share <= 1:
-            raise ValueError(f"corrupting worker: share is {share}, expected 0 to 1")
+        check_numbers("workers.corrupting", at_least=0, at_most=1, share=share)
         if unknown := set(kinds) - {"wrong_entity", "shuffled", "empty_talk"}:
             raise ValueError(
                 f"corrupting worker: unknown kinds {sorted(unknown)}; there are wrong_entity, shuffled, empty_talk"

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import describe, item_digest, item_key, seed_of
 from mmemb.interfaces import Worker
 from mmemb.types import Item, Rationale
@@ -25,9 +26,10 @@ class OpenAIWorker(Worker, name="openai"):
 
     Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
     that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
-    A request that fails for now (429, 5xx, timeouts, cut connections, damaged answers) is repeated after the pause that
-    the endpoint names (at most ten minutes), or a growing one; one that the endpoint refuses for what it is (a picture
-    too large, say) gives no candidate and a warning. Budgets count anew in every run.
+    The library `openai` repeats a request that fails for now (429, 5xx, timeouts, cut connections). It waits as long as
+    the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for what it is,
+    such as a picture that is too large, gives no candidate and a warning. So does an answer that does not follow the
+    protocol. Every run begins with its full budget.
 
     The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
     'mmemb[openai]'``).
@@ -74,21 +76,21 @@ class OpenAIWorker(Worker, name="openai"):
         input_price: float = 0.0,
         output_price: float = 0.0,
     ) -> None:
-        for name, value, least in (
-            ("temperature", temperature, 0),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("max_pixels", max_pixels, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("input_price", input_price, 0),
-            ("output_price", output_price, 0),
-        ):
-            if value < least:
-                raise ValueError(f"openai worker: {name} is {value}, expected at least {least}")
-        if not timeout > 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"openai worker: timeout is {timeout} and top_p {top_p}; expected timeout > 0 and 0 < top_p <= 1"
-            )
+        check_numbers(
+            "workers.openai",
+            at_least=0,
+            temperature=temperature,
+            retries=retries,
+            token_budget=token_budget,
+            cost_budget=cost_budget,
+            input_price=input_price,
+            output_price=output_price,
+        )
+        check_numbers(
+            "workers.openai", at_least=1, max_new_tokens=max_new_tokens, max_pixels=max_pixels, concurrency=concurrency
+        )
+        check_numbers("workers.openai", above=0, timeout=timeout)
+        check_numbers("workers.openai", above=0, at_most=1, top_p=top_p)
         given = base_url is not None
         name, address = ("base_url", base_url) if given else ("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"))
         if address and not address.startswith(("http://", "https://")):
@@ -122,7 +124,7 @@ class OpenAIWorker(Worker, name="openai"):
         Raises:
             ImportError: the client library is not installed.
             ValueError: there is no key; the endpoint refuses key, model or every request; the budget is used up.
-            ConnectionError: the endpoint is down, or gives no proper answer, after all attempts.
+            ConnectionError: the endpoint is down after all attempts.
         """
         prompts = [asked(item, self.instruction) for item in items]
         keys = [item_key(prompt) for prompt in prompts]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemb.common.digests import digest
+from mmemb.common.digests import bytes_digest, digest
 from mmemb.interfaces import Backbone, Worker
 from mmemb.types import Item, Rationale
 
@@ -150,15 +149,15 @@ def source(model: str, *, revision: str | None) -> dict[str, str]:
         return {"model": identity, "weights": str(getattr(config, "_commit_hash", None) or revision or "main")}
     weights = digest([_probe(file) for file in sorted(folder.glob("*.safetensors"))])
     processing = [file for pattern in _PROCESSING for file in sorted(folder.glob(pattern))]
-    read = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in processing}
+    read = {file.name: bytes_digest(file.read_bytes()) for file in processing}
     return {"model": identity, "weights": weights, "processing": digest(read)}
 
 
 def _probe(file: Path) -> list[str]:
     size = file.stat().st_size
-    content = hashlib.sha256()
+    blocks = []
     with file.open("rb") as stream:
         for block in range(_BLOCKS):
             stream.seek(block * size // _BLOCKS)
-            content.update(stream.read(_BLOCK_BYTES))
-    return [file.name, str(size), content.hexdigest()]
+            blocks.append(stream.read(_BLOCK_BYTES))
+    return [file.name, str(size), bytes_digest(*blocks)]

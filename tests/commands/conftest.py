@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from standins import QUIET, StandInData, StandInModule
 
 from mmemb.commands import train as cli_module
+from mmemb.commands.parsing import lightning_cli
 from mmemb.commands.parsing.errors import guarded
 
 Fit = Callable[..., int]
@@ -25,12 +26,18 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fit() -> Fit:
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's commands run the stand-ins instead of the real module and its data."""
+    monkeypatch.setattr(lightning_cli, "_trained", lambda: (StandInModule, StandInData))
+
+
+@pytest.fixture
+def fit(stand_ins: None) -> Fit:
     """Runs ``mmemb fit`` on the stand-ins; returns the exit code."""
 
     def run(*words: str) -> int:
         argv = ["fit", *QUIET, *words]
-        return guarded(lambda: cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData))
+        return guarded(lambda: cli_module.main(argv))
 
     return run
 

@@ -27,7 +27,7 @@ def test_a_sheet_of_the_tasks_asked_for(cli: Cli, tmp_path: Path) -> None:
     [
         (["show", "--split", "tset"], "'tset'"),
         (["show", "--task", "nme"], "'nme'"),
-        (["show", "--rows", "0"], "rows must be at least 1"),
+        (["show", "--rows", "0"], "rows is 0; give 1 or more"),
         (["show", "--rows", "few"], "rows: expected int, got 'few'"),
         (["draw"], "say `mmemb data show`"),
         ([], "say `mmemb data show`"),

@@ -36,7 +36,10 @@ def config(**content: Any) -> str:
         (["--model.selector=random", "--model.selector.seed=abc"], ["model.selector.seed: expected int, got 'abc'"]),
         (["--model.selector=random", "--model.selector.sed=4"], ["no argument 'sed'; did you mean 'seed'?"]),
         (["--model.selector.seed=3"], ["model.selector: say which one", "mmemb components"]),
-        (["--model.selector=counterfactual", "--model.selector.temperature=-1"], ["temperature is -1.0, expected > 0"]),
+        (
+            ["--model.selector=counterfactual", "--model.selector.temperature=-1"],
+            ["temperature is -1.0; give a number above 0"],
+        ),
         (["--model.selector=none.Such"], ["'none.Such' cannot be imported", "PYTHONPATH"]),
         (["--model.width=wide"], ["model.width: expected int, got 'wide'"]),
         (["--model.widht=3"], ["there is no option '--model.widht'; did you mean '--model.width'?"]),

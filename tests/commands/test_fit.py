@@ -141,7 +141,7 @@ def test_a_signal_in_the_final_evaluation_says_how_to_make_up_for_it(
     assert told.startswith(f"{start}test ")
     argv = shlex.split(told.removeprefix(start))
     assert argv[-2:] == ["--ckpt_path", "runs/r1/version_0/checkpoints/last.ckpt"]
-    assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
+    assert cli_module.main(argv) == 0
     assert module().tested
 
 
@@ -174,7 +174,7 @@ def test_the_test_command_reads_a_checkpoint(fit: Fit) -> None:
     run = "runs/default/version_0"
     argv = ["test", *words, "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
     argv += ["--seed_everything=5"]
-    assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
+    assert cli_module.main(argv) == 0
     for name, value in module().state_dict().items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=0)
 

@@ -26,9 +26,11 @@ import sys
 sys.path.insert(0, {here!r})
 from standins import StandInData, StandInModule
 from mmemb.commands import train as cli
+from mmemb.commands.parsing import lightning_cli
 from mmemb.commands.parsing.errors import guarded
+lightning_cli._trained = lambda: (StandInModule, StandInData)
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: cli.main(sys.argv[1:], model_class=StandInModule, datamodule_class=StandInData)))
+    sys.exit(guarded(lambda: cli.main(sys.argv[1:])))
 """
 EVERY_5 = "[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 5, save_last: true, save_top_k: 0}}]"
 WORDS = (

@@ -130,6 +130,7 @@ def test_the_loss_is_the_mean_since_the_line_before(tmp_path: Path) -> None:
     assert float(last[5]) == pytest.approx(sum(each) / 6, abs=1e-3)
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_command_shows_a_bar_on_a_terminal_and_lines_elsewhere(
@@ -139,7 +140,7 @@ def test_the_command_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     monkeypatch.setenv("TERM", "xterm")
     argv = ["fit", "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.enable_model_summary=false"]
     argv += [f"--trainer.enable_progress_bar={str(shown).lower()}"]
-    assert cli_module.main(argv, model_class=StandInModule, datamodule_class=StandInData) == 0
+    assert cli_module.main(argv) == 0
     bars = [type(each) for each in StandInModule.seen[-1].trainer.callbacks if isinstance(each, ProgressBar)]
     assert bars == ([StepsBar] if shown and terminal else [])
     out = capsys.readouterr().out

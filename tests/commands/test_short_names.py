@@ -11,9 +11,9 @@ import jsonargparse
 import pytest
 import yaml
 from jsonargparse import _typehints
-from standins import StandInData, StandInModule
+from standins import StandInModule
 
-from mmemb.commands.parsing import lightning_cli as cli_module
+from mmemb.commands.parsing import lightning_cli
 from mmemb.commands.parsing import short_names as shortnames
 from mmemb.interfaces import Controller, Pooler, Selector, Worker
 from mmemb.registry import available, resolve
@@ -170,12 +170,9 @@ def test_a_selector_of_ones_own_trains_from_a_second_config(
     assert selector.least == 2
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_check_config_parses_and_builds_nothing() -> None:
-    class Check(cli_module._Check):
-        def __init__(self, args: list[str]) -> None:
-            super().__init__(StandInModule, StandInData, args=args)
-
-    settings = Check(["fit", "--model.selector=random"]).config.fit
+    settings = lightning_cli.check_config(["fit", "--model.selector=random"])
     assert settings.model.selector.class_path.endswith(".Random")
     assert StandInModule.seen == []
 
@@ -185,7 +182,7 @@ def test_a_source_keeps_nothing_of_an_earlier_files_source(tmp_path: Path) -> No
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"train": [source]}}), encoding="utf-8")
     names = (str(ROOT / "recipes" / "r1.yaml"), str(tmp_path / "first.yaml"), str(tmp_path / "then.yaml"))
     words = ["fit", *(f"--config={name}" for name in names)]
-    (source,) = cli_module.check_config(words).data.train
+    (source,) = lightning_cli.check_config(words).data.train
     assert (source.path, source.weight, source.tasks) == ("a.jsonl", 1.0, None)
-    (source,) = cli_module.check_config([*words, "--data.train.weight=2"]).data.train
+    (source,) = lightning_cli.check_config([*words, "--data.train.weight=2"]).data.train
     assert (source.path, source.weight) == ("a.jsonl", 2.0)

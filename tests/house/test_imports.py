@@ -143,3 +143,23 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
         if node not in state and (found := visit(node, [node])):
             return found
     return []
+
+
+OPTIONAL_WORK = ("bitsandbytes", "peft", "tensorboard", "matplotlib")
+"""Needed by some runs only: quantised models, adapters, logs and drawings."""
+
+
+@pytest.mark.parametrize(
+    ("module", "brought_by_lightning"),
+    [
+        ("mmemb.training.module", {"matplotlib"}),  # torchmetrics, which Lightning imports, imports it
+        ("mmemb.inference.embedder", set()),
+        ("mmemb.commands.embed", set()),
+        ("mmemb.drawing.curves", set()),
+        ("mmemb.rationales.page", set()),
+    ],
+)
+def test_what_some_runs_need_is_imported_by_them(module: str, brought_by_lightning: set[str]) -> None:
+    done = run(f"import sys, {module}; print(*[name for name in {OPTIONAL_WORK!r} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= brought_by_lightning

@@ -126,11 +126,11 @@ CASES = {
     "wrong argument type of a part": Case(
         ["model.objective", "chunk_size: expected int, got 'few'"], ["--model.objective.init_args.chunk_size=few"]
     ),
-    "fewer processes than none": Case(["data.num_workers: expected 0 or more, got -1"], ["--data.num_workers=-1"]),
-    "fewer steps than none": Case(["model.warmup_steps: expected 0 or more, got -5"], ["--model.warmup_steps=-5"]),
+    "fewer processes than none": Case(["data.num_workers is -1; give 0 or more"], ["--data.num_workers=-1"]),
+    "fewer steps than none": Case(["model.warmup_steps is -5; give 0 or more"], ["--model.warmup_steps=-5"]),
     "rate below nothing": Case(["model.optimizer: Invalid learning rate"], ["--model.optimizer.init_args.lr=-1"]),
     "source of no rows": Case(
-        ["data.train, pairs.jsonl: source.limit: expected 1 or more, got 0"],
+        ["data.train, pairs.jsonl: source.limit is 0; give 1 or more"],
         ["--data.train=[{path: pairs.jsonl, limit: 0}]"],
     ),
     "file in place of sources": Case(

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mmemb.commands.parsing.errors import tell_interrupted
@@ -14,12 +13,7 @@ from mmemb.commands.parsing.lightning_cli import MmembCLI
 from mmemb.training.callbacks.interrupt import InterruptCheckpoint, Interrupted
 
 
-def main(
-    argv: Sequence[str],
-    *,
-    model_class: type[L.LightningModule] | None = None,
-    datamodule_class: type[L.LightningDataModule] | None = None,
-) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs one of Lightning's commands.
 
     Returns:
@@ -28,7 +22,7 @@ def main(
     interrupt = InterruptCheckpoint()
     try:
         with interrupt.listening():
-            MmembCLI(model_class, datamodule_class, args=argv, interrupt=interrupt)
+            MmembCLI(args=argv, interrupt=interrupt)
     except (Interrupted, KeyboardInterrupt, SIGTERMException) as stop:
         code = (
             128 + stop.signum if isinstance(stop, Interrupted) else 143 if isinstance(stop, SIGTERMException) else 130

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, hold no code, and fit the backbone they are loaded into.
 
-Writing streams into a file beside the target, forces it to the disk and renames it: a reader never meets half a
-checkpoint, and a full disk costs the new checkpoint, never the old one. Reading admits tensors and plain containers
-only (``weights_only=True``), so a checkpoint from elsewhere cannot run code.
+A checkpoint is streamed into a temporary file, forced to the disk and renamed. A reader never meets half a checkpoint,
+and a full disk costs the new checkpoint, never the old one. Reading accepts tensors and plain containers only
+(``weights_only=True``), so a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from mmemb.common.files import whole_file
+
 IDENTITY_KEY = "backbone_identity"
-"""Where a checkpoint keeps `Backbone.identity` of the model that wrote it."""
+"""Key of a checkpoint that holds `Backbone.identity` of the model that wrote it."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Recorder:
-    """A binary file that remembers the first error of `write`, which torch's zip writer hides behind its own."""
+    """A binary file that remembers the first error of `write`, which torch's zip writer replaces by its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -42,34 +44,27 @@ class _Recorder:
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint aside, syncs it and renames it into place.
+    """Writes a checkpoint that is whole or absent, and forces it to the disk.
 
     Args:
         checkpoint: tensors and plain containers.
-        path: target file; folders above it are made.
+        path: target file; its folder is made.
 
     Raises:
-        OSError: it cannot be written (disk full, quota, file size limit, permission); nothing is left behind, and a
-            checkpoint that was there before is untouched.
+        OSError: it cannot be written (disk full, quota, file size limit, permission). Nothing is left behind, and an
+            older checkpoint at the path is as it was.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     recorder: _Recorder | None = None
     try:
-        with open(aside, "wb") as file:
+        with whole_file(target, sync=True) as temporary, open(temporary, "wb") as file:
             recorder = _Recorder(cast(BinaryIO, file))
             torch.save(dict(checkpoint), cast(BinaryIO, recorder))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
         cause = recorder.error if recorder is not None and recorder.error is not None else error
         if isinstance(cause, OSError):
             raise _explained(cause, target) from error
         raise
-    _sync_folder(target.parent)
 
 
 def _explained(error: OSError, target: Path) -> OSError:
@@ -80,26 +75,12 @@ def _explained(error: OSError, target: Path) -> OSError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse; the file itself is synced
-    finally:
-        os.close(handle)
-
-
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
-    OSError,  # of a file cut short: EINVAL
-    # Of a file that is something else, such as a text whose first letter is a pickle's instruction:
+    OSError,  # a file that was cut short: EINVAL
+    # A file of another kind, such as a text whose first letter is a pickle instruction:
     LookupError,
     ValueError,
     struct.error,
@@ -118,8 +99,8 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, is damaged, holds more than tensors and plain containers, or comes from
-            another backbone.
+        ValueError: the file is not a checkpoint, is damaged, holds more than tensors and plain containers, or comes
+            from another backbone.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(errno.ENOENT, f"there is no checkpoint {path}; give the path of a .ckpt file")
@@ -128,7 +109,7 @@ def read_checkpoint(
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        # Torch's own words for the first kind advise to load it unsafely.
+        # Torch's message for this error advises to load the file unsafely.
         refused = isinstance(error, pickle.UnpicklingError)
         reason = "" if refused else f" ({str(error).strip().split(chr(10), 1)[0]})"
         raise ValueError(
@@ -145,10 +126,15 @@ def read_checkpoint(
 def refuse_other_backbone(
     checkpoint: Mapping[str, Any], *, identity: str, path: str | os.PathLike[str] = "the checkpoint"
 ) -> None:
-    """Refuses a checkpoint that another backbone or another program wrote.
+    """Raises for a checkpoint that another backbone or another program wrote.
+
+    Args:
+        checkpoint: as read.
+        identity: `Backbone.identity` of the model that will take the weights.
+        path: where the checkpoint comes from, for the message.
 
     Raises:
-        ValueError: the identities differ, and the message has both; or it has none.
+        ValueError: the checkpoint has no identity, or another one. The message gives both.
     """
     written = checkpoint.get(IDENTITY_KEY)
     if written is None:

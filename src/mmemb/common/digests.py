@@ -1,15 +1,22 @@
-"""Short content hashes: of settings, items, pairs and weights. What made a pool is recognised by them.
+"""Every hash of this project: digests of settings, items, pairs and weights, and numbers derived from names.
 
-A digest is 16 hex digits (64 bits) of SHA-256. A picture file counts by its folder's and its own name, not by its
-pixels or its absolute path: hashing a million files would cost more than it tells, and data that moved to another disk
-is the same data. Two pictures of one run may share a digest so: what must tell them apart asks for `item_key`.
+| Function | What it gives | What it is for |
+| --- | --- | --- |
+| `digest` and those built on it | 16 hex digits (64 bits) of SHA-256 | recognising settings, data and weights |
+| `bytes_digest` | 64 hex digits of SHA-256 | the integrity of files |
+| `seed_of` | a number below 2**63 from SHA-256 | seeds of random draws |
+| `number_of`, `batch_seed`, `coin`, `content_hash` | BLAKE2b | results and stored pools depend on these values |
+
+A picture file counts by its folder's name and its own, not by its pixels or its absolute path. Hashing a million files
+would be slow, and data that moved to another disk is still the same data. So two different pictures may share a digest:
+code that must tell them apart uses `item_key`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -19,43 +26,78 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from torch import nn
 
-_PROBE = 8  # values looked at in each tensor: any training moves some of them
+_PROBE = 8  # values read of each tensor: any training changes some of them
 
 
 def digest(value: Any) -> str:
-    """The digest of anything JSON can say; the order of a mapping's keys does not matter."""
+    """Digest of a value that JSON can hold; the order of a mapping's keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return bytes_digest(text.encode())[:16]
+
+
+def bytes_digest(*blocks: bytes) -> str:
+    """SHA-256 of the blocks joined, as 64 hex digits."""
+    content = hashlib.sha256()
+    for block in blocks:
+        content.update(block)
+    return content.hexdigest()
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed in [0, 2**63) derived from names and numbers: the same on every machine and in every process."""
+    """A seed in [0, 2**63) from names and numbers: the same on every machine and in every process."""
     return int(digest(list(parts)), 16) >> 1
 
 
+def number_of(text: str, *, size: int = 8) -> int:
+    """A number in [0, 256**size) from a text (BLAKE2b): the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """Seed of the batch number ``index`` of a data stream, in [0, 2**48): a row's seed adds its place to it."""
+    return number_of(f"{seed}/{index}", size=6)
+
+
+def coin(seed: int, content: bytes) -> float:
+    """A number in [0, 1) from a seed and bytes: equal bytes share their coin."""
+    number = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(number, "little") / 2**64
+
+
+def content_hash(blocks: Iterable[bytes]) -> str:
+    """BLAKE2b of the blocks joined, as 32 hex digits. Pools store it as the identity of a target."""
+    content = hashlib.blake2b(digest_size=16)
+    for block in blocks:
+        content.update(block)
+    return content.hexdigest()
+
+
 def item_digest(item: Item) -> str:
-    """The digest of what a worker may see of an item: instruction, parts and fields."""
+    """Digest of what a worker may see of an item: instruction, parts and fields."""
     return digest([item.instruction, [_part(part, _picture) for part in item.parts], dict(item.fields)])
 
 
 def item_key(item: Item) -> Hashable:
-    """Equal for items that show the same, pictures by their full path or pixels: holds on this machine alone."""
+    """A key that is equal for items with the same content: pictures count by their full path or their pixels.
+
+    Paths differ between machines, so the key is never stored.
+    """
     parts = tuple(tuple(_part(part, _exactly)) for part in item.parts)
     return item.instruction, parts, tuple(sorted(item.fields.items()))
 
 
 def pair_digest(pair: Pair) -> str:
-    """The digest of a pair: id, task, query, and the target by identity and content."""
+    """Digest of a pair: id, task, query, and the target by identity and content."""
     target = portable_id(pair.positive_id, pair.positive)
     return digest([pair.id, pair.task, item_digest(pair.query), target, item_digest(pair.positive)])
 
 
 def portable_id(identity: str, target: Item) -> str:
-    """A target's identity as it is on every disk: one that was made from the paths of its pictures names them shortly.
+    """A target's identity without absolute paths, so that it is the same on every disk.
 
     Args:
-        identity: ``positive_id`` of a pair; one that a data set gives itself stays.
-        target: the item that it stands for.
+        identity: ``positive_id`` of a pair. One that the data set gives itself is returned unchanged.
+        target: the item with this identity.
     """
     paths = [source for source in pictures(target) if isinstance(source, str) and not source.startswith("bundled:")]
     if paths and identity == f"image:{paths[0]}":
@@ -64,17 +106,17 @@ def portable_id(identity: str, target: Item) -> str:
 
 
 def describe(item: Item) -> str:
-    """An item in at most 100 characters, for messages: its instruction, its text, its first picture's name."""
+    """An item in at most 100 characters, for messages: instruction, text and the name of its first picture."""
     source = next(pictures(item), "")
     words = " ".join(filter(None, (item.instruction, item.text, source if isinstance(source, str) else "<picture>")))
     return words if len(words) <= 100 else words[:97] + "..."
 
 
 def module_digest(module: nn.Module) -> str:
-    """The digest of a module's weights, from a probe of every tensor.
+    """Digest of a module's weights, from the first values of every tensor.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded at two precisions counts as one. The random half
-    of a fresh low-rank adapter (``lora_A``) is left out: its product with the zero half is nothing, whatever the seed.
+    Values are rounded to bfloat16 first, so that a checkpoint has the same digest at every precision it is loaded at.
+    The random half of a fresh low-rank adapter (``lora_A``) is left out: its product with the zero half is zero.
     """
     import torch
 
@@ -96,7 +138,7 @@ def _part(part: Part, named: Callable[[str | PILImage], str]) -> list[str]:
 def _picture(source: str | PILImage) -> str:
     if isinstance(source, str):
         return source if source.startswith("bundled:") else "/".join(PurePath(source).parts[-2:])
-    return hashlib.sha256(f"{source.mode}{source.size}".encode() + source.tobytes()).hexdigest()[:16]
+    return bytes_digest(f"{source.mode}{source.size}".encode(), source.tobytes())[:16]
 
 
 def _exactly(source: str | PILImage) -> str:

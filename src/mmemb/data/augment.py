@@ -7,6 +7,7 @@ import random
 
 from PIL import Image
 
+from mmemb.common.checks import check_numbers
 from mmemb.registry import Component
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -38,8 +39,8 @@ class PictureAugment(Component, kind="augmentation", name="jitter"):
         contrast: float = 0.15,
         saturation: float = 0.15,
     ) -> None:
-        if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale: expected two factors with 0 < smallest <= largest, got {scale}; try (0.85, 1.1)")
+        check_numbers("augment.scale", above=0, smallest=scale[0])
+        check_numbers("augment.scale", at_least=scale[0], largest=scale[1])
         self.shift = shift
         self.scale = scale
         self.rotate = rotate

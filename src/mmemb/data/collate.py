@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmemb.common.digests import number_of
 from mmemb.types import Pair
 
 
@@ -27,7 +27,7 @@ class Layout:
 
 def identity(text_id: str) -> int:
     """A text identity as a number in [0, 2**63), the same in every process (BLAKE2b)."""
-    return int.from_bytes(hashlib.blake2b(text_id.encode(), digest_size=8).digest(), "big") >> 1
+    return number_of(text_id) >> 1
 
 
 def candidate_layout(pairs: Sequence[Pair], *, chunk_size: int) -> Layout:

@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.data.items import read_items
 from mmemb.data.loaders import Batches, Box, Collate, InMemoryLoader, Streams, TrainLoader, TrainRows, in_box, in_list
 from mmemb.data.pairs import read_pairs, read_tasks
@@ -84,8 +84,10 @@ class PairDataModule(L.LightningDataModule):
         bundled_seed: int = 0,
     ) -> None:
         super().__init__()
-        refuse_below(0, "data", num_workers=num_workers)
-        refuse_below(1, "data", batch_size=batch_size, sub_batch_size=sub_batch_size, steps_per_epoch=steps_per_epoch)
+        check_numbers("data", at_least=0, num_workers=num_workers)
+        check_numbers(
+            "data", at_least=1, batch_size=batch_size, sub_batch_size=sub_batch_size, steps_per_epoch=steps_per_epoch
+        )
         self.allow_zero_length_dataloader_with_multiple_devices = True  # predict may have fewer batches than ranks
         self.sources: dict[str, list[Source]] = {
             "train": train or [],

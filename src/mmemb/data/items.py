@@ -15,12 +15,12 @@ recognised by their columns (`mmemb.data.mmeb`).
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmemb.common.digests import content_hash
 from mmemb.data import mmeb
 from mmemb.data.images import resolve_image
 from mmemb.data.rows import FieldError, kind_of, located, read_rows
@@ -78,13 +78,17 @@ def content_identity(item: Item) -> str:
             return f"text:{part.text}"
         if isinstance(part, Image | Page) and isinstance(part.source, str):
             return f"image:{part.source}"
-    digest = hashlib.blake2b(digest_size=16)
+    return f"blake2:{content_hash(_blocks(item))}"
+
+
+def _blocks(item: Item) -> Iterator[bytes]:
+    """Kind, length and content of every text and picture."""
     for part in item.parts:
         content = part.text if isinstance(part, Text) else part.frames if isinstance(part, Video) else (part.source,)
         for value in (content,) if isinstance(content, str) else content:
             data = value.encode() if isinstance(value, str) else value.tobytes()
-            digest.update(f"{type(part).__name__} {len(data)} ".encode() + data)
-    return f"blake2:{digest.hexdigest()}"
+            yield f"{type(part).__name__} {len(data)} ".encode()
+            yield data
 
 
 def parse_item(value: Any, *, field: str, find: mmeb.Find) -> Item:

@@ -5,7 +5,6 @@ Loaders are plain iterables, not torch DataLoaders: Lightning therefore puts no 
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -13,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from mmemb.common.digests import batch_seed
 from mmemb.data.pairs import read_pairs
 from mmemb.data.sampler import TaskBatchSampler, rows_by_task
 from mmemb.data.sources import Source
@@ -94,15 +94,12 @@ class Batches:
     def __getitem__(self, index: int) -> Any:
         pairs = [self.rows[number] for number in self.sampler.batch(index)]
         try:
-            return self.collate(pairs, self._seed(index) + self.sampler.rank * len(pairs))
+            return self.collate(pairs, batch_seed(self.seed, index) + self.sampler.rank * len(pairs))
         except (ValueError, FileNotFoundError) as error:
             if get_worker_info() is None:
                 raise
             # Raised here it would reach the main process wrapped in a traceback of many lines.
             return Failure(FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError, str(error))
-
-    def _seed(self, index: int) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=6).digest(), "big")
 
 
 class Streams:

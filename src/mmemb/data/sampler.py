@@ -8,10 +8,12 @@ them, kept while in use.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+from mmemb.common.checks import check_numbers
+from mmemb.common.digests import number_of
 
 _BLOCK = 4096
 """Sub-batches whose tasks are drawn at once; batch number n costs n / _BLOCK draws once, then one look-up."""
@@ -118,7 +120,7 @@ class TaskBatchSampler:
         if turn not in orders:
             for old in [kept for kept in orders if abs(kept - turn) > 1]:
                 del orders[old]
-            generator = np.random.default_rng((self.seed, _number(task), turn))
+            generator = np.random.default_rng((self.seed, number_of(task), turn))
             orders[turn] = generator.permutation(len(rows))
         return rows[int(orders[turn][position])]
 
@@ -128,13 +130,8 @@ def _normalised(tasks: list[str], weights: Mapping[str, float]) -> np.ndarray:
     for task, weight in weights.items():
         if task not in tasks:
             raise ValueError(f"there is a weight for the task {task!r}, which no source has; the tasks are {known}")
-        if not weight >= 0:
-            raise ValueError(f"the weight of the task {task!r} is {weight}; weights are 0 or more")
+        check_numbers("task_weights", at_least=0, **{task: weight})
     values = np.array([float(weights.get(task, 1.0)) for task in tasks])
     if not values.sum() > 0:
         raise ValueError(f"no task is left to draw from (tasks: {known}); give at least one a weight above 0")
     return values / values.sum()
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

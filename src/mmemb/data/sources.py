@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.data.images import BUNDLED
 
 
@@ -38,7 +38,7 @@ class Source:
         Raises:
             ValueError: no task or no row can be left.
         """
-        refuse_below(1, f"{owner}, {self.path}: source", limit=self.limit)
+        check_numbers(f"{owner}, {self.path}: source", at_least=1, limit=self.limit)
         if self.tasks is not None and not self.tasks:
             raise ValueError(f"{owner}, {self.path}: source.tasks: is empty; name tasks, or leave it out for all")
 
@@ -75,6 +75,6 @@ class Stream:
         Raises:
             ValueError: as said.
         """
-        refuse_below(1, owner, batch_size=self.batch_size, sub_batch_size=self.sub_batch_size)
+        check_numbers(owner, at_least=1, batch_size=self.batch_size, sub_batch_size=self.sub_batch_size)
         for source in self.sources:
             source.check(f"{owner}.sources")

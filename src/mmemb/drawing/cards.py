@@ -6,12 +6,12 @@ becomes an empty frame, because a drawing is a report and must not stop a run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mmemb.common.files import whole_file
 from mmemb.data.images import load_image
 from mmemb.types import Item, pictures
 
@@ -120,13 +120,10 @@ def card(
 
 
 def save(sheet: Image.Image, path: str | Path) -> Path:
-    """Writes a PNG aside, then moves it into place; the folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    sheet.save(aside, "PNG", optimize=True)
-    os.replace(aside, path)
-    return path
+    """Writes a PNG, whole or not at all; its folder is made. Returns the path."""
+    with whole_file(path) as temporary:
+        sheet.save(temporary, "PNG", optimize=True)
+    return Path(path)
 
 
 def draw_results(path: str | Path, query: Item, results: Sequence[tuple[Item, float]], *, columns: int = 5) -> Path:

@@ -5,7 +5,6 @@ Uses Pillow only. Text is wrapped to the card. Text that does not fit ends in an
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from pathlib import Path
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from mmemb.common.checks import check_numbers
 from mmemb.data.bundled import TASKS, load_pairs, open_picture
+from mmemb.drawing.cards import save
 from mmemb.types import Image as ImagePart
 from mmemb.types import Item, Pair
 
@@ -44,8 +45,7 @@ def draw(
     Raises:
         ValueError: unknown split or task, or ``rows`` below one.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+    check_numbers("contact sheet", at_least=1, rows=rows)
     pairs = load_pairs(split, tasks=tasks)
     shown = {name: [pair for pair in pairs if pair.task == name] for name in TASKS}
     rng = random.Random(seed)
@@ -61,12 +61,7 @@ def draw(
         for column, pair in enumerate(found):
             _card(sheet, pair, (MARGIN + column * (CARD_WIDTH + GAP), top + HEADER))
         top += HEADER + CARD_HEIGHT + GAP
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    sheet.save(aside, "PNG", optimize=True)
-    os.replace(aside, path)
-    return path
+    return save(sheet, path)
 
 
 def _font(size: int) -> Font:

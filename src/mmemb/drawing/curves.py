@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
+from mmemb.common.files import whole_file, write_text
 from mmemb.common.vocabulary import SCORES, ordered, row_meaning
 from mmemb.types import EvaluationResults, QueryRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _LINES: Mapping[str, tuple[str, Literal["-", "--", ""]]] = {
     "threshold": ("#3f5fb5", "-"),
@@ -91,6 +91,9 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
     points = quality_curves(results.records)
     if not points:
         return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     placed = {row: scores for row, scores in results.modes.items() if "tokens_per_query" in scores}
     handles = _handles(placed)
     height = _HEIGHT + _LEGEND_LINE * (2 + sum(1 + str(each.get_label()).count("\n") for each in handles.values()))
@@ -148,25 +151,19 @@ def _handles(placed: Collection[str]) -> dict[str, Line2D]:
 
 
 def write_curves(folder: str | Path, results: EvaluationResults) -> list[Path]:
-    """Writes ``quality_tokens.png`` and ``.csv``, aside and moved into place; nothing without curves."""
+    """Writes ``quality_tokens.png`` and ``.csv``, each whole or not at all; nothing without curves."""
     figure = draw_curves(results)
     if figure is None:
         return []
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture, table = folder / "quality_tokens.png", folder / "quality_tokens.csv"
-    aside = folder / ".quality_tokens.png.part"
-    figure.savefig(aside, format="png")
-    os.replace(aside, picture)
+    picture, table = Path(folder) / "quality_tokens.png", Path(folder) / "quality_tokens.csv"
+    with whole_file(picture) as temporary:
+        figure.savefig(temporary, format="png")
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["curve", "invocation_rate", "tokens_per_query", "hit@1"])
     for point in quality_curves(results.records):
         writer.writerow([point.curve, point.invocation_rate, point.tokens_per_query, point.hit])
-    aside = folder / ".quality_tokens.csv.part"
-    aside.write_text(rows.getvalue(), encoding="utf-8")
-    os.replace(aside, table)
-    return [picture, table]
+    return [picture, write_text(table, rows.getvalue())]
 
 
 def _gain(record: QueryRecord) -> float:

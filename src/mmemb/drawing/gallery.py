@@ -89,7 +89,7 @@ def draw_gallery(results: EvaluationResults, *, count: int = 10) -> Image.Image:
 
 
 def write_gallery(path: str | Path, results: EvaluationResults, *, count: int = 10) -> Path:
-    """Writes `draw_gallery` as a PNG, aside and moved into place."""
+    """Writes `draw_gallery` as a PNG, whole or not at all."""
     return draw.save(draw_gallery(results, count=count), path)
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from mmemb.common.checks import check_numbers
+
 _DECIMALS = 6
 """Decimals to which cosines are compared: float32 products differ by about 1e-7 with the tile of the column."""
 
@@ -76,15 +78,6 @@ def expected_reciprocal_rank(scores: Tensor, positive: Tensor) -> Tensor:
     return _expected_gain(scores, positive, lambda rank: 1 / rank)
 
 
-def expected_ndcg(scores: Tensor, positive: Tensor, k: int) -> Tensor:
-    """Expected NDCG@k with one relevant candidate, [N] float64 in [0, 1]: 1 / log2(rank + 1) within the first k.
-
-    The ideal gain is 1, so gain and normalised gain are one (Jaervelin and Kekaelaeinen, 2002). Arguments as in
-    `expected_hit`.
-    """
-    return _expected_gain(scores, positive, lambda rank: (rank <= k) / (rank + 1).log2())
-
-
 def expected_rank(scores: Tensor, positive: Tensor) -> Tensor:
     """Expected rank, [N] float64, from 1; arguments as in `expected_hit`."""
     return _expected_gain(scores, positive, lambda rank: rank)
@@ -135,8 +128,7 @@ class ExpectedHitRate(_Mean):
 
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"ExpectedHitRate: k is {k}; it counts from 1")
+        check_numbers("ExpectedHitRate", at_least=1, k=k)
         self.k = k
 
     def values(self, scores: Tensor, positive: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mmemb.common.files import write_text
 from mmemb.common.vocabulary import (
     ALWAYS_REASON,
     CHANCE,
@@ -105,18 +105,12 @@ def versions() -> dict[str, str]:
 
 
 def write_summary(folder: str | Path, summary: Mapping[str, Any]) -> list[Path]:
-    """Writes ``summary.json`` and ``summary.md``, each aside and moved into place; the folder is made."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes ``summary.json`` and ``summary.md``, each whole or not at all; the folder is made."""
     contents = {
         "summary.json": json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "summary.md": markdown(summary),
     }
-    for name, content in contents.items():
-        aside = folder / f".{name}.part"
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, folder / name)
-    return [folder / name for name in contents]
+    return [write_text(Path(folder) / name, content) for name, content in contents.items()]
 
 
 def markdown(summary: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import seed_of
 from mmemb.inference.prompts import embed_items, embed_states, encode_prompts, length_order, prefill
 from mmemb.inference.token_loop import Sampler, Writing
@@ -125,11 +126,8 @@ def sample(
     Raises:
         ValueError: temperature, budget or the number of seeds makes no sense.
     """
-    if temperature < 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"sample: temperature {temperature} and max_new_tokens {max_new_tokens} given; "
-            "use temperature >= 0 and max_new_tokens >= 1"
-        )
+    check_numbers("sample", at_least=0, temperature=temperature)
+    check_numbers("sample", at_least=1, max_new_tokens=max_new_tokens)
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
         raise ValueError(f"sample: {len(seeds)} seeds for {len(items)} items; give one seed, or one an item")

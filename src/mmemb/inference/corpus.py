@@ -1,9 +1,9 @@
 """A corpus to one Parquet file, by any number of processes, in parts that survive an interruption.
 
-Items are cut into parts of equal size; rank r of W embeds parts r, r + W, ... and writes each, aside and renamed, into
-``<output>.parts/``. Whoever finds all parts there joins them into the output, in the items' order, and removes the
-folder. So a run that was killed goes on with the parts that are missing, under any number of processes; ranks need no
-channel but the folder; and the output is whole or absent. What is lost is at most one part a process.
+Items are cut into parts of equal size; rank r of W embeds parts r, r + W, ... and writes each, whole or not at all,
+into ``<output>.parts/``. A process that finds all parts there joins them into the output, in the items' order, and
+removes the folder. So a run that was killed continues with the parts that are missing, under any number of processes.
+Ranks need no channel but the folder, and the output is whole or absent. At most one part per process is lost.
 
 ``job.json`` in the folder keeps what determines the embeddings; parts of another job are refused, never mixed in.
 """
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from mmemb.common import terminal
 from mmemb.common.digests import digest, item_digest
+from mmemb.common.files import whole_file, write_text
 from mmemb.inference.embedder import Embedder
 from mmemb.inference.embedding_files import embedding_table
 from mmemb.types import Item
@@ -104,9 +105,8 @@ def embed_to_parquet(
                 encoded = embedder.encode(list(rows), return_rationales=True, **options)
                 names = [item.fields.get("id", str(number * part_rows + row)) for row, item in enumerate(rows)]
                 table = embedding_table(rows, encoded, ids=names, model=embedder.identity)
-                aside = folder / f".{number:07}.{os.getpid()}"
-                pq.write_table(table, aside, compression="zstd")
-                os.replace(aside, _part(folder, number))
+                with whole_file(_part(folder, number)) as temporary:
+                    pq.write_table(table, temporary, compression="zstd")
                 embedded += len(rows)
                 thought += int(encoded.thought.sum())
                 bar.advance(len(rows))
@@ -148,9 +148,7 @@ def _claim(folder: Path, job: Mapping[str, Any]) -> None:
                 "start anew, or give another --output"
             )
         return
-    aside = folder / f".job.{os.getpid()}"
-    aside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps(job, indent=2) + "\n")
 
 
 def _join(folder: Path, parts: int, output: Path) -> bool:
@@ -158,18 +156,15 @@ def _join(folder: Path, parts: int, output: Path) -> bool:
     files = [_part(folder, number) for number in range(parts)]
     if not all(file.is_file() for file in files):
         return output.is_file() and not folder.exists()  # not yet; or another process has just done it
-    aside = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        with pq.ParquetWriter(aside, pq.read_schema(files[0]), compression="zstd") as writer:
+        with (
+            whole_file(output) as temporary,
+            pq.ParquetWriter(temporary, pq.read_schema(files[0]), compression="zstd") as writer,
+        ):
             for file in files:
                 writer.write_table(pq.read_table(file))
-        os.replace(aside, output)
     except FileNotFoundError:  # another process has joined them and removed the folder
-        aside.unlink(missing_ok=True)
         if not output.is_file():
             raise
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     shutil.rmtree(folder, ignore_errors=True)
     return True

@@ -17,6 +17,7 @@ import torch
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.data.images import BUNDLED
 from mmemb.data.items import parse_item
 from mmemb.inference import saved
@@ -122,10 +123,8 @@ class Embedder:
         """
         if side not in get_args(Side):
             raise ValueError(f"encode: side is {side!r}; give 'query' or 'target'")
-        if dim is not None and not 1 <= dim <= self.pooler.size:
-            raise ValueError(f"encode: dim is {dim}; this model's embeddings can be cut to 1 to {self.pooler.size}")
-        if budget is not None and budget < 1:
-            raise ValueError(f"encode: budget is {budget}; it counts tokens from 1 (reason='never' thinks about none)")
+        check_numbers("encode", at_least=1, at_most=self.pooler.size, dim=dim)
+        check_numbers("encode", at_least=1, budget=budget)
         things = list(items) if isinstance(items, list | tuple) else [items]
         queries = [as_item(thing, instruction=instruction, place=f"items[{row}]") for row, thing in enumerate(things)]
         most = self.encoder.budget if budget is None else budget

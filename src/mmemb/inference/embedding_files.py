@@ -7,7 +7,6 @@ model, or of another checkpoint of the same model, can be refused. `mmemb.search
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmemb.common.digests import digest, module_digest
+from mmemb.common.files import whole_file
 from mmemb.interfaces import Backbone, Pooler
 from mmemb.types import Encoded, Item, pictures
 
@@ -62,7 +62,7 @@ def embedding_table(
 def write_embeddings(
     path: str | Path, items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
 ) -> Path:
-    """Writes embedded items as Parquet, aside and moved into place; the folder is made.
+    """Writes embedded items as Parquet, whole or not at all; the folder is made.
 
     Args:
         path: file to write.
@@ -79,8 +79,6 @@ def write_embeddings(
     """
     path = Path(path)
     table = embedding_table(items, encoded, ids=ids, model=model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    pq.write_table(table, aside, compression="zstd")
-    os.replace(aside, path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
     return path

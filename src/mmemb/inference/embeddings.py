@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmemb.common.checks import check_numbers
 from mmemb.types import Encoded
 
 
@@ -45,9 +46,7 @@ class Embeddings(Encoded):
         """
         if dim is None:
             return self
-        width = self.embedding.shape[1]
-        if not 1 <= dim <= width:
-            raise ValueError(f"dim is {dim}; the model's embeddings can be cut to between 1 and {width} dimensions")
+        check_numbers("truncated_to", at_least=1, at_most=self.embedding.shape[1], dim=dim)
         return replace(self, embedding=F.normalize(self.embedding[:, :dim], dim=-1))
 
 

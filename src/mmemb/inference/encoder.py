@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmemb.common import terminal
+from mmemb.common.checks import check_numbers
 from mmemb.inference.adaptive import AdaptivePaths, adaptive_paths
 from mmemb.inference.prompts import embed_items, length_order
 from mmemb.interfaces import Backbone, Controller, Model, Pooler
@@ -65,8 +66,8 @@ class Encoder:
         confidence_temperature: float = 0.05,
         progress: bool = False,
     ) -> None:
-        if batch_size < 1 or budget < 1:
-            raise ValueError(f"Encoder: batch_size {batch_size} and budget {budget} given; both count from 1")
+        check_numbers("Encoder", at_least=1, batch_size=batch_size, budget=budget)
+        check_numbers("Encoder", above=0, confidence_temperature=confidence_temperature)
         self.backbone = backbone
         self.pooler = pooler
         self.model = Model(backbone, pooler)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import seed_of
 from mmemb.inference.encoder import evaluating
 from mmemb.inference.prompts import embed_items, embed_states, encode_prompts, length_order, pad_tokens, thought_tokens
@@ -197,13 +198,9 @@ def _check(
 ) -> None:
     if not items:
         raise ValueError("rollout: no queries given")
-    if not temperature > 0:
-        raise ValueError(f"rollout: temperature is {temperature}; sampling needs one above 0")
-    for name, value in (("group_size", group_size), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"rollout: {name} is {value}; it counts from 1")
-    if not 0 <= exploration <= 1:
-        raise ValueError(f"rollout: exploration is {exploration}; give a share between 0 and 1")
+    check_numbers("rollout", above=0, temperature=temperature)
+    check_numbers("rollout", at_least=1, group_size=group_size, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_numbers("rollout", at_least=0, at_most=1, exploration=exploration)
 
 
 def _wanted(decision: Tensor | None, queries: int, group_size: int) -> Tensor:

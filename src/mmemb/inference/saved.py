@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmemb.common.checkpoint import read_checkpoint, refuse_other_backbone
+from mmemb.common.files import whole_file, write_text
 from mmemb.interfaces import Backbone, Model, Pooler
 from mmemb.registry import create
 
@@ -66,14 +66,10 @@ def write(folder: Path, backbone: Backbone, pooler: Pooler, *, identity: str, co
         # Saving may merge adapters into the weights: the same model with another digest.
         "identity": identity,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     backbone.save(folder / _BACKBONE)
-    aside = folder / f".{_POOLER}.part"
-    save_file({name: value.contiguous() for name, value in pooler.state_dict().items()}, aside)
-    os.replace(aside, folder / _POOLER)
-    aside = folder / f".{_SETTINGS}.part"
-    aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / _SETTINGS)
+    with whole_file(folder / _POOLER) as temporary:
+        save_file({name: value.contiguous() for name, value in pooler.state_dict().items()}, temporary)
+    write_text(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def _download(name: str) -> Path:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from mmemb.common.checks import check_numbers
 from mmemb.kernels.problem import work_dtype
 
 C = TypeVar("C")
@@ -139,8 +140,7 @@ def cached_step(
     """
     if not chunks:
         raise ValueError("cached_step got no chunks; give at least one")
-    if kept_graphs < 1:
-        raise ValueError(f"cached_step: kept_graphs is {kept_graphs}, expected 1 or more")
+    check_numbers("cached_step", at_least=1, kept_graphs=kept_graphs)
     states: list[_RandomState] = []
     rows: list[dict[str, int]] = []
     detached: dict[str, list[Tensor]] = {}

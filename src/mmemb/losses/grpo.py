@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.losses.distributed import all_sum, world_size
 from mmemb.registry import Component
 
@@ -126,11 +127,8 @@ class GRPO(Component, kind="policy_loss", name="grpo"):
         clip_high: float = 0.28,
         kl_weight: float = 0.0,
     ) -> None:
-        if not 0 <= clip_low < 1 or clip_high < 0 or kl_weight < 0:
-            raise ValueError(
-                f"grpo: clip_low {clip_low}, clip_high {clip_high} and kl_weight {kl_weight} given; "
-                "use 0 <= clip_low < 1, and 0 or more for the others"
-            )
+        check_numbers("grpo", at_least=0, below=1, clip_low=clip_low)
+        check_numbers("grpo", at_least=0, clip_high=clip_high, kl_weight=kl_weight)
         self.scaling: Scaling = scaling
         self.normalization: Normalization = normalization
         self.clip_low = clip_low

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmemb.common import terminal
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import digest
 from mmemb.interfaces import Model, SetupContext, Worker
 from mmemb.rationales.leaks import LeakCheck
@@ -88,7 +88,7 @@ def generate(
         )
     if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
         raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
-    refuse_below(1, "generate", k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
+    check_numbers("generate", at_least=1, k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
     folder, check = resolve(pool), leaks or LeakCheck()
     context = SetupContext(model=model, items=[_sides_of(pair, side)[0] for side in sides for pair in pairs])
     for worker in workers:

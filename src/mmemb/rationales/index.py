@@ -7,11 +7,12 @@ binary search. The arrays hold no Python objects: forked data-loader workers sha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmemb.common.digests import number_of
 
 
 class Run(NamedTuple):
@@ -36,7 +37,7 @@ class PairIndex:
         firsts: list[NDArray[np.int32]] = []
         counts: list[NDArray[np.int32]] = []
         for number, ids, first, count in runs:
-            keys.append(np.fromiter((_key(each) for each in ids), np.uint64, len(first)))
+            keys.append(np.fromiter((number_of(each) for each in ids), np.uint64, len(first)))
             part_of.append(np.full(len(first), number, np.int32))
             firsts.append(first.astype(np.int32))
             counts.append(count.astype(np.int32))
@@ -57,10 +58,6 @@ class PairIndex:
 
     def runs(self, pair_id: str) -> list[Run]:
         """The runs that may be the pair's, in the order of the parts; empty where there is none."""
-        key = np.uint64(_key(pair_id))
+        key = np.uint64(number_of(pair_id))
         start, end = np.searchsorted(self._keys, key, "left"), np.searchsorted(self._keys, key, "right")
         return [Run(*(int(column[at]) for column in self._runs)) for at in range(start, end)]
-
-
-def _key(pair_id: str) -> int:
-    return int.from_bytes(blake2b(pair_id.encode(), digest_size=8).digest(), "little")

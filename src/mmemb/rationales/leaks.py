@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mmemb.common.checks import check_numbers
 from mmemb.types import Item
 
 FLAGS = ("verbatim", "near_duplicate", "field")
@@ -52,11 +53,9 @@ class LeakCheck:
     target_fields: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.ngram < 1 or self.min_words < self.ngram or not 0 < self.overlap <= 1:
-            raise ValueError(
-                f"leak check: ngram is {self.ngram}, min_words {self.min_words}, overlap {self.overlap}; expected "
-                f"1 <= ngram <= min_words and 0 < overlap <= 1"
-            )
+        check_numbers("leaks", at_least=1, ngram=self.ngram)
+        check_numbers("leaks", at_least=self.ngram, min_words=self.min_words)  # else a text has no n-gram to compare
+        check_numbers("leaks", above=0, at_most=1, overlap=self.overlap)
 
     @property
     def settings(self) -> dict[str, Any]:

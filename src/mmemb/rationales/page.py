@@ -5,15 +5,12 @@ from __future__ import annotations
 import html
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
+from mmemb.common.files import write_text
 from mmemb.rationales.stats import ALL, GroupStats
 
 COLUMNS = ("task", "worker", "candidates", "keep rate", "mean gain", "placebo share", "leaks", "tokens")
@@ -50,7 +47,7 @@ def cells(group: GroupStats) -> tuple[str, ...]:
 
 
 def write_page(path: str | Path, groups: Sequence[GroupStats], facts: Mapping[str, str], *, margin: float) -> Path:
-    """Writes the page aside and renames it; the folder is made.
+    """Writes the page, whole or not at all; the folder is made.
 
     Args:
         path: the HTML file.
@@ -82,16 +79,15 @@ def write_page(path: str | Path, groups: Sequence[GroupStats], facts: Mapping[st
 {figures or "<p>No candidate has been scored yet.</p>"}
 </body></html>
 """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return write_text(path, page)
 
 
 def _histogram(task: str, groups: Sequence[GroupStats], margin: float) -> str:
     """An SVG element: gains by worker, and the placebos' as an outline."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     values = [np.asarray(group.gains) for group in groups]
     placebos = np.concatenate([np.asarray(group.placebos) for group in groups])
     every = np.concatenate([*values, placebos])

@@ -21,9 +21,9 @@ from mmemb.common.digests import seed_of
 from mmemb.types import Pair
 
 _DONORS = 64
-_COLUMNS = ("pair_id", "task", "side", "worker", "settings_hash", "text", "leaks")
+_COLUMNS = ["pair_id", "task", "side", "worker", "settings_hash", "text", "leaks"]
 
-Group: TypeAlias = tuple[str, str, str | None]
+Group: TypeAlias = tuple[str, str, str]
 """Task, worker, and the digest of its settings: what donor and candidate have in common."""
 
 
@@ -56,13 +56,11 @@ class Placebos:
         """
         found: dict[Group, dict[str, tuple[int, str]]] = {}
         for path in shards:
-            there = set(pq.read_schema(path).names)  # the first format has no leak flags
-            columns = [name for name in _COLUMNS if name in there]
-            for row in pq.read_table(path, columns=columns, use_threads=False).to_pylist():
-                if row["text"] is None or row["side"] != "query" or row.get("leaks"):
+            for row in pq.read_table(path, columns=_COLUMNS, use_threads=False).to_pylist():
+                if row["text"] is None or row["side"] != "query" or row["leaks"]:
                     continue
                 key = seed_of("placebo", row["pair_id"], row["text"])
-                texts = found.setdefault((row["task"], row["worker"], row.get("settings_hash")), {})
+                texts = found.setdefault((row["task"], row["worker"], row["settings_hash"]), {})
                 if row["text"] not in texts or key < texts[row["text"]][0]:
                     texts[row["text"]] = key, row["pair_id"]
                 if len(texts) >= 16 * _DONORS:
@@ -84,7 +82,7 @@ class Placebos:
             rows: its candidates, with ``worker``, ``settings_hash`` and ``text``.
         """
         own = {row["text"] for row in rows}
-        groups = [(pair.task, row["worker"], row.get("settings_hash")) for row in rows]
+        groups = [(pair.task, row["worker"], row["settings_hash"]) for row in rows]
         return [self._one(pair, group, number, own) for number, group in enumerate(groups)]
 
     def _one(self, pair: Pair, group: Group, number: int, own: set[str]) -> str | None:

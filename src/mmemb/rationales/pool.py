@@ -6,7 +6,7 @@ A pool is a folder while it grows and may be exported to a single file to ship::
     pool/candidates-000000000.parquet         one row a candidate, of the pairs from number 0 on
     pool/scores-retrieval-000000000.parquet   the same rows' scores, one column an arm of the evaluator
 
-Shards are written aside and renamed, never changed: what exists is whole, and a stopped run goes on at the first shard
+Shards are written whole and never changed: what exists is whole, and a stopped run goes on at the first shard
 that is missing. A pair that no worker had a word for keeps one row whose text is null.
 
 Reading costs an index of 20 bytes a pair, the row groups last used (at most 64 MiB) and the files last used, memory
@@ -187,14 +187,14 @@ class RationalePool:
 
     def settings_hashes(self, pair_id: str, *, side: Side = "query") -> tuple[str, ...]:
         """The digest of the worker's settings for each of `candidates`, empty where it is not stored."""
-        return tuple(row.get("settings_hash") or "" for row in self._kept(self._rows(pair_id).to_pylist(), side))
+        return tuple(row["settings_hash"] for row in self._kept(self._rows(pair_id).to_pylist(), side))
 
     def _kept(self, rows: Sequence[dict[str, Any]], side: Side) -> list[dict[str, Any]]:
         """Those of a pair's rows that are candidates of a side."""
         return [
             row
             for row in rows
-            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row.get("leaks"))
+            if row["text"] is not None and row["side"] == side and (self.keep_leaks or not row["leaks"])
         ]
 
     def check(
@@ -327,7 +327,7 @@ class RationalePool:
         return table
 
     def _columns(self, path: Path, columns: list[str], group: int | None) -> pa.Table:
-        """Those of the columns that the file has: arms differ by evaluator, columns by the version of the format."""
+        """Those of the columns that the file has: the arms differ by evaluator."""
         file = self._open_file(path)
         there = set(file.schema_arrow.names)
         columns = [name for name in columns if name in there]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.interfaces import Choose, Evaluator, Model, Selector, SetupContext, Worker
 from mmemb.rationales.build import build_pool
 from mmemb.rationales.choose import CandidateSource, choose_many
@@ -42,7 +42,7 @@ class PoolSettings:
         leaks: LeakCheck | None = None,
         shard_size: int = 256,
     ) -> None:
-        refuse_below(1, "model.pool", candidates=candidates, shard_size=shard_size)
+        check_numbers("model.pool", at_least=1, candidates=candidates, shard_size=shard_size)
         self.path = path
         self.workers = workers or []
         self.evaluator = evaluator

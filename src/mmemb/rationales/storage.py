@@ -1,14 +1,13 @@
 """What a pool consists of on disk: manifest, shards and their schema, and how they are written.
 
-Files are written aside and renamed: a shard is whole or absent, also after a full disk or a kill.
+Files are written by `mmemb.common.files`: a shard is whole or absent, also after a full disk or a kill.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,18 +17,15 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from mmemb.common.digests import digest, pair_digest
-from mmemb.common.files import named_damage
+from mmemb.common.files import named_damage, remove_temporary, whole_file, write_text
 from mmemb.data import bundled
 from mmemb.types import Pair, Rationale
 
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 had no prompt hashes, marks of corruption and leak flags: it is read, and never gone on with."""
 MANIFEST = "manifest.json"
 METADATA_KEY = b"mmemb.pool"
 ROW_GROUP = 512
 """Rows decoded together: a look-up decodes one group, and every group costs its footer."""
-_TEMPORARY = ".partial"
 RATIONALE_COLUMNS = [entry.name for entry in fields(Rationale)]
 
 Side: TypeAlias = Literal["query", "target"]
@@ -106,11 +102,10 @@ class Manifest:
             manifest = cls(**stored)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a rationale pool's manifest ({error}); make the pool anew") from None
-        if manifest.version not in READABLE_VERSIONS:
+        if manifest.version != SCHEMA_VERSION:
             raise ValueError(
-                f"{path}: pool format {manifest.version}, this version reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; make the pool anew "
-                f"(`mmemb rationales generate`) under another path"
+                f"{path}: pool format {manifest.version}, but this version of mmemb reads {SCHEMA_VERSION}; generate "
+                f"the pool again under another path (`mmemb rationales generate`)"
             )
         return manifest
 
@@ -154,11 +149,8 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it aside and renames it; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{MANIFEST}.{os.getpid()}{_TEMPORARY}"
-    temporary.write_text(manifest.to_json() + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    """Writes the manifest, whole or not at all; makes the folder."""
+    write_text(folder / MANIFEST, manifest.to_json() + "\n")
 
 
 def candidates_shard(folder: Path, start: int) -> Path:
@@ -179,23 +171,23 @@ def rescore(folder: Path, evaluator: str) -> str:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a table aside and renames it: the shard is whole or absent, also after a full disk or a kill.
+    """Writes a table as a shard: whole or absent, also after a full disk or a kill.
 
-    By ``lz4``, which decodes in under half the time of ``zstd``; that takes two thirds of the room.
+    Compressed by ``lz4``, which decodes in less than half the time of ``zstd``. A file of ``zstd`` is a third smaller.
     """
-    with _aside(path) as temporary:
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="lz4")
 
 
 def write_file(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Writes tables one after the other into a single file, by ``zstd``, as whole or absent as a shard.
+    """Writes tables one after the other into a single file, by ``zstd``, whole or not at all.
 
     Args:
         path: the file.
         tables: their rows, of which a few groups are held at a time.
         schema: theirs, with the file's metadata.
     """
-    with _aside(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         waiting = schema.empty_table()
         for table in tables:
             waiting = pa.concat_tables([waiting, table.cast(schema)])
@@ -205,19 +197,6 @@ def write_file(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> Non
                 writer.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
             waiting = waiting.slice(whole)
         writer.write_table(waiting)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name to write under; it becomes the file's if nothing fails, and is gone otherwise."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -244,10 +223,9 @@ def sole_maker(folder: Path, shards: str = "candidates") -> Iterator[None]:
 
 
 def drop_partial(folder: Path, shards: str = "candidates") -> None:
-    """Takes away what a killed run was writing: the manifest, and shards whose names begin so. For `sole_maker`."""
-    for pattern in (f"{shards}-*{_TEMPORARY}", f"{MANIFEST}.*{_TEMPORARY}"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    """Removes what a killed run was writing: the manifest, and shards whose names begin so. Call it in `sole_maker`."""
+    for name in (f"{shards}-*", MANIFEST):
+        remove_temporary(folder, name)
 
 
 class Proposal(NamedTuple):
@@ -278,6 +256,6 @@ def candidate_rows(pair: Pair, proposals: Sequence[Proposal]) -> list[dict[str, 
 
 
 def rationale_of(row: Mapping[str, Any]) -> Rationale:
-    """The rationale of a stored row; columns that an older format lacks keep their defaults."""
-    values = {name: row[name] for name in RATIONALE_COLUMNS if name in row}
-    return Rationale(**{**values, "leaks": tuple(filter(None, (row.get("leaks") or "").split(",")))})
+    """The rationale of a stored row."""
+    values = {name: row[name] for name in RATIONALE_COLUMNS}
+    return Rationale(**{**values, "leaks": tuple(filter(None, row["leaks"].split(",")))})

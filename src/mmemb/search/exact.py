@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.files import named_damage
 from mmemb.inference.embedding_files import MODEL_KEY
 from mmemb.types import Image, Item, Part, Text
@@ -84,8 +85,7 @@ class EmbeddingIndex:
             ValueError: ``k`` below one, or a query of another width.
         """
         query = torch.atleast_2d(query).float().cpu()
-        if k < 1:
-            raise ValueError(f"search: k is {k}; ask for at least one result")
+        check_numbers("search", at_least=1, k=k)
         if query.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
                 f"search: the query has {query.shape[1]} dimensions, the index {self.embeddings.shape[1]}; "

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mmemb.common import vocabulary
 from mmemb.common.checkpoint import IDENTITY_KEY, refuse_other_backbone
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.data.datamodule import PairDataModule, PhaseBatches
 from mmemb.evaluation import report
 from mmemb.evaluation.runner import calibrate, evaluate, merge_results
@@ -84,9 +84,9 @@ class EmbeddingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        refuse_below(0, "model", gradient_clip=gradient_clip)
-        refuse_below(1, "model", encode_batch_size=encode_batch_size, validation_queries=validation_queries)
-        refuse_below(1, "model", budget=budget)
+        check_numbers("model", at_least=0, gradient_clip=gradient_clip)
+        check_numbers("model", at_least=1, encode_batch_size=encode_batch_size, validation_queries=validation_queries)
+        check_numbers("model", at_least=1, budget=budget)
         # Under LightningCLI these are class paths and plain values, from which a checkpoint rebuilds the parts. Built
         # in Python they would be the parts themselves, which belong in no checkpoint.
         if _given_hyperparameters.get() is not None:

@@ -76,16 +76,6 @@ class Objective(nn.Module, Component, ABC, kind="objective"):
         """Accumulates gradients for one batch; returns scalars to log, ``loss`` among them."""
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """Refuses chunks without rows.
-
-    Raises:
-        ValueError: below one.
-    """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; a backward pass holds at least one row, so give 1 or more")
-
-
 def augmenter(augment: PictureAugment | None, seeds: Sequence[int]) -> Callable[[Any, int], Any] | None:
     """The picture hook of `Backbone.prepare`: each row's pictures change by the row's own seed."""
     if augment is None:

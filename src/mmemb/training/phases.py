@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.training.objective import Objective
 
 Schedule: TypeAlias = Literal[
@@ -50,9 +50,8 @@ class Phase:
         warmup_steps: int = 50,
         name: str | None = None,
     ) -> None:
-        refuse_below(0, "phase", steps=steps, warmup_steps=warmup_steps)
-        if not learning_rate_factor > 0:
-            raise ValueError(f"phase.learning_rate_factor: is {learning_rate_factor}; give a number above 0")
+        check_numbers("phase", at_least=0, steps=steps, warmup_steps=warmup_steps)
+        check_numbers("phase", above=0, learning_rate_factor=learning_rate_factor)
         self.objective = objective
         self.data = data
         self.steps = steps

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Model
 from mmemb.losses.distributed import all_sum, world_size
-from mmemb.training.objective import Objective, StepContext, augmenter, check_chunk_size, next_token_loss
+from mmemb.training.objective import Objective, StepContext, augmenter, next_token_loss
 from mmemb.types import ModelInputs, Pair
 
 
@@ -43,7 +44,7 @@ class NextToken(Objective, name="next_token"):
 
     def __init__(self, *, chunk_size: int = 32, augment: PictureAugment | None = None) -> None:
         super().__init__()
-        check_chunk_size(chunk_size)
+        check_numbers("pretrain", at_least=1, chunk_size=chunk_size)
         self.chunk_size = chunk_size
         self.augment = augment
 

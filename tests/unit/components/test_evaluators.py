@@ -232,7 +232,8 @@ def test_an_evaluator_without_a_model_says_so() -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"negatives": 0}])
 def test_settings_without_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="both must be positive"):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"evaluators\.retrieval\.{name} is {value}; give"):
         RetrievalEvaluator(**options)
 
 

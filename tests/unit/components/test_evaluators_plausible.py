@@ -179,7 +179,7 @@ def test_one_text_is_asked_about_once_a_call() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="alternatives is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match=r"evaluators\.plausible\.alternatives is 0; give 1 or more"):
         PlausibleEvaluator(Fixed(), alternatives=0)
     with pytest.raises(ValueError, match=r"no writer; pass writer=, or call setup with the model"):
         _ = PlausibleEvaluator(Fixed()).settings

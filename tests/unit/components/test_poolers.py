@@ -108,12 +108,12 @@ def test_attention_heads_look_at_their_own_slice(states: tuple) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("mean", {"dim": 13}, "dim=13 is larger than the pooled width 12"),
-        ("mean", {"dim": 9, "projection": 8}, "dim=9 is larger than the pooled width 8"),
-        ("mean", {"dim": 0}, "dim must be at least 1, got 0"),
-        ("mean", {"projection": -1}, "projection must be at least 1, got -1"),
+        ("mean", {"dim": 13}, "pooler.dim is 13; give a number of at most 12"),
+        ("mean", {"dim": 9, "projection": 8}, "pooler.dim is 9; give a number of at most 8"),
+        ("mean", {"dim": 0}, "pooler.dim is 0; give 1 or more"),
+        ("mean", {"projection": -1}, "pooler.projection is -1; give 1 or more"),
         ("attention", {"heads": 5}, "heads=5 does not divide the hidden width 12"),
-        ("attention", {"heads": 0}, "heads must be at least 1, got 0"),
+        ("attention", {"heads": 0}, "pooler.heads is 0; give 1 or more"),
     ],
 )
 def test_impossible_widths_are_refused(name: str, arguments: dict, message: str) -> None:

@@ -84,7 +84,9 @@ def test_counterfactual_prefers_an_infinite_gain_to_nan() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_counterfactual_wants_a_positive_temperature(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature is .*, expected > 0"):
+    with pytest.raises(
+        ValueError, match=rf"selectors\.counterfactual\.temperature is {temperature}; give a number above 0"
+    ):
         Counterfactual(temperature=temperature)
 
 

@@ -191,7 +191,7 @@ def test_model_keeps_its_own_model_when_bound() -> None:
 def test_model_without_a_model_says_so() -> None:
     with pytest.raises(ValueError, match="no model yet; pass backbone=, or call setup"):
         ModelWorker().propose(ITEMS, 1, seed=0)
-    with pytest.raises(ValueError, match="temperature is 0, expected > 0"):
+    with pytest.raises(ValueError, match=r"workers\.\w+\.temperature is 0; give a number above 0"):
         ModelWorker(temperature=0)
 
 

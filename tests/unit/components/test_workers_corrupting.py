@@ -114,7 +114,7 @@ def test_it_hands_on_what_the_other_worker_cost_and_holds() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="share is 1.5, expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"workers\.corrupting\.share is 1\.5; give a number from 0 to 1"):
         CorruptingWorker(MetadataWorker(), share=1.5)
     with pytest.raises(ValueError, match=r"unknown kinds \['wrong'\]; there are wrong_entity"):
         CorruptingWorker(MetadataWorker(), kinds=["wrong"])  # type: ignore[list-item]

@@ -87,7 +87,7 @@ def test_a_missing_model_is_named() -> None:
         worker("/no/such/model").propose(ITEMS, 1, seed=0)
     with pytest.raises(ValueError, match="style is 'loud', expected instruct or thinking"):
         worker(style="loud")
-    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"workers\.transformers\.batch_size is 0; give 1 or more"):
         worker(batch_size=0)
 
 

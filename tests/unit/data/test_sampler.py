@@ -91,8 +91,8 @@ def test_a_range_is_taken_in_order_whatever_its_length() -> None:
         ({"sub_batch_size": 3}, "sub_batch_size 3 must divide batch_size 8"),
         ({"sub_batch_size": 0}, "must divide"),
         ({"weights": {"d": 1.0}}, "weight for the task 'd', which no source has; the tasks are a, b, c"),
-        ({"weights": {"a": -1.0}}, "weight of the task 'a' is -1.0; weights are 0 or more"),
-        ({"weights": {"a": float("nan")}}, "weights are 0 or more"),
+        ({"weights": {"a": -1.0}}, "task_weights.a is -1.0; give 0 or more"),
+        ({"weights": {"a": float("nan")}}, "task_weights.a is nan"),
         ({"weights": {"a": 0.0, "b": 0.0, "c": 0.0}}, "no task is left"),
     ],
 )

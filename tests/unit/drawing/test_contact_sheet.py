@@ -60,7 +60,7 @@ def test_long_text_is_wrapped_and_marked_where_cut() -> None:
 
 
 def test_no_rows_and_unknown_tasks_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"contact sheet\.rows is 0; give 1 or more"):
         draw(tmp_path / "x.png", rows=0)
     with pytest.raises(ValueError, match="unknown task 'nope'"):
         draw(tmp_path / "x.png", tasks=["nope"])

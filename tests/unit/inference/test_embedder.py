@@ -97,7 +97,7 @@ def test_budget_and_rationales_are_asked_for() -> None:
     assert model.encode(texts, reason="always", budget=30).tokens.max() > 11
     assert model.encode(texts, reason="always").rationale == [""] * 3
     assert any(model.encode(texts, reason="always", return_rationales=True).rationale)
-    with pytest.raises(ValueError, match="budget is 0"):
+    with pytest.raises(ValueError, match=r"encode\.budget is 0; give 1 or more"):
         model.encode(texts, budget=0)
 
 

@@ -91,5 +91,5 @@ def test_a_bar_gives_way_to_one_that_is_already_there() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="1 rationales for 2 items"):
         encoder().encode_queries(items(2), ["x"])
-    with pytest.raises(ValueError, match="batch_size 0"):
+    with pytest.raises(ValueError, match=r"Encoder\.batch_size is 0; give 1 or more"):
         encoder(batch_size=0)

@@ -138,9 +138,9 @@ def test_a_group_of_one_and_no_rollouts_at_all() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for wrong in ({"clip_low": 1.0}, {"clip_high": -0.1}, {"kl_weight": -1.0}):
-        with pytest.raises(ValueError, match="use 0 <= clip_low < 1"):
-            GRPO(**wrong)  # type: ignore[arg-type]
+    for name, value in {"clip_low": 1.0, "clip_high": -0.1, "kl_weight": -1.0}.items():
+        with pytest.raises(ValueError, match=rf"grpo\.{name} is {value}; give"):
+            GRPO(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.5])

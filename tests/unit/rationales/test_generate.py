@@ -55,7 +55,7 @@ def test_a_run_stopped_at_any_shard_and_resumed_equals_one_that_was_not(tmp_path
     assert len(resumed.calls) == 3 - die_at
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "pool" / path.name).read_bytes()
-    assert not list((tmp_path / "pool").glob("*.partial"))
+    assert not list((tmp_path / "pool").glob("*.part"))
 
 
 def test_a_finished_pool_is_left_alone(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ class Slow(Numbered):
 
 def half(table, path, **options):
     write(table, path, **options)
-    if point == f"writing {path.name[11:20]}":
+    if point == f"writing {path.name[12:21]}":
         os.truncate(path, path.stat().st_size // 2)
         here(point)
 
@@ -118,15 +118,16 @@ generate(make_pairs(40), workers, 3, pool=pool, seed=0, progress=False, shard_si
 @pytest.mark.parametrize(
     ("point", "shards", "left"),
     [
-        ("renaming manifest.json", 0, "manifest.json.*.partial"),
+        ("renaming manifest.json", 0, ".manifest.json.*.part"),
         ("proposing 5", 4, ""),
-        ("writing 000000032", 8, "candidates-000000032.parquet.*.partial"),
+        ("writing 000000032", 8, ".candidates-000000032.parquet.*.part"),
     ],
 )
 def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, shards: int, left: str) -> None:
     """Killed before there is a manifest, while a worker writes, and with half a shard on disk; then run again."""
     root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path / "pool"), point], cwd=root, env=environment)
     try:
         deadline = time.monotonic() + 240
@@ -140,7 +141,7 @@ def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, sha
         child.wait()
     killed = len(list((tmp_path / "pool").glob("candidates-*.parquet")))
     assert killed == shards
-    assert [path.match(left) for path in (tmp_path / "pool").glob("*.partial")] == [True] * bool(left)
+    assert [path.match(left) for path in (tmp_path / "pool").glob("*.part")] == [True] * bool(left)
     for name in ("whole", "pool"):
         workers = (Numbered(), CorruptingWorker(Numbered(label="b")))
         generate(make_pairs(40), workers, 3, pool=tmp_path / name, seed=0, progress=False, shard_size=4)
@@ -185,11 +186,11 @@ def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, -3])
 @pytest.mark.parametrize("name", ["k", "shard_size"])
 def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path, name: str, number: int) -> None:
-    with pytest.raises(ValueError, match=rf"generate\.{name}: expected 1 or more, got {number}"):
+    with pytest.raises(ValueError, match=rf"generate\.{name} is {number}; give 1 or more"):
         run(make_pairs(3), tmp_path / "pool", Numbered(), **{name: number})
     assert not (tmp_path / "pool").exists()
     setting = {"k": "candidates"}.get(name, name)
-    with pytest.raises(ValueError, match=rf"model\.pool\.{setting}: expected 1 or more, got {number}"):
+    with pytest.raises(ValueError, match=rf"model\.pool\.{setting} is {number}; give 1 or more"):
         PoolSettings(str(tmp_path / "pool"), **{setting: number})
 
 

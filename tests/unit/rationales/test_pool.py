@@ -18,6 +18,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from mmemb.common.digests import portable_id
+from mmemb.data import bundled
 from mmemb.data.items import content_identity
 from mmemb.rationales import index as pool_index
 from mmemb.rationales import pool as pool_module
@@ -206,25 +207,11 @@ class Looked(Dataset[str]):
 def test_pairs_of_equal_hash_are_told_apart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs(12)
     expected = everything(make(pairs))
-    monkeypatch.setattr(pool_index, "_key", lambda pair_id: len(pair_id))
+    monkeypatch.setattr(pool_index, "number_of", lambda pair_id: len(pair_id))
     pool = make(pairs)
     assert [pool.candidates(pair.id) for pair in pairs] == expected
     with pytest.raises(ValueError, match="no pair 'nobody'"):
         pool.candidates("nobody")
-
-
-def test_a_pool_of_the_first_format_is_read(make: Make, tmp_path: Path) -> None:
-    """It had no prompt hashes, marks of corruption and leak flags."""
-    pool = make(make_pairs(20))
-    expected = everything(pool)
-    new = {"prompt_hash", "corruption", "leaks"}
-    for path in pool.path.glob("candidates-*.parquet"):
-        write_shard(path, pq.read_table(path).drop_columns(sorted(new)))
-    pool_files.write_manifest(pool.path, replace(pool.manifest, version=1))
-    old = RationalePool.open(pool.path)
-    assert everything(old) == expected
-    shipped = RationalePool.open(old.export(tmp_path / "old.parquet"))
-    assert everything(shipped) == expected
 
 
 def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:
@@ -356,9 +343,10 @@ def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
         RationalePool.open(tmp_path)
 
 
-def test_another_version_of_the_format_is_refused(tmp_path: Path) -> None:
-    pool_files.write_manifest(tmp_path, Manifest(data="0", pairs=1, generation={}, version=99))
-    with pytest.raises(ValueError, match="pool format 99, this version reads 1 and 2"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_version_of_the_format_is_refused(tmp_path: Path, version: int) -> None:
+    pool_files.write_manifest(tmp_path, Manifest(data="0", pairs=1, generation={}, version=version))
+    with pytest.raises(ValueError, match=f"pool format {version}, .* reads 2; generate"):
         read_manifest(tmp_path)
 
 
@@ -381,7 +369,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_bundled_names_a_file_of_the_package() -> None:
-    assert resolve("bundled:pool") == Path(pool_files.__file__).parent / "bundled" / "pool.parquet"
+    assert resolve("bundled:pool") == Path(bundled.__file__).parent / "pool.parquet"
 
 
 def test_scored_wants_a_number_a_candidate() -> None:

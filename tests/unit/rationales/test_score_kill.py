@@ -90,12 +90,12 @@ def test_scores_killed_at_three_points_end_as_if_nothing_had_happened(new_pool: 
     assert list(pool.glob("scores-*.parquet")) == []
     kill_at("writing 3", pool)  # a shard half done: two are there, the third has a temporary name
     assert len(list(pool.glob("scores-*.parquet"))) == 2
-    assert list(pool.glob("*.partial"))
+    assert list(pool.glob("*.part"))
     kill_at("scoring 3", pool)  # after two more
     assert len(list(pool.glob("scores-*.parquet"))) == 4
     assert not RationalePool.open(pool).complete
 
-    assert not list(pool.glob("*.partial"))  # a run takes away what a killed one was writing
+    assert not list(pool.glob("*.part"))  # a run takes away what a killed one was writing
     evaluator = ByNumber()
     score(make_pairs(22), evaluator, pool, progress=False)
     assert evaluator.calls == 2  # the two shards that were missing

@@ -263,7 +263,7 @@ def test_the_reference_is_the_base_under_the_adapters() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     for wrong, said in (
         ({"group_size": 1}, "group_size is 1; give 2 or more"),
-        ({"exploration": 0.1, "final_exploration": 0.2}, "exploration falls from 0.1 to 0.2"),
+        ({"exploration": 0.1, "final_exploration": 0.2}, "final_exploration is 0.2; give a number from 0 to 0.1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"rewards": []}, "the rewards are none"),
         ({"rewards": [Nothing(), Nothing()]}, "each class once"),

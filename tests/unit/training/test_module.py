@@ -123,7 +123,7 @@ def test_a_controller_named_twice_is_refused() -> None:
     ],
 )
 def test_a_number_out_of_range_is_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.{name}: expected [01] or more, got {value}; raise it"):
+    with pytest.raises(ValueError, match=rf"^model\.{name} is {value}; give [01] or more"):
         small_module(**{name: value})
 
 

@@ -340,7 +340,7 @@ def test_a_pool_without_scores_grows_without_scores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["candidates", "most_pairs", "keep"])
 def test_numbers_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"refresh: {name} is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match=rf"refresh\.{name} is 0; give 1 or more"):
         refresher(**{name: 0})
     with pytest.raises(ValueError, match="refresh_every_n_steps is 0"):
         refresher(0)

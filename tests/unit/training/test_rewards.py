@@ -57,7 +57,7 @@ def test_utility_is_net_of_the_price_and_has_a_counterpart() -> None:
 
 def test_over_length_falls_between_its_limits() -> None:
     assert OverLength(soft=20, hard=60)(outcome()).tolist() == [0, -0.5, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match="soft is 9 and hard 9"):
+    with pytest.raises(ValueError, match=r"OverLength\.hard is 9; give a number above 9"):
         OverLength(soft=9, hard=9)
 
 

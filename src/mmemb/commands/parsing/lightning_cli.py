@@ -40,36 +40,34 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
 
 
+def _trained() -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
+    """The module and the data module of every run; their imports take seconds and wait until a run needs them."""
+    from mmemb.data.datamodule import PairDataModule
+    from mmemb.training.module import EmbeddingModule
+
+    return EmbeddingModule, PairDataModule
+
+
 class MmembCLI(LightningCLI):
     """LightningCLI with the project's defaults.
 
     Args:
-        model_class: what trains; by default `mmemb.training.module.EmbeddingModule`.
-        datamodule_class: what it trains on; by default `mmemb.data.datamodule.PairDataModule`.
         args: the words after ``mmemb``, the command first.
         interrupt: what stops a run on a signal; the caller makes it listen.
     """
 
     def __init__(
         self,
-        model_class: type[L.LightningModule] | None = None,
-        datamodule_class: type[L.LightningDataModule] | None = None,
         *,
         args: Sequence[str],
         interrupt: InterruptCheckpoint | None = None,
     ) -> None:
         shortnames.install()
-        if model_class is None or datamodule_class is None:
-            from mmemb.data.datamodule import PairDataModule
-            from mmemb.training.module import EmbeddingModule
-
-            model_class, datamodule_class = model_class or EmbeddingModule, datamodule_class or PairDataModule
         self.interrupt = interrupt or InterruptCheckpoint()
         self.run_name = _run_name(args)
         self.command = args[0]
         super().__init__(
-            model_class,
-            datamodule_class,
+            *_trained(),
             parser_class=Parser,
             parser_kwargs={"prog": "mmemb", "formatter_class": HelpFormatter, self.command: _help(self.command)},
             save_config_kwargs={"overwrite": True},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+
+from mmemb.common.digests import number_of
 
 SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
@@ -84,4 +85,4 @@ def check_split(split: str) -> str:
 
 def order(*parts: object) -> int:
     """A stable pseudo-random number of its arguments, 64 bits: the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+    return number_of("/".join(map(str, parts)))

@@ -6,21 +6,22 @@ One process leaves ``embeddings.parquet`` in the run's folder; of several, each 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pyarrow.parquet as pq
 
+from mmemb.common.files import whole_file
 from mmemb.inference.embedding_files import embedding_table, model_identity
 from mmemb.inference.embeddings import direct
 from mmemb.types import Item
 
 
 class EmbeddingWriter(L.Callback):
-    """Streams predicted embeddings into a file aside, and moves it into place when all are there.
+    """Streams predicted embeddings into a temporary file, which gets its name when all are there.
 
     Attributes:
         path: the file of this process; None before a prediction.
@@ -32,6 +33,7 @@ class EmbeddingWriter(L.Callback):
         self.rows = 0
         self._model = ""
         self._file: pq.ParquetWriter | None = None
+        self._open = ExitStack()  # the file and its temporary name, from the first batch to the end
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         processes = trainer.world_size
@@ -52,26 +54,19 @@ class EmbeddingWriter(L.Callback):
         """Writes the embeddings [B, D] of B items as one row group."""
         table = embedding_table(batch, direct(outputs), model=self._model)
         if self._file is None:
-            self._aside.parent.mkdir(parents=True, exist_ok=True)
-            self._file = pq.ParquetWriter(self._aside, table.schema, compression="zstd")
+            assert self.path is not None
+            temporary = self._open.enter_context(whole_file(self.path))
+            self._file = self._open.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
         self._file.write_table(table)
         self.rows += len(table)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._file is None or self.path is None:
             return  # fewer batches than processes: nothing was left for this one
-        self._file.close()
         self._file = None
-        os.replace(self._aside, self.path)
+        self._open.close()
         print(f"{self.path}: {self.rows} embeddings")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._aside.unlink(missing_ok=True)
-
-    @property
-    def _aside(self) -> Path:
-        assert self.path is not None
-        return self.path.with_name(f".{self.path.name}.part")
+        self._file = None
+        self._open.__exit__(type(exception), exception, exception.__traceback__)  # removes the temporary file

@@ -24,6 +24,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from mmemb.common.checks import check_numbers
 from mmemb.common.digests import seed_of
 from mmemb.data.datamodule import PairDataModule
 from mmemb.interfaces import Evaluator, Selector, Worker
@@ -117,15 +118,14 @@ class RefreshPool(L.Callback):
         keep: int = 8,
         seed: int = 0,
     ) -> None:
-        numbers = {
-            "refresh_every_n_steps": refresh_every_n_steps,
-            "candidates": candidates,
-            "most_pairs": most_pairs,
-            "keep": keep,
-        }
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise ValueError(f"refresh: {name} is {value}, expected 1 or more (to refresh nothing, leave it out)")
+        check_numbers(
+            "refresh",
+            at_least=1,
+            refresh_every_n_steps=refresh_every_n_steps,
+            candidates=candidates,
+            most_pairs=most_pairs,
+            keep=keep,
+        )
         self.refresh_every_n_steps = refresh_every_n_steps
         self.worker = worker
         self.evaluator = evaluator

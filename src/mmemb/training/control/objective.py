@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.drawing.rollout_table import draw_rollouts
 from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.inference.rollout import Rollouts, rollout
@@ -41,7 +42,7 @@ from mmemb.training.control.logs import measures, over_ranks, shown
 from mmemb.training.control.plan import Plan
 from mmemb.training.control.replay import ReferencePolicy, differentiable, replay
 from mmemb.training.control.rewards import Format, Outcome, OverLength, Reward, Utility
-from mmemb.training.objective import Objective, StepContext, check_chunk_size
+from mmemb.training.objective import Objective, StepContext
 from mmemb.types import Item, Pair
 
 
@@ -101,27 +102,21 @@ class Control(Objective, name="control"):
         show_every: int = 20,
     ) -> None:
         super().__init__()
-        check_chunk_size(chunk_size)
-        for name, least, value in (
-            ("group_size", 2, group_size),
-            ("max_new_tokens", 1, max_new_tokens),
-            ("iterations", 1, iterations),
-            ("bank_size", 1, bank_size),
-            ("refresh_every", 1, refresh_every),
-            ("rollout_batch_size", 1, rollout_batch_size),
-            ("show_every", 0, show_every),
-        ):
-            if value < least:
-                raise ValueError(f"control: {name} is {value}; give {least} or more")
-        if not 0 <= final_exploration <= exploration <= 1:
-            raise ValueError(
-                f"control: exploration falls from {exploration} to {final_exploration}; "
-                "use 0 <= final_exploration <= exploration <= 1"
-            )
-        if not (temperature > 0 and score_temperature > 0):
-            raise ValueError(
-                f"control: temperature is {temperature}, score_temperature {score_temperature}; both are above 0"
-            )
+        check_numbers(
+            "control",
+            at_least=1,
+            chunk_size=chunk_size,
+            max_new_tokens=max_new_tokens,
+            iterations=iterations,
+            bank_size=bank_size,
+            refresh_every=refresh_every,
+            rollout_batch_size=rollout_batch_size,
+        )
+        check_numbers("control", at_least=2, group_size=group_size)  # a rollout alone has nothing to be compared with
+        check_numbers("control", at_least=0, show_every=show_every)
+        check_numbers("control", above=0, temperature=temperature, score_temperature=score_temperature)
+        check_numbers("control", at_least=0, at_most=1, exploration=exploration)
+        check_numbers("control", at_least=0, at_most=exploration, final_exploration=final_exploration)
         self.rewards = [Utility(), Format(weight=0.1), OverLength(weight=0.1)] if rewards is None else rewards
         names = [reward.name for reward in self.rewards]
         if not names or len(set(names)) < len(names):

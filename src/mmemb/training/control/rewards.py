@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmemb.common.checks import check_numbers
 from mmemb.registry import Component
 from mmemb.types import Pair
 
@@ -155,8 +156,8 @@ class OverLength(Reward, name="over_length"):
 
     def __init__(self, soft: int = 32, hard: int = 50, weight: float = 1.0) -> None:
         super().__init__(weight)
-        if not 0 <= soft < hard:
-            raise ValueError(f"reward OverLength: soft is {soft} and hard {hard}; use 0 <= soft < hard")
+        check_numbers("OverLength", at_least=0, soft=soft)
+        check_numbers("OverLength", above=soft, hard=hard)
         self.soft = soft
         self.hard = hard
 

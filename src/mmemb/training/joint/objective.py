@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmemb.common.checks import refuse_below
+from mmemb.common.checks import check_numbers
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Choose, Model, SetupContext
 from mmemb.losses.distributed import all_sum, world_size
@@ -23,7 +23,7 @@ from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.contrast import Path, contrast
 from mmemb.training.joint.batch import TrainBatch, TrainChunk, joint_batch
-from mmemb.training.objective import Objective, StepContext, check_chunk_size
+from mmemb.training.objective import Objective, StepContext
 from mmemb.types import Pair
 
 
@@ -58,8 +58,7 @@ class Joint(Objective, name="joint"):
         kept_graphs: int = 1,
     ) -> None:
         super().__init__()
-        check_chunk_size(chunk_size)
-        refuse_below(1, "joint", kept_graphs=kept_graphs)
+        check_numbers("joint", at_least=1, chunk_size=chunk_size, kept_graphs=kept_graphs)
         self.chunk_size = chunk_size
         self.direct_weight = direct_weight
         self.reasoned_weight = reasoned_weight
