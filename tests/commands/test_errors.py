@@ -38,7 +38,7 @@ def config(**content: Any) -> str:
         (["--model.selector.seed=3"], ["model.selector: say which one", "mmemb components"]),
         (
             ["--model.selector=counterfactual", "--model.selector.temperature=-1"],
-            ["temperature is -1.0; give a number above 0"],
+            ["temperature is -1.0; give a"],
         ),
         (["--model.selector=none.Such"], ["'none.Such' cannot be imported", "PYTHONPATH"]),
         (["--model.width=wide"], ["model.width: expected int, got 'wide'"]),
