@@ -55,7 +55,7 @@ def test_it_trains_and_returns_what_the_run_left(folder: Path) -> None:
     }
     assert saved["model"]["objective"]["init_args"]["infonce"]["init_args"]["temperature"] == 0.07
     embedder = mmemb.Embedder.from_checkpoint(run.checkpoint, device="cpu")
-    assert embedder.encode(["a"], reason="never").vectors.shape[0] == 1
+    assert len(embedder.encode(["a"], reason="never")) == 1
 
     again = mmemb.fit(
         RECIPE, "small.yaml", model=SHORT, trainer={"max_steps": 3}, ckpt_path=run.checkpoint, evaluate=False
