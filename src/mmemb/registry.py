@@ -127,7 +127,9 @@ def _listings_of(file: Path, kind: str, module: str) -> list[Listing]:
     """The classes of a source file whose class statement declares a short name."""
     found = []
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        for keyword in node.keywords if isinstance(node, ast.ClassDef) else ():
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for keyword in node.keywords:
             if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
                 summary = _first_line(ast.get_docstring(node))
                 found.append(Listing(kind, str(keyword.value.value), summary, f"{module}.{node.name}"))

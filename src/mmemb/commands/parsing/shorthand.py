@@ -69,8 +69,8 @@ def expand(value: Any, typehint: Any, *, previous: Any = None, append: bool = Fa
 def kinds(typehint: Any) -> Iterator[str]:
     """The component kinds that a type admits, also inside unions, lists and mappings."""
     for member in _all_members(typehint):
-        if inspect.isclass(member) and issubclass(member, Component) and member.kind:
-            yield member.kind
+        if kind := _kind(member):
+            yield kind
 
 
 def optimizer_path(cls: Any, name: str) -> str | None:
@@ -120,9 +120,9 @@ def _path_of(key: str, parts: list[Any]) -> str | None:
     if "." in key:
         return key
     for part in parts:
-        if inspect.isclass(part):
-            if is_name(part.kind, key):
-                return class_path(resolve(part.kind, key))
+        if kind := _kind(part):
+            if is_name(kind, key):
+                return class_path(resolve(kind, key))
         elif path := optimizer_path(get_args(part)[-1], key):
             return path
     return None
@@ -131,8 +131,8 @@ def _path_of(key: str, parts: list[Any]) -> str | None:
 def _unknown(key: str, parts: list[Any]) -> ValueError:
     """The error for a key that is no name: the nearest name, and the names that exist."""
     for part in parts:
-        if inspect.isclass(part):
-            return unknown(part.kind, key)
+        if kind := _kind(part):
+            return unknown(kind, key)
     names = [name for name in dir(sys.modules["torch.optim"]) if optimizer_path(get_args(parts[0])[-1], name)]
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -186,10 +186,15 @@ def _is_list(typehint: Any) -> bool:
     return inspect.isclass(origin) and issubclass(origin, collections.abc.Sequence) and bool(get_args(typehint))
 
 
+def _kind(typehint: Any) -> str:
+    """The kind of a component class; empty for any other type."""
+    return typehint.kind if inspect.isclass(typehint) and issubclass(typehint, Component) else ""
+
+
 def _is_part(typehint: Any) -> bool:
     """Whether a type is a component class, or a callable that makes an optimizer."""
-    if inspect.isclass(typehint) and issubclass(typehint, Component):
-        return bool(typehint.kind)
+    if _kind(typehint):
+        return True
     base = _optimizer_base()
     if base is None or get_origin(typehint) is not collections.abc.Callable:
         return False
