@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 
 Scaling = Literal["none", "group", "batch"]
 Normalization = Literal["sequence", "token", "constant"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmemb.data.augment import PictureAugment
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.training.objective import Engine, Objective, Parts, augmenter, check_chunk_size, next_token_loss
 from mmemb.types import ModelInputs, Pair
 

@@ -33,6 +33,7 @@ class Block:
         columns: B [L, D].
         none: [N] int64, each row's column that is no negative.
         ids: [L] int64 or None.
+        of_peers: B are the problem's peers; otherwise its candidates.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Block:
         columns: Tensor,
         none: Tensor,
         ids: Tensor | None,
+        of_peers: bool = False,
     ) -> None:
         self.problem, self.source, self.index, self.none, self.ids = problem, source, index, none, ids
+        self.of_peers = of_peers
         self.columns = columns.to(problem.work_dtype)
         self.row_norms: Tensor | None = None  # [T, N] reciprocals, as the next [T, L]
         self.column_norms: Tensor | None = None
@@ -179,7 +182,9 @@ def blocks(problem: Problem) -> list[Block]:
     ]
     if problem.peers is not None:
         peers = problem.peers
-        found.append(Block(problem, source=query, index=None, columns=peers.query, none=peers.own, ids=peers.id))
+        found.append(
+            Block(problem, source=query, index=None, columns=peers.query, none=peers.own, ids=peers.id, of_peers=True)
+        )
     if problem.candidate_negatives:
         found.append(
             Block(

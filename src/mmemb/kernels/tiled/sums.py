@@ -72,8 +72,7 @@ class Sums:
 
     def _target(self, block: Block) -> Tensor:
         """What the gradients of the block's columns are added to."""
-        is_peers = self.problem.peers is not None and block.none is self.problem.peers.own
-        return self.peers if is_peers and self.peers is not None else self.candidate
+        return self.peers if block.of_peers and self.peers is not None else self.candidate
 
     def _level(self, block: Block, part: slice, factor: Tensor | None, out: Tensor | None) -> Tensor:
         wide, rows = block.wide[0][: part.stop - part.start], block.rows(part)
