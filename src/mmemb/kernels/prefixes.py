@@ -2,9 +2,9 @@
 
 N queries   M candidates   L peers   D width
 
-The engine does its whole work once per width. The tiled engine does not come here: it shares the products of all widths.
-The engine gets the normalised prefixes in the work dtype. In 16 bits their rounding, divided by a low temperature, would
-add an error to the loss that the inputs do not have.
+The engine does its whole work once per width. The tiled engine needs none of this: it shares the products of all
+widths. The engine gets the normalised prefixes in the work dtype. In 16 bits their rounding, divided by a low
+temperature, would add an error to the loss that the inputs do not have.
 """
 
 from __future__ import annotations

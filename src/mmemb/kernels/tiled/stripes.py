@@ -3,8 +3,8 @@
     N queries   M candidates   L columns of a block   D width   R rows of a stripe   C rows of a chunk
     T levels: one, or one for each of ``dims``
 
-A block is one kind of negative: rows A [N, D] against columns B [L, D]. One column per row is no negative. Every problem
-has the block of the candidates. Peers and candidate negatives are one more block each, if the problem has them.
+A block is one kind of negative: rows A [N, D] against columns B [L, D]. One column per row is no negative. Every
+problem has the block of the candidates. Peers and candidate negatives are one more block each, if the problem has them.
 
 Levels share their products: the dot products of a prefix are those of the next shorter prefix plus a segment's.
 """
@@ -91,7 +91,9 @@ class Block:
             )
 
     def logits(self, level: int, part: slice, chunk: slice, limit: Tensor | None) -> Tensor:
-        """Returns a chunk [C, L] of the loaded stripe in ``wide``, with -inf for what is left out. Call it once per chunk.
+        """Returns a chunk [C, L] of the loaded stripe in ``wide``, with -inf for what is left out.
+
+        Call it once per chunk and level: it changes the stripe.
 
         Args:
             level: one of the T.

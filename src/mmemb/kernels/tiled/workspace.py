@@ -36,7 +36,7 @@ class Workspace:
             release_workspace()
 
     def take(self, like: Tensor, *shape: int) -> Tensor:
-        """Returns an uninitialised tensor with the dtype and device of ``like``. It belongs to this call until `keep`."""
+        """Returns an uninitialised tensor with the dtype and device of ``like``, for this call alone until `keep`."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
         size = math.prod(shape) * like.element_size()
