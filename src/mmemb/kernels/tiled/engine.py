@@ -212,7 +212,7 @@ class _BothDirections:
 def exponentials_(
     stripes: Stripes, blocks: list[Block], level: int, part: slice, limits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Writes exp(logits - shift) to the blocks' ``wide``. Returns the row sums over all blocks and the shift, both [R]."""
+    """Writes exp(logits - shift) to the blocks' ``wide``. Returns row sums over all blocks and the shift, both [R]."""
     total, shift = stripes.own.new_zeros(2, part.stop - part.start)
     for chunk in stripes.chunks(part):
         limit = _chunk_limit(limits, level, within(part, chunk))
