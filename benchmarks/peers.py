@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from mmemb.kernels import infonce_with_grads, reference
+from mmemb.kernels import InfoNCEBatch, LossOptions, infonce_with_grads, reference
 
 TEMPERATURE = 0.05
 
@@ -71,8 +71,10 @@ class Rival:
 
 
 def _ours(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
+    options = LossOptions(symmetric=symmetric)
+
     def run() -> Answer:
-        result = infonce_with_grads(query, candidate, temperature=TEMPERATURE, symmetric=symmetric)
+        result = infonce_with_grads(InfoNCEBatch(query, candidate, TEMPERATURE), options)
         return Answer(result.loss, [result.query_grad], [result.candidate_grad])
 
     return run

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.harness import append, bar, parser, table
-from mmemb.kernels import infonce_with_grads, reference
+from mmemb.kernels import InfoNCEBatch, LossOptions, infonce_with_grads, reference
 
 TEMPERATURE = 0.05
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,7 +58,8 @@ def measure(rival: Rival, dtype: str, cosine: float, *, n: int, width: int, draw
         if rival == "naive":
             given = gradients(query, candidate, symmetric=symmetric)
         else:
-            found = infonce_with_grads(query, candidate, temperature=TEMPERATURE, symmetric=symmetric, engine=rival)
+            options = LossOptions(symmetric=symmetric, engine=rival)
+            found = infonce_with_grads(InfoNCEBatch(query, candidate, TEMPERATURE), options)
             given = [found.query_grad, found.candidate_grad, found.temperature_grad]
         exact = gradients(query.double(), candidate.double(), symmetric=symmetric)
         errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(given, exact, strict=True)]

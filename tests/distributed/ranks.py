@@ -20,11 +20,13 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmemb.kernels import reference
+from mmemb.kernels import InfoNCEBatch, InfoNCEResult, reference
 from mmemb.losses import CachedLoss, ChunkOutput, InfoNCE, cached_step, gradient_hold
-from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
+from mmemb.losses.collectives import all_sum, gather_rows
+from mmemb.losses.distributed import distributed_infonce_with_grads
 from mmemb.training.optimization import clip_gradient_norm
 from mmemb.training.random_state import random_state, restore_random_state
+from tests.unit.kernels.cases import split
 
 QUERIES = {2: [3, 5], 3: [2, 1, 5]}
 CANDIDATES = {2: [4, 9], 3: [3, 4, 6]}
@@ -168,65 +170,70 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
+def distributed_grads(
+    *,
+    averaged: bool = True,
+    gather_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> InfoNCEResult:
+    """The loss across ranks, with its options written next to the other arguments."""
+    options, rest = split(arguments)
+    return distributed_infonce_with_grads(
+        InfoNCEBatch(**rest), options, averaged=averaged, gather_dtype=gather_dtype, grad_dtype=grad_dtype
+    )
+
+
 def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     """The loss across ranks in every form."""
     result: dict[str, Any] = {}
     local = {name: value.to(device) for name, value in share(batch(world), world, rank).items()}
     for averaged in (True, False):
         for symmetric in (False, True):
-            grads = distributed_infonce_with_grads(**local, temperature=0.1, averaged=averaged, symmetric=symmetric)
+            grads = distributed_grads(**local, temperature=0.1, averaged=averaged, symmetric=symmetric)
             result[f"{averaged} {symmetric}"] = list(grads)
     for name, options in OPTIONS.items():
         for symmetric in (False, True):
-            grads = distributed_infonce_with_grads(**local, temperature=0.1, symmetric=symmetric, **options)
+            grads = distributed_grads(**local, temperature=0.1, symmetric=symmetric, **options)
             result[f"{name} {symmetric}"] = list(grads)
-    result["rounded"] = list(distributed_infonce_with_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
+    result["rounded"] = list(distributed_grads(**local, temperature=0.1, gather_dtype=torch.bfloat16))
     half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in local.items()}
-    result["half"] = list(distributed_infonce_with_grads(**half, temperature=0.1, averaged=False))
+    result["half"] = list(distributed_grads(**half, temperature=0.1, averaged=False))
     single = {name: x.float() if x.is_floating_point() else x for name, x in local.items()}
     for symmetric in (False, True):
-        grads = distributed_infonce_with_grads(**single, temperature=0.1, averaged=False, symmetric=symmetric)
+        grads = distributed_grads(**single, temperature=0.1, averaged=False, symmetric=symmetric)
         result[f"float32 {symmetric}"] = list(grads)
     diagonal = {name: local[name] for name in ("query", "candidate")}
-    result["diagonal"] = list(distributed_infonce_with_grads(**diagonal, temperature=0.1))
+    result["diagonal"] = list(distributed_grads(**diagonal, temperature=0.1))
     # One rank without queries, and one whose weights are all 0.
     lone = local | {name: local[name][:0] for name in ("query", "positive", "query_id", "weight")}
     for symmetric in (False, True):
         given = lone if rank == 0 else local
-        grads = distributed_infonce_with_grads(**given, temperature=0.1, symmetric=symmetric)
+        grads = distributed_grads(**given, temperature=0.1, symmetric=symmetric)
         result[f"lone {symmetric}"] = list(grads)
         bare = {name: value[:0] for name, value in local.items()} if rank == 0 else local
-        grads = distributed_infonce_with_grads(**bare, temperature=0.1, symmetric=symmetric)
+        grads = distributed_grads(**bare, temperature=0.1, symmetric=symmetric)
         result[f"bare {symmetric}"] = list(grads)
     unweighted = local | {"weight": local["weight"] * float(rank > 0)}
-    result["unweighted"] = list(distributed_infonce_with_grads(**unweighted, temperature=0.1))
+    result["unweighted"] = list(distributed_grads(**unweighted, temperature=0.1))
     wrong = [local | {"weight": local["weight"] * 0}, local | {"positive": local["positive"] + 9}]
     result["errors"] = [
-        refusal(lambda given=given: distributed_infonce_with_grads(**given, temperature=0.1))  # type: ignore[misc]
+        refusal(lambda given=given: distributed_grads(**given, temperature=0.1))  # type: ignore[misc]
         for given in wrong
     ]
-    result["errors"].append(
-        refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, workspace_bytes=0))
-    )
-    result["errors"].append(
-        refusal(
-            lambda: distributed_infonce_with_grads(**local, temperature=0.1, symmetric="no" if rank == 0 else False)
-        )  # type: ignore[arg-type]
-    )
-    result["errors"].append(
-        refusal(lambda: distributed_infonce_with_grads(**local, temperature=0.1, engine="fast" if rank == 0 else None))  # type: ignore[arg-type]
-    )
+    vague: Any = "no" if rank == 0 else True
+    result["errors"].append(refusal(lambda: distributed_grads(**local, temperature=0.1, averaged=vague)))
     broken = local | {"query": local["query"] * (torch.nan if rank == 0 else 1.0)}
-    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**broken, temperature=0.1)))
+    result["errors"].append(refusal(lambda: distributed_grads(**broken, temperature=0.1)))
     short = local | {"candidate_id": local["candidate_id"][: -1 if rank == 0 else None]}
-    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**short, temperature=0.1)))
+    result["errors"].append(refusal(lambda: distributed_grads(**short, temperature=0.1)))
     unknown = torch.nan if rank == 0 else 0.1
-    result["errors"].append(refusal(lambda: distributed_infonce_with_grads(**local, temperature=unknown)))
+    result["errors"].append(refusal(lambda: distributed_grads(**local, temperature=unknown)))
     nowhere = {name: value.to("meta") for name, value in local.items()} if rank == 0 else local
-    result["nowhere"] = refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1))
+    result["nowhere"] = refusal(lambda: distributed_grads(**nowhere, temperature=0.1))
     # Neighbours are within the tolerance, the first and the third of three ranks are not.
     apart = 0.1 * (1 + 0.7e-3 * rank)
-    result["apart"] = refusal(lambda: distributed_infonce_with_grads(**local, temperature=apart))
+    result["apart"] = refusal(lambda: distributed_grads(**local, temperature=apart))
     differing: dict[str, dict[str, Any]] = {
         "width": {name: local[name][:, : 5 if rank == 0 else 6] for name in ("query", "candidate")},
         "dtype": {
@@ -244,18 +251,18 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
         "gather_dtype": {"gather_dtype": torch.bfloat16 if rank == 0 else None},
     }
     result["differing"] = {
-        name: refusal(lambda given=given: distributed_infonce_with_grads(**{**local, "temperature": 0.1, **given}))  # type: ignore[misc]
+        name: refusal(lambda given=given: distributed_grads(**{**local, "temperature": 0.1, **given}))  # type: ignore[misc]
         for name, given in differing.items()
     }
     other = SimpleNamespace(__name__="mmemb.kernels.triton.engine")
-    with patch("mmemb.losses.distributed.choose", lambda *_, **__: other) if rank == 0 else nullcontext():
-        call = partial(distributed_infonce_with_grads, **local, temperature=0.1)
+    with patch("mmemb.losses.agreement.choose", lambda *_, **__: other) if rank == 0 else nullcontext():
+        call = partial(distributed_grads, **local, temperature=0.1)
         result["differing"]["engine"] = refusal(call)
-    with patch("mmemb.losses.distributed._reached", lambda: [device.partition(":")[0], "meta"]):
-        result["differing"]["device"] = refusal(lambda: distributed_infonce_with_grads(**nowhere, temperature=0.1))
+    with patch("mmemb.losses.agreement._served", lambda: [device.partition(":")[0], "meta"]):
+        result["differing"]["device"] = refusal(lambda: distributed_grads(**nowhere, temperature=0.1))
     own: dict[str, Any] = {"temperature": 0.1 * (1 + 1e-15), "grad_dtype": torch.float32, "workspace_bytes": 1000}
     given = {**local, "positive": None, "weight": None, **own} if rank == 0 else {**local, "temperature": 0.1}
-    result["own"] = list(distributed_infonce_with_grads(**given))
+    result["own"] = list(distributed_grads(**given))
     result["rows"] = gather_rows(local["query_id"])
     result["empty"] = gather_rows(local["query"][: 2 * rank])
     result["sum"] = all_sum(torch.tensor(float(rank + 1), device=device))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmemb.losses.distributed import _device_of_group
+from mmemb.losses.agreement import device_of_group
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,4 @@ def test_ranks_agree_on_the_cpu_if_the_group_serves_it_and_else_where_the_query_
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
     monkeypatch.setattr(torch, "accelerator", SimpleNamespace(current_device_index=lambda: 3))
     given = None if query is None else torch.empty(0).as_subclass(Query)
-    assert _device_of_group(given) == torch.device(expected)
+    assert device_of_group(given) == torch.device(expected)

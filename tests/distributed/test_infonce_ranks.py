@@ -10,8 +10,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from mmemb.kernels import infonce_with_grads, reference
-from mmemb.losses.distributed import ANOTHER_REFUSED
+from mmemb.kernels import InfoNCEBatch, LossOptions, reference
+from mmemb.kernels.engines import solve
+from mmemb.kernels.prepare import prepare
+from mmemb.losses.agreement import ANOTHER_REFUSED
 from tests.distributed.ranks import (
     CANDIDATES,
     MOST,
@@ -26,7 +28,7 @@ from tests.distributed.ranks import (
     plain_step,
     worker,
 )
-from tests.unit.kernels.cases import error
+from tests.unit.kernels.cases import error, grads
 
 Found = dict[int, list[dict[str, Any]]]
 
@@ -62,7 +64,7 @@ def by_field(ranks: list[dict[str, Any]], key: str) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("averaged", [True, False])
 def test_ranks_equal_one_process(ranks: list[dict[str, Any]], world: int, averaged: bool, symmetric: bool) -> None:
-    expected = infonce_with_grads(**joined_positive(batch(world), world), temperature=0.1, symmetric=symmetric)
+    expected = grads(**joined_positive(batch(world), world), temperature=0.1, symmetric=symmetric)
     loss, query, candidate, temperature = by_field(ranks, f"{averaged} {symmetric}")
     factor = world if averaged else 1
     for value in loss:
@@ -78,8 +80,8 @@ def test_ranks_equal_one_process_with_every_option(
     ranks: list[dict[str, Any]], world: int, name: str, symmetric: bool
 ) -> None:
     values = joined_positive(batch(world), world)
-    expected = infonce_with_grads(**values, temperature=0.1, symmetric=symmetric, **OPTIONS[name])
-    bare = infonce_with_grads(**values, temperature=0.1, symmetric=symmetric)
+    expected = grads(**values, temperature=0.1, symmetric=symmetric, **OPTIONS[name])
+    bare = grads(**values, temperature=0.1, symmetric=symmetric)
     assert not torch.allclose(expected.loss, bare.loss, rtol=1e-3)  # the option does something to this batch
     loss, query, candidate, temperature = by_field(ranks, f"{name} {symmetric}")
     for value in loss:
@@ -91,7 +93,7 @@ def test_ranks_equal_one_process_with_every_option(
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_ranks_equal_one_process_in_float32(ranks: list[dict[str, Any]], world: int, symmetric: bool) -> None:
-    expected = infonce_with_grads(**joined_positive(batch(world), world), temperature=0.1, symmetric=symmetric)
+    expected = grads(**joined_positive(batch(world), world), temperature=0.1, symmetric=symmetric)
     loss, query, candidate, temperature = by_field(ranks, f"float32 {symmetric}")
     for value in loss:
         assert error(value, expected.loss) < 1e-5
@@ -103,8 +105,8 @@ def test_ranks_equal_one_process_in_float32(ranks: list[dict[str, Any]], world: 
 def test_candidates_may_be_rounded_on_their_way(ranks: list[dict[str, Any]], world: int) -> None:
     values = joined_positive(batch(world), world)
     rounded = values | {"candidate": values["candidate"].bfloat16().double()}
-    expected = infonce_with_grads(**rounded, temperature=0.1)
-    exact = infonce_with_grads(**values, temperature=0.1)
+    expected = grads(**rounded, temperature=0.1)
+    exact = grads(**values, temperature=0.1)
     loss, query, candidate, _ = by_field(ranks, "rounded")
     for value in loss:
         torch.testing.assert_close(value, expected.loss, rtol=1e-6, atol=0)
@@ -124,8 +126,10 @@ def test_16_bit_gradients_are_summed_over_ranks_in_float32_and_rounded_once(
     for rank in range(world):
         own = own_queries(world, rank)
         local = {name: x if name.startswith("candidate") else x[own] for name, x in half.items()}
-        how: dict[str, Any] = {"temperature": 0.1, "reduction": "none", "grad_dtype": torch.float32}
-        parts.append(infonce_with_grads(**local, weight=(weight / total)[own], **how).candidate_grad)
+        problem, _ = prepare(InfoNCEBatch(**local, temperature=0.1), LossOptions())
+        _, gradients = solve(problem, LossOptions(), coefficient=(weight / total)[own])
+        assert gradients is not None
+        parts.append(gradients.candidate)
     _, query, candidate, _ = by_field(ranks, "half")
     assert {each.dtype for each in (*query, *candidate)} == {torch.bfloat16}
     assert torch.equal(torch.cat(candidate), torch.stack(parts).sum(0).bfloat16())
@@ -142,7 +146,7 @@ def test_a_rank_may_have_no_queries_or_nothing(
         key: value[first["candidate" if key.startswith("candidate") else "query"] :] for key, value in values.items()
     }
     kept["positive"] = kept["positive"] - first["candidate"]
-    expected = infonce_with_grads(**kept, temperature=0.1, symmetric=symmetric)
+    expected = grads(**kept, temperature=0.1, symmetric=symmetric)
     loss, query, candidate, _ = by_field(ranks, f"{name} {symmetric}")
     for value in loss:
         torch.testing.assert_close(value, expected.loss)
@@ -154,7 +158,7 @@ def test_a_rank_may_have_no_queries_or_nothing(
 def test_a_ranks_weights_may_all_be_zero_but_not_everyones(ranks: list[dict[str, Any]], world: int) -> None:
     values = joined_positive(batch(world), world)
     values["weight"][: QUERIES[world][0]] = 0
-    expected = infonce_with_grads(**values, temperature=0.1)
+    expected = grads(**values, temperature=0.1)
     for rank in ranks:
         torch.testing.assert_close(rank["unweighted"][0], expected.loss)
         assert rank["errors"][0].startswith("the weights of all ranks' queries sum to 0")
@@ -169,20 +173,13 @@ def test_a_positive_is_a_row_of_the_ranks_own_candidates(ranks: list[dict[str, A
         )
 
 
-def test_a_workspace_of_nothing_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
-    assert {rank["errors"][2] for rank in ranks} == {
-        "workspace_bytes is 0; allowed are integers of at least 1, and None"
-    }
-
-
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (3, "symmetric is 'no'; allowed are"),
-        (4, "engine is 'fast'; allowed are"),
-        (5, "query has a row of norm nan in torch.float64"),
-        (6, "candidate_id is torch.int64 of"),
-        (7, "temperature is nan; allowed are finite numbers above 0"),
+        (2, "averaged is 'no'; allowed are"),
+        (3, "query has a row of norm nan in torch.float64"),
+        (4, "candidate_id is torch.int64 of"),
+        (5, "temperature is nan; allowed are finite numbers above 0"),
     ],
 )
 def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], number: int, message: str) -> None:
@@ -209,7 +206,7 @@ def test_a_query_that_the_group_does_not_serve_is_refused_on_every_rank(ranks: l
         ("hardness", "1.0", "0.0"),
         ("symmetric", "True", "False"),
         ("averaged", "True", "False"),
-        ("dims", "[2, 6]", "[3, 6]"),
+        ("dims", "(2, 6)", "(3, 6)"),
         ("gather_dtype", "torch.bfloat16", "None"),
         ("engine", "triton", "tiled"),
         ("device", "meta", "cpu"),
@@ -254,7 +251,7 @@ def test_a_rank_may_leave_out_what_the_others_give(ranks: list[dict[str, Any]], 
     first = QUERIES[world][0]
     values["positive"][:first] = torch.arange(first)
     values["weight"][:first] = 1.0
-    expected = infonce_with_grads(**values, temperature=0.1)
+    expected = grads(**values, temperature=0.1)
     loss, query, candidate, _ = by_field(ranks, "own")
     assert (query[0].dtype, query[1].dtype) == (torch.float32, torch.float64)
     for value in loss:

@@ -14,6 +14,8 @@ from mmemb import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".cfg", ".in", ".sh", ".jinja", ""}
+LONGEST_FUNCTION = 60
+"""Lines of a function's body, without its docstring, in the package and its components."""
 LONGEST = 400
 """Lines of a source file; a longer one is split by what a newcomer would look for, or justified here."""
 JUSTIFIED = {
@@ -109,6 +111,27 @@ def test_nothing_is_loaded_that_could_run_code() -> None:
 def test_no_file_is_too_long() -> None:
     lengths = {path: text.count("\n") for path, text in texts(".py")}
     assert {path for path, count in lengths.items() if count > LONGEST} <= set(JUSTIFIED)
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's body without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_the_lines_of_a_body_do_not_count_its_docstring() -> None:
+    long = 'def f(\n    x,\n):\n    """One.\n\n    Two.\n    """\n    y = (\n        x\n    )\n    return y\n'
+    silent = 'def g():\n    """Nothing else."""\n'
+    functions = [node for node in ast.parse(long + silent).body if isinstance(node, ast.FunctionDef)]
+    assert [body_lines(function) for function in functions] == [4, 0]
+
+
+@pytest.mark.parametrize("path", sorted(path for path, _ in texts(".py") if path.startswith(("src/", "components/"))))
+def test_no_function_is_too_long(path: str) -> None:
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    lengths = {f"{node.name}:{node.lineno}": body_lines(node) for node in ast.walk(tree) if isinstance(node, functions)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
 def test_undefined_and_unused_names_are_never_waved_through() -> None:

@@ -14,11 +14,10 @@ import torch
 
 import mmemb.commands.rationales
 from mmemb.__main__ import main
-from mmemb.kernels import infonce, infonce_with_grads
 from mmemb.search.exact import read_embeddings
 from tests import other_device
 from tests.integration.small import write_rows, write_settings
-from tests.unit.kernels.cases import OPTIONS, arguments, unit_rows
+from tests.unit.kernels.cases import OPTIONS, arguments, grads, loss, unit_rows
 
 POOL = {
     "path": "pool",
@@ -87,8 +86,8 @@ def losses() -> float:
         for device in ("cpu", other_device.NAME):
             there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in how.items()}
             leaves = {name: value.detach().to(device).requires_grad_() for name, value in rows.items()}
-            infonce(**leaves, **there).backward()
-            parts = infonce_with_grads(**leaves, **there)._asdict()
+            loss(**leaves, **there).backward()
+            parts = grads(**leaves, **there)._asdict()
             assert all(part.device.type == device for part in parts.values())
             parts |= {name: leaf.grad for name, leaf in leaves.items()}
             found.append({name: part.cpu() for name, part in parts.items()})

@@ -1,10 +1,10 @@
-"""Matryoshka losses one dimension at a time, for an engine that knows no ``dims``.
+"""Matryoshka losses, one width at a time, for an engine without ``dims``.
 
 N queries   M candidates   L peers   D width
 
-The tiled engine shares the products of all dimensions instead; this costs an engine's whole work for every dimension.
-The engine gets the normalised prefixes in the work dtype: in 16 bits their rounding, divided by a low temperature,
-would be an error of the loss that the inputs do not have.
+The engine does its whole work once per width. The tiled engine needs none of this: it shares the products of all
+widths. The engine gets the normalised prefixes in the work dtype. In 16 bits their rounding, divided by a low
+temperature, would add an error to the loss that the inputs do not have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Solve = Callable[[Problem], tuple[Tensor, Gradients | None]]
 
 
 def by_dimension(problem: Problem, solve: Solve) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] and gradients of a problem with ``dims``, by solving one without for each of them."""
+    """Returns the losses [N] and gradients of a problem with ``dims``, by solving one problem per width."""
     work = problem.work_dtype
     wide = {"query": problem.query, "candidate": problem.candidate}
     if problem.peers is not None:
@@ -30,7 +30,7 @@ def by_dimension(problem: Problem, solve: Solve) -> tuple[Tensor, Gradients | No
     losses, temperature = problem.scale.new_zeros(len(problem.query)), problem.scale.new_zeros(())
     found: Gradients | None = None
     for dim in problem.dims or ():
-        # Not `normalize`, which divides by 1e-12 at least: the checks let shorter prefixes pass.
+        # Not `normalize`, which divides by 1e-12 at least: the checks allow shorter prefixes.
         length = {
             name: torch.linalg.vector_norm(rows[:, :dim], dim=1, keepdim=True, dtype=work)
             for name, rows in wide.items()

@@ -1,4 +1,4 @@
-"""InfoNCE as defined, over the full N x M matrix with autograd: the tests' oracle and the benchmarks' baseline.
+"""InfoNCE by its definition: the full N x M matrix and autograd. Tests and benchmarks compare with it.
 
 N queries   M candidates   L columns of one kind of negative   D width
 """
@@ -29,7 +29,7 @@ def infonce(
     symmetric: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `mmemb.kernels.infonce`, in the input's own dtype, without checks: O(N M) memory."""
+    """Returns what `mmemb.kernels.infonce` returns, in the input's own dtype, without checks and in O(N M) memory."""
     n = len(query)
     rows = torch.arange(n, device=query.device)
     positive = rows if positive is None else positive
@@ -40,7 +40,7 @@ def infonce(
         own = dots[rows, positive]
 
         def negatives(dots: Tensor, none: Tensor, ids: Tensor | None, own: Tensor) -> Tensor:
-            """Logits [N, L] of the negatives; ``none`` [N] is each row's column that is none."""
+            """Logits [N, L] of the negatives. ``none`` [N] is the column of each row that is no negative."""
             out = torch.zeros_like(dots, dtype=torch.bool)
             if query_id is not None and ids is not None:
                 out |= query_id[:, None] == ids
@@ -68,5 +68,5 @@ def infonce(
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of length 1, however short the given ones: `torch.nn.functional.normalize` divides by 1e-12 at least."""
+    """Rows of length 1, even for very short rows: `torch.nn.functional.normalize` divides by 1e-12 at least."""
     return rows / rows.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Losses over the kernels: `InfoNCE`, the gradient cache and negatives across ranks."""
+"""Losses: `InfoNCE` on one rank and across ranks, the gradient cache and the policy loss."""
 
 from mmemb.losses.gradcache import CachedLoss, CachedStep, ChunkOutput, cached_step, gradient_hold
 from mmemb.losses.infonce import InfoNCE

@@ -1,21 +1,21 @@
 """Gradient caching: one optimiser step whose loss sees a batch far larger than one backward pass holds.
 
-The loss of a batch needs all its embeddings, the backward pass of a chunk needs only the loss's gradient in the chunk's
-embeddings. So:
+The loss needs all embeddings of a batch. The backward pass of a chunk only needs the loss's gradient with respect to
+the chunk's embeddings. So a step has three parts:
 
-1. encode every chunk without a graph;
-2. compute the loss and its gradients in the embeddings (`mmemb.kernels.infonce_with_grads`: no graph either);
-3. encode chunk after chunk again, with the random state it had, and back-propagate sum(embedding * gradient).
+1. Encode every chunk without a graph.
+2. Compute the loss and its gradients with respect to the embeddings (`mmemb.kernels.infonce_with_grads`, no graph).
+3. Encode each chunk again, from the same random state, and back-propagate sum(embedding * gradient).
 
-The last chunk keeps its graph in the first pass and is not encoded again: its backward pass comes first, so that at no
-time more than one chunk's graph exists, and memory grows with the batch by its embeddings and their gradients alone.
-Where memory allows more, the last K chunks keep theirs (``kept_graphs``): C chunks cost 2 C - K forward passes, and
+The last chunk keeps its graph in the first pass and is not encoded again. Its backward pass comes first, so only one
+chunk's graph exists at any time. With the batch, memory grows by the embeddings and their gradients alone. If there is
+memory for more, the last K chunks keep their graphs (``kept_graphs``). C chunks then cost 2 C - K forward passes, and
 with K = C the step is a plain step.
 
-Under DDP and FSDP every forward pass with a graph and every backward pass communicates; `gradient_hold` makes one
-reduction a step of it. Give it as ``no_sync``.
+Under DDP and FSDP every forward pass with a graph and every backward pass communicates. `gradient_hold`, given as
+``no_sync``, leaves one reduction per step.
 
-Idea: GradCache (Gao et al., 2021, arXiv 2101.06983). Nothing is kept between calls.
+The idea is GradCache (Gao et al., 2021, arXiv 2101.06983). Nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ Logs: TypeAlias = Mapping[str, float | Tensor]
 
 @dataclass
 class ChunkOutput:
-    """What the model makes of one chunk.
+    """The model's output for one chunk.
 
     Attributes:
-        embeddings: by name, [n, D]; a name may be absent in some chunks, its rows may differ in number.
-        loss: a further loss of this chunk alone, already scaled (to sum over chunks); ignored in the pass without a
-            graph.
-        logs: values to report, summed over chunks; ignored in the pass without a graph.
+        embeddings: by name, [n, D]. A name may be missing in some chunks, and n may differ between names.
+        loss: a further loss of this chunk alone, scaled so that the chunks' losses can be summed. Ignored in the pass
+            without a graph.
+        logs: values to report, summed over chunks. Ignored in the pass without a graph.
     """
 
     embeddings: dict[str, Tensor]
@@ -60,10 +60,10 @@ class CachedLoss:
 
     Attributes:
         loss: value, 0-d.
-        gradients: by name, the shape of the embeddings given, better in float32 where those are in 16 bits (they are
-            rounded when the embeddings' graph takes them); a name that is absent gets no gradient.
-        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`), back-propagated in
-            the last backward pass.
+        gradients: by name, in the shape of the embeddings. Give float32 for embeddings in 16 bits: the backward pass
+            rounds them. A missing name gets no gradient.
+        term: a scalar with a graph to the loss's own parameters (`InfoNCE.temperature_term`). The last backward pass
+            includes it.
         logs: values to report.
     """
 
@@ -75,13 +75,13 @@ class CachedLoss:
 
 @dataclass
 class CachedStep:
-    """What a step did; gradients are in the parameters.
+    """The results of a step. The gradients are in the parameters.
 
     Attributes:
         loss: the loss over all embeddings, 0-d, detached.
-        chunk_loss: sum of the chunks' own losses, 0-d, detached; None if there were none.
+        chunk_loss: sum of the chunks' own losses, 0-d, detached; None if no chunk had one.
         embeddings: by name [N, D], detached, rows in chunk order.
-        logs: the loss's and the chunks' logs; on equal names the loss's.
+        logs: the logs of the loss and of the chunks. If names are equal, the loss's value counts.
     """
 
     loss: Tensor
@@ -92,7 +92,7 @@ class CachedStep:
 
 @dataclass
 class _RandomState:
-    """The state of torch's generators: the CPU's and every CUDA device's. Python's and numpy's are not kept."""
+    """The state of torch's generators on the CPU and every CUDA device. Python's and numpy's are not included."""
 
     cpu: Tensor
     cuda: list[Tensor]
@@ -116,23 +116,24 @@ def cached_step(
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
     kept_graphs: int = 1,
 ) -> CachedStep:
-    """Adds to the parameters' gradients what one backward pass over all chunks at once would add.
+    """Adds the same gradients to the parameters as one backward pass over all chunks at once would.
 
-    What is differentiated is ``loss`` of all embeddings plus the chunks' own losses. Equal to the plain step up to
-    rounding, dropout included, if ``forward`` draws from torch's generators only and treats a chunk's rows as the plain
-    step would (no batch statistics). Works under autocast and inside a gradient accumulation: it never zeroes.
+    It differentiates ``loss`` of all embeddings plus the chunks' own losses. The result equals the plain step up to
+    rounding, dropout included, if ``forward`` draws from torch's generators only and uses no batch statistics. It works
+    under autocast and with gradient accumulation: it never sets gradients to zero.
 
     Args:
-        chunks: the batch in pieces, each small enough for one backward pass; sizes may differ.
-        forward: ``forward(chunk, final)``; ``final`` is False in the pass without a graph, whose chunk losses and logs
-            are ignored (skip them), and True when the graph is kept. Both calls of a chunk must draw the same random
-            numbers until the embeddings are made.
+        chunks: the batch in pieces, each small enough for one backward pass. Sizes may differ.
+        forward: ``forward(chunk, final)``. ``final`` is False in the pass without a graph, whose losses and logs are
+            ignored and need not be computed. It is True when the graph is kept. Both calls for a chunk must draw the
+            same random numbers until the embeddings are made.
         loss: called once, with the detached embeddings of all chunks by name, concatenated in chunk order.
         backward: back-propagates a scalar; ``self.manual_backward`` in a LightningModule.
-        no_sync: a context around every forward and backward pass with a graph but the last, so that gradients are
-            reduced over ranks once a step (`gradient_hold`).
-        kept_graphs: most graphs that exist at once, 1 or more. Each beyond the first saves a forward pass. Given
-            ``no_sync``, one chunk of several is always encoded again: DDP reduces the pass that it saw last.
+        no_sync: a context for every forward and backward pass with a graph except the last, so that gradients are
+            reduced over ranks once per step (`gradient_hold`).
+        kept_graphs: maximum number of graphs that exist at once, 1 or more. Each one beyond the first saves a forward
+            pass. With ``no_sync``, at least one of several chunks is encoded again: DDP reduces after the last pass it
+            saw.
 
     Raises:
         ValueError: there is no chunk, ``kept_graphs`` is below 1, a chunk has nothing to back-propagate, or a
@@ -149,14 +150,14 @@ def cached_step(
     kept: dict[int, ChunkOutput] = {}
     for index, chunk in enumerate(chunks):
         states.append(_RandomState.now())
-        # DDP asks for the forward pass inside its no_sync too.
+        # DDP needs the forward pass inside its no_sync too.
         with no_sync() if last > 0 and index >= kept_from else nullcontext():
             output = _encode(forward, chunk, final=index >= kept_from)
         if index >= kept_from:
             kept[index] = output
         rows.append({name: len(embedding) for name, embedding in output.embeddings.items()})
         for name, embedding in output.embeddings.items():
-            # A copy: a view (`hidden[:, -1]`) would keep all that it was cut from until the step ends.
+            # A copy: a view (`hidden[:, -1]`) would keep its whole base in memory until the step ends.
             detached.setdefault(name, []).append(embedding.detach().clone())
     embeddings = {name: torch.cat(detached.pop(name)) for name in list(detached)}
     cached = loss(embeddings)
@@ -174,7 +175,7 @@ def cached_step(
             states[index].restore()
             with nullcontext() if synchronised else no_sync():
                 output = _encode(forward, chunks[index], final=True)
-        # In float32, so that a gradient scaler's 65536, infinite in float16, multiplies before anything is rounded.
+        # In float32: a gradient scaler's 65536, infinite in float16, then multiplies before anything is rounded.
         terms = [
             (output.embeddings[name] * gradient.to(work_dtype(gradient.dtype))).sum()
             for name, gradient in gradients[index].items()
@@ -196,14 +197,14 @@ def cached_step(
 
 
 def gradient_hold(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """Makes the context in which backward passes do not reduce gradients over ranks; contexts may be nested.
+    """Returns a context in which backward passes do not reduce gradients over ranks. Contexts may be nested.
 
-    Nested around several cached steps it accumulates their gradients with one reduction in all: hold all but the last.
+    To accumulate the gradients of several cached steps with a single reduction, hold all steps except the last.
 
     Args:
         module: DDP and FSDP2 (`torch.distributed.fsdp.fully_shard`) may be the module or anywhere inside it. DDP holds
-            by its ``no_sync``. FSDP2 then keeps whole gradients on every rank until the last backward pass; without
-            holding it reduces a shard a chunk, which costs communication instead of memory. Any other module reduces
+            by its ``no_sync``. FSDP2 keeps whole gradients on every rank until the last backward pass. Without the
+            context it reduces once per chunk, which costs communication instead of memory. Any other module reduces
             nothing, and nothing is held.
     """
     replicated = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
@@ -230,8 +231,8 @@ def gradient_hold(module: nn.Module) -> Callable[[], AbstractContextManager[None
 
 
 def _encode(forward: Callable[[C, bool], ChunkOutput], chunk: C, *, final: bool) -> ChunkOutput:
-    # Autocast caches a weight's low-precision copy; one made without a graph would cut the weight off from the next
-    # pass's graph.
+    # Autocast caches low-precision copies of weights. A copy made without a graph would cut the weight off from the
+    # graph of the next pass.
     torch.clear_autocast_cache()
     with torch.set_grad_enabled(final):
         output = forward(chunk, final)
@@ -242,7 +243,7 @@ def _encode(forward: Callable[[C, bool], ChunkOutput], chunk: C, *, final: bool)
 def _split(
     gradients: dict[str, Tensor], embeddings: dict[str, Tensor], rows: list[dict[str, int]]
 ) -> list[dict[str, Tensor]]:
-    """The gradients by chunk and name."""
+    """Splits the gradients by chunk and name."""
     split: list[dict[str, Tensor]] = [{} for _ in rows]
     for name, gradient in gradients.items():
         if name not in embeddings or gradient.shape != embeddings[name].shape:

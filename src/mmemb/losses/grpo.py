@@ -1,15 +1,15 @@
-"""Group-relative policy optimisation: advantages within groups, a clipped ratio a token, a KL to a reference.
+"""Group-relative policy optimisation: advantages within groups, a clipped ratio per token, a KL to a reference.
 
     A_i    = (r_i - mean of the group) / scale
     rho_it = pi(o_it) / pi_old(o_it)
     l_it   = -min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) + kl_weight KL_it
     KL_it  = exp(d_it) - d_it - 1   with   d_it = log pi_ref(o_it) - log pi(o_it)
 
-GRPO (arXiv 2402.03300) divides by the group's standard deviation and means l over tokens, then over rollouts. Dr. GRPO
-(arXiv 2503.20783) drops the deviation and divides by a constant length. DAPO (arXiv 2503.14476) means over all tokens
-and clips asymmetrically. The KL estimator is the non-negative one of Schulman (2020).
+GRPO (arXiv 2402.03300) divides by the group's standard deviation and averages l over tokens, then over rollouts. Dr.
+GRPO (arXiv 2503.20783) drops the deviation and divides by a constant length. DAPO (arXiv 2503.14476) averages over all
+tokens and clips asymmetrically. The KL estimator is the non-negative one of Schulman (2020).
 
-Legend: R rollouts, L tokens of the longest. Everything is one pass over [R, L]; nothing is kept between calls.
+Legend: R rollouts, L tokens of the longest. Everything is one pass over [R, L]. Nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mmemb.common.checks import check_numbers
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.registry import Component
 
 Scaling = Literal["none", "group", "batch"]
@@ -33,7 +33,7 @@ _EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Size:
-    """What a policy loss is divided by: counts over all chunks and ranks of a step.
+    """The counts that divide a policy loss, over all chunks and ranks of a step.
 
     Attributes:
         rollouts: R.
@@ -47,14 +47,14 @@ class Size:
 
     @classmethod
     def of(cls, mask: Tensor, *, longest: int) -> Size:
-        """The size of the rollouts of all ranks whose tokens [R, L] bool are given here."""
+        """Counts the rollouts of all ranks, given this rank's mask [R, L] bool of tokens that count."""
         counts = all_sum(torch.tensor([float(len(mask)), float(mask.sum())], dtype=torch.float64, device=mask.device))
         return cls(max(float(counts[0]), 1.0), max(float(counts[1]), 1.0), longest)
 
 
 @dataclass
 class PolicyLoss:
-    """A policy loss with what there is to report of it.
+    """A policy loss, and the values to report with it.
 
     Attributes:
         loss: 0-d, with a graph.
@@ -68,13 +68,13 @@ class PolicyLoss:
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, scaling: Scaling = "group") -> Tensor:
-    """Rewards relative to their group's mean; exactly 0 in a group whose rewards are equal.
+    """Returns rewards relative to their group's mean, exactly 0 in a group whose rewards are equal.
 
     Args:
         rewards: [R] float.
-        groups: [R] int64, from 0, the group of each rollout; a group is on one rank.
-        scaling: what the differences are divided by: nothing, the group's standard deviation, or that of all rewards
-            of the step (over all ranks). Both are the unbiased ones, plus 1e-4.
+        groups: [R] int64, from 0, the group of each rollout. All rollouts of a group are on one rank.
+        scaling: divide by nothing (``none``), by the group's standard deviation (``group``), or by the deviation of all
+            rewards of the step, over all ranks (``batch``). Both deviations are unbiased, plus 1e-4.
 
     Returns:
         [R], in the dtype of the rewards.
@@ -87,7 +87,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, scaling: Scaling = "gro
     mean = values.new_zeros(count).index_add(0, groups, values) / size.clamp(min=1)
     highest = values.new_full((count,), -torch.inf).scatter_reduce(0, groups, values, "amax")
     lowest = values.new_full((count,), torch.inf).scatter_reduce(0, groups, values, "amin")
-    # A mean of equal numbers may be off by a rounding error, which a deviation of 0 would blow up.
+    # The mean of equal numbers may have a rounding error, which dividing by a deviation of 0 would blow up.
     advantages = torch.where((highest > lowest)[groups], values - mean[groups], 0.0)
     if scaling == "group":
         variance = values.new_zeros(count).index_add(0, groups, advantages**2) / (size - 1).clamp(min=1)
@@ -103,15 +103,15 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, scaling: Scaling = "gro
 class GRPO(Component, kind="policy_loss", name="grpo"):
     """The clipped policy loss in its published forms.
 
-    ``scaling: group, normalization: sequence`` is GRPO; ``none`` and ``constant`` Dr. GRPO; ``group`` and ``token``
-    with ``clip_high: 0.28`` DAPO.
+    ``scaling: group`` with ``normalization: sequence`` is GRPO. ``none`` with ``constant`` is Dr. GRPO. ``group`` with
+    ``token`` and ``clip_high: 0.28`` is DAPO.
 
     Args:
-        scaling: what advantages are divided by, see `group_advantages`.
-        normalization: ``sequence`` means over a rollout's tokens, then over rollouts; ``token`` means over the tokens
-            of all rollouts; ``constant`` divides the sum by rollouts times the longest possible length.
-        clip_low: how far below 1 a ratio counts.
-        clip_high: how far above 1 a ratio counts.
+        scaling: what divides the advantages, see `group_advantages`.
+        normalization: ``sequence`` averages over a rollout's tokens, then over rollouts. ``token`` averages over the
+            tokens of all rollouts. ``constant`` divides the sum by rollouts times the longest possible length.
+        clip_low: ratios are clipped this far below 1.
+        clip_high: ratios are clipped this far above 1.
         kl_weight: weight of the KL to the reference.
 
     Raises:
@@ -136,7 +136,7 @@ class GRPO(Component, kind="policy_loss", name="grpo"):
         self.kl_weight = kl_weight
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """`group_advantages` with this scaling."""
+        """Returns `group_advantages` with this scaling."""
         return group_advantages(rewards, groups, scaling=self.scaling)
 
     def __call__(
@@ -151,7 +151,9 @@ class GRPO(Component, kind="policy_loss", name="grpo"):
         reference_mask: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> PolicyLoss:
-        """The loss of some rollouts of a step: over all of them and all ranks (averaged, as DDP does) it is the step's.
+        """Returns the loss of some rollouts of a step.
+
+        Summed over all rollouts and averaged over ranks, as DDP does, it is the loss of the step.
 
         Args:
             log_prob: [R, L], log pi, with a graph.
@@ -161,7 +163,7 @@ class GRPO(Component, kind="policy_loss", name="grpo"):
             size: of the whole step.
             reference: [R, L], log pi_ref; None for no KL.
             reference_mask: [R, L] bool, tokens whose KL counts; default all of ``mask``.
-            weight: [R], importance weights of rollouts that another distribution drew; they weigh the clipped term.
+            weight: [R], importance weights of rollouts that another distribution drew. They multiply the clipped term.
         """
         ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmemb.losses.distributed import all_sum
+from mmemb.losses.collectives import all_sum
 from mmemb.losses.gradcache import CachedLoss
 from mmemb.losses.infonce import InfoNCE
 
@@ -78,7 +78,7 @@ def contrast(
         count, repeated = all_sum(torch.tensor([count, repeated], device=target.device)).tolist()
         if count == 0:
             continue
-        if infonce.options["symmetric"] and repeated:
+        if infonce.options.symmetric and repeated:
             raise ValueError(
                 f"infonce.symmetric is true and several rows of the {path.label} path are one query's and share its "
                 "positive; set symmetric to false or, in the joint phase, take a selector that chooses one rationale a "

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmemb.common.checks import check_numbers
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Model
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.training.objective import Objective, StepContext, augmenter, next_token_loss
 from mmemb.types import ModelInputs, Pair
 

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from mmemb.losses.distributed import gather_rows, world_size
+from mmemb.losses.collectives import gather_rows, world_size
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

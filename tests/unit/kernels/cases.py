@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmemb.kernels import InfoNCEResult, reference
+from mmemb.kernels import InfoNCEBatch, InfoNCEResult, LossOptions, infonce, infonce_with_grads, reference
 from mmemb.kernels.problem import work_dtype
 
 OPTIONS = (
@@ -29,13 +30,34 @@ SHAPES = [(1, 1, 1), (1, 7, 3), (7, 7, 1), (13, 31, 17), (2, 2, 384), (23, 29, 3
 """One row, one column, primes, hard negatives (M > N), a width that is no power of two."""
 
 
+def split(arguments: dict[str, Any]) -> tuple[LossOptions, dict[str, Any]]:
+    """The options of the loss among the arguments, and the rest."""
+    names = {field.name for field in fields(LossOptions)}
+    options = {name: value for name, value in arguments.items() if name in names}
+    return LossOptions(**options), {name: value for name, value in arguments.items() if name not in names}
+
+
+def loss(query: Tensor, candidate: Tensor, **arguments: Any) -> Tensor:
+    """`infonce` with the options written next to the other arguments, as the reference takes them."""
+    options, rest = split(arguments)
+    return infonce(query, candidate, options=options, **rest)
+
+
+def grads(
+    query: Tensor, candidate: Tensor, *, grad_dtype: torch.dtype | None = None, **arguments: Any
+) -> InfoNCEResult:
+    """`infonce_with_grads` likewise."""
+    options, rest = split(arguments)
+    return infonce_with_grads(InfoNCEBatch(query, candidate, **rest), options, grad_dtype=grad_dtype)
+
+
 def unit_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Random rows [rows, width] of length 1, but for rounding."""
     return normalize(torch.randn(rows, width, dtype=torch.float64), dim=1).to(dtype)
 
 
 def arguments(options: frozenset[str] | set[str], shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Arguments beside the embeddings and the temperature, with random values."""
+    """Arguments besides the embeddings and the temperature, with random values."""
     n, m, d = shape
     values: dict[str, dict[str, Any]] = {
         "positive": {"positive": torch.randperm(m)[:n]},
@@ -73,8 +95,8 @@ def oracle(query: Tensor, candidate: Tensor, temperature: float, **kwargs: Any) 
         slack = max(8.0, query.shape[1] / 16) * torch.finfo(work_dtype(query.dtype)).eps
         kwargs["margin"] += slack
     leaves = [x.double().requires_grad_() for x in (query, candidate, torch.tensor(temperature))]
-    loss = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], **kwargs)
-    return InfoNCEResult(loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
+    value = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], **kwargs)
+    return InfoNCEResult(value.detach(), *torch.autograd.grad(value.sum(), leaves))
 
 
 def error(given: Tensor, expected: Tensor, *, least: float = 1e-2) -> float:

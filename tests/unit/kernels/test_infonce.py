@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmemb.kernels import infonce, infonce_with_grads, reference
-from mmemb.kernels.infonce import Reduction, prepare, solve
+from mmemb.kernels import InfoNCEBatch, reference
+from mmemb.kernels.engines import solve
+from mmemb.kernels.infonce import Reduction
+from mmemb.kernels.prepare import prepare
 from mmemb.kernels.problem import work_dtype
 from mmemb.kernels.tiled import engine as tiled
-from tests.unit.kernels.cases import OPTIONS, arguments, error, oracle, unit_rows
+from tests.unit.kernels.cases import OPTIONS, arguments, error, grads, loss, oracle, split, unit_rows
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 2, 384), (7, 7, 1), (13, 31, 17), (1031, 1031, 8), (1025, 2053, 5)]
 """One row, one column, primes, hard negatives (M > N), one more than a stripe."""
@@ -51,7 +53,7 @@ def test_loss_and_gradients_equal_the_definition(shape: tuple[int, int, int], na
     query, candidate = unit_rows(n, d, torch.float32), unit_rows(m, d, torch.float32)
     kwargs = options(name, n, m)
     expected = oracle(query, candidate, 0.05, **kwargs)
-    given = infonce_with_grads(query, candidate, temperature=0.05, **kwargs)
+    given = grads(query, candidate, temperature=0.05, **kwargs)
     for field, value in given._asdict().items():
         assert error(value, getattr(expected, field)) < 1e-5, field
 
@@ -63,7 +65,7 @@ def test_every_dtype_and_temperature(dtype: torch.dtype, temperature: float, sym
     query, candidate = unit_rows(61, 24, dtype), unit_rows(67, 24, dtype)
     exact = float(torch.tensor(temperature))  # what float32 makes of it
     expected = oracle(query, candidate, exact, symmetric=symmetric)
-    given = infonce_with_grads(query, candidate, temperature=exact, symmetric=symmetric)
+    given = grads(query, candidate, temperature=exact, symmetric=symmetric)
     # Logits of 1 / temperature carry the work dtype's relative error into exponents: eps / temperature, absolute.
     allowed = TOLERANCES[dtype] + 2 * torch.finfo(work_dtype(dtype)).eps / temperature
     assert given.loss.dtype == given.temperature_grad.dtype == work_dtype(dtype)
@@ -77,7 +79,7 @@ def test_every_dtype_and_temperature(dtype: torch.dtype, temperature: float, sym
 def test_gradients_of_any_norm_are_as_exact_as_the_loss(symmetric: bool, temperature: float) -> None:
     query, candidate = unit_rows(61, 24, torch.float32), unit_rows(67, 24, torch.float32)
     exact = float(torch.tensor(temperature))
-    given = infonce_with_grads(query, candidate, temperature=exact, symmetric=symmetric)
+    given = grads(query, candidate, temperature=exact, symmetric=symmetric)
     for value, wanted in zip(given, oracle(query, candidate, exact, symmetric=symmetric), strict=True):
         assert error(value, wanted, least=0.0) < 1e-5
 
@@ -86,7 +88,7 @@ def test_gradients_of_any_norm_are_as_exact_as_the_loss(symmetric: bool, tempera
 def test_gradients_of_16_bit_rows_in_float32_are_not_rounded(dtype: torch.dtype) -> None:
     query, candidate = unit_rows(61, 24, dtype), unit_rows(67, 24, dtype)
     exact = float(torch.tensor(0.05))
-    given = infonce_with_grads(query, candidate, temperature=exact, grad_dtype=torch.float32)
+    given = grads(query, candidate, temperature=exact, grad_dtype=torch.float32)
     for value, wanted in zip(given, oracle(query, candidate, exact), strict=True):
         assert value.dtype == torch.float32
         assert error(value, wanted) < 1e-5
@@ -94,7 +96,7 @@ def test_gradients_of_16_bit_rows_in_float32_are_not_rounded(dtype: torch.dtype)
 
 def test_a_low_temperature_does_not_overflow() -> None:
     query = unit_rows(5, 4, torch.float32)
-    given = infonce_with_grads(query, -query, temperature=1e-3, symmetric=True)
+    given = grads(query, -query, temperature=1e-3, symmetric=True)
     assert all(bool(value.isfinite().all()) for value in given)
     assert float(given.loss) > 88  # where float32's exp overflows
 
@@ -104,10 +106,10 @@ def test_stripes_of_any_size_give_the_same(symmetric: bool, monkeypatch: pytest.
     query, candidate = unit_rows(29, 6, torch.float64), unit_rows(37, 6, torch.float64)
     kwargs = options("all", 29, 37) | {"symmetric": symmetric}
     engine = tiled.symmetric if symmetric else tiled.one_direction
-    whole = infonce_with_grads(query, candidate, temperature=0.1, **kwargs)
+    whole = grads(query, candidate, temperature=0.1, **kwargs)
     name = engine.__name__
     monkeypatch.setattr(tiled, name, lambda problem, **given: engine(problem, rows=5, **given))
-    striped = infonce_with_grads(query, candidate, temperature=0.1, **kwargs)
+    striped = grads(query, candidate, temperature=0.1, **kwargs)
     for a, b in zip(whole, striped, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -119,7 +121,7 @@ def test_gradcheck(reduction: Reduction, name: str) -> None:
     kwargs = options(name, 5, 8)
     temperature = torch.tensor(0.3, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (query, candidate, temperature)]
-    assert torch.autograd.gradcheck(lambda q, k, t: infonce(q, k, temperature=t, reduction=reduction, **kwargs), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, t: loss(q, k, temperature=t, reduction=reduction, **kwargs), leaves)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -127,7 +129,7 @@ def test_no_reduction_gives_weighted_losses_and_takes_their_gradients(symmetric:
     kwargs = options("all", 6, 9) | {"symmetric": symmetric, "reduction": "none"}
     leaves = [unit_rows(6, 5, torch.float64).requires_grad_(), unit_rows(9, 5, torch.float64).requires_grad_()]
     incoming = torch.randn(6, dtype=torch.float64)
-    given, expected = (f(*leaves, temperature=0.2, **kwargs) for f in (infonce, reference.infonce))
+    given, expected = (f(*leaves, temperature=0.2, **kwargs) for f in (loss, reference.infonce))
     torch.testing.assert_close(given, expected)
     for a, b in zip(*(torch.autograd.grad(x, leaves, incoming) for x in (given, expected)), strict=True):
         torch.testing.assert_close(a, b)
@@ -136,8 +138,8 @@ def test_no_reduction_gives_weighted_losses_and_takes_their_gradients(symmetric:
 def test_the_loss_without_grad_equals_the_loss_with() -> None:
     query, candidate = unit_rows(6, 5, torch.float32).requires_grad_(), unit_rows(6, 5, torch.float32)
     with torch.no_grad():
-        quiet = infonce(query, candidate, temperature=0.1)
-    loud = infonce(query, candidate, temperature=0.1)
+        quiet = loss(query, candidate, temperature=0.1)
+    loud = loss(query, candidate, temperature=0.1)
     assert not quiet.requires_grad
     assert loud.requires_grad
     assert torch.equal(quiet, loud.detach())
@@ -145,16 +147,16 @@ def test_the_loss_without_grad_equals_the_loss_with() -> None:
 
 def test_autocast_does_not_lower_the_precision() -> None:
     query, candidate = unit_rows(40, 32, torch.float32), unit_rows(40, 32, torch.float32)
-    expected = infonce_with_grads(query, candidate, temperature=0.05)
+    expected = grads(query, candidate, temperature=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        given = infonce_with_grads(query, candidate, temperature=0.05)
+        given = grads(query, candidate, temperature=0.05)
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 
 def test_two_runs_are_bitwise_equal() -> None:
     query, candidate = unit_rows(1100, 16, torch.float32), unit_rows(1300, 16, torch.float32)
     kwargs = options("all", 1100, 1300)
-    first, second = (infonce_with_grads(query, candidate, temperature=0.05, **kwargs) for _ in range(2))
+    first, second = (grads(query, candidate, temperature=0.05, **kwargs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -162,14 +164,14 @@ def test_a_candidate_with_the_query_id_is_no_negative() -> None:
     query = torch.eye(2)
     candidate = torch.cat([torch.eye(2), torch.eye(2)])  # rows 2 and 3 repeat the positives
     ids: dict[str, Any] = {"query_id": torch.tensor([7, 8]), "candidate_id": torch.tensor([7, 8, 7, 8])}
-    masked = infonce(query, candidate, temperature=1.0, **ids)
+    masked = loss(query, candidate, temperature=1.0, **ids)
     torch.testing.assert_close(masked, torch.logsumexp(torch.tensor([0.0, -1.0, -1.0]), 0))
 
 
 def test_a_changed_input_is_refused_in_the_backward_pass() -> None:
     query = unit_rows(4, 3, torch.float32).requires_grad_()
     candidate = unit_rows(4, 3, torch.float32)
-    losses = infonce(query, candidate, temperature=0.1, reduction="none")
+    losses = loss(query, candidate, temperature=0.1, reduction="none")
     candidate.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
@@ -228,12 +230,12 @@ IDS = torch.tensor([0, 1])
         ),
         ({"symmetric": "no"}, "symmetric is 'no'; allowed are True and False"),
         ({"query_negatives": 1}, "query_negatives is 1; allowed are True and False"),
-        ({"dims": 2}, "dims is 2; allowed are ascending integers from 1 to the width 3"),
+        ({"dims": 2}, "dims is 2; allowed are ascending integers from 1 to the embeddings' width"),
         ({"hardness": 1e38}, "logits may reach"),
-        ({"dims": []}, r"dims is \[\]; allowed are ascending integers from 1 to the width 3"),
+        ({"dims": []}, r"dims is \[\]; allowed are ascending integers from 1 to the embeddings' width"),
         ({"dims": [2, 1]}, r"dims is \[2, 1\]"),
         ({"dims": [0, 1]}, r"dims is \[0, 1\]"),
-        ({"dims": [1, 4]}, r"dims is \[1, 4\]"),
+        ({"dims": [1, 4]}, r"dims is \[1, 4\]; allowed are ascending integers from 1 to the width 3"),
         ({"dims": [1], "query": torch.tensor([[0.0, 1, 1]] * 2)}, "query has a row whose first 1 values have norm 0.0"),
         ({"workspace_bytes": 0}, "workspace_bytes is 0; allowed are integers of at least 1"),
         ({"workspace_bytes": 1e6}, "workspace_bytes is 1000000.0; allowed are integers of at least 1"),
@@ -247,7 +249,8 @@ IDS = torch.tensor([0, 1])
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     arguments = GOOD | change
-    for function in (infonce, infonce_with_grads):
+    functions = [loss] if "reduction" in change else [loss, grads]
+    for function in functions:
         with pytest.raises(ValueError, match=message) as caught:
             function(
                 arguments["query"],
@@ -259,14 +262,14 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     rows = unit_rows(4, 3, torch.float32)
-    given = infonce(rows, rows, temperature=np.float32(0.5), margin=np.float32(0.25), hardness=np.int64(1))
-    torch.testing.assert_close(given, infonce(rows, rows, temperature=0.5, margin=0.25, hardness=1.0))
+    given = loss(rows, rows, temperature=np.float32(0.5), margin=np.float32(0.25), hardness=np.int64(1))
+    torch.testing.assert_close(given, loss(rows, rows, temperature=0.5, margin=0.25, hardness=1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32"], ids=str)
 def test_gradients_are_floating_point(dtype: Any) -> None:
     with pytest.raises(ValueError, match="grad_dtype is .*; allowed are floating point dtypes, and None"):
-        infonce_with_grads(torch.eye(3), torch.eye(3), temperature=0.1, grad_dtype=dtype)
+        grads(torch.eye(3), torch.eye(3), temperature=0.1, grad_dtype=dtype)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -275,7 +278,7 @@ def test_with_and_without_a_maximum_subtracted(bound: float, symmetric: bool) ->
     query = unit_rows(9, 3, torch.float64)
     candidate = torch.cat([-query, query])  # logits from -bound to bound
     expected = oracle(query, candidate, 1 / bound, symmetric=symmetric)
-    given = infonce_with_grads(query.float(), candidate.float(), temperature=1 / bound, symmetric=symmetric)
+    given = grads(query.float(), candidate.float(), temperature=1 / bound, symmetric=symmetric)
     for field, value in given._asdict().items():
         assert error(value, getattr(expected, field)) < 2e-5, field
 
@@ -285,7 +288,7 @@ def test_small_losses_keep_their_relative_precision(symmetric: bool) -> None:
     # A solved batch: losses of 1e-16, gradients of 1e-14, far below the rounding of a log-sum-exp of 40.
     query = torch.eye(6)
     expected = oracle(query.double(), query.double(), 0.025, symmetric=symmetric)
-    given = infonce_with_grads(query, query, temperature=0.025, symmetric=symmetric)
+    given = grads(query, query, temperature=0.025, symmetric=symmetric)
     exact = 5 * torch.tensor(-40.0, dtype=torch.float64).exp()  # the oracle itself rounds to 7e-15 here
     torch.testing.assert_close(given.loss.double(), exact, rtol=1e-5, atol=0)
     off_diagonal = ~torch.eye(6, dtype=torch.bool)
@@ -308,18 +311,17 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("dims", [None, [2, 5]], ids=str)
 def test_float32_needs_no_float64(symmetric: bool, dims: list[int] | None) -> None:
     kwargs = arguments(frozenset(OPTIONS) - {"query_negatives", "dims", "symmetric"}, (6, 9, 5))
-    given = [kwargs.pop(name) for name in ("positive", "query_id", "candidate_id", "weight")]
+    options, given = split(kwargs | {"symmetric": symmetric, "dims": dims})
     with NoFloat64():
         query, candidate = torch.randn(6, 5), torch.randn(9, 5)
-        how: dict[str, Any] = {"symmetric": symmetric, "reduction": "mean", "dims": dims}
-        problem, weight = prepare(query, candidate, torch.tensor(0.1), *given, **how, **kwargs)
-        solve(problem, coefficient=weight, symmetric=symmetric)
+        problem, weight = prepare(InfoNCEBatch(query, candidate, torch.tensor(0.1), **given), options)
+        solve(problem, options, coefficient=weight)
 
 
 def test_an_index_that_float32_cannot_hold_is_checked_exactly() -> None:
     positive = torch.tensor([0, 2**40 + 1])
     with pytest.raises(ValueError, match=f"positive has values 0 to {2**40 + 1}"):
-        infonce(torch.ones(2, 3), torch.ones(4, 3), temperature=0.1, positive=positive)
+        loss(torch.ones(2, 3), torch.ones(4, 3), temperature=0.1, positive=positive)
 
 
 @pytest.mark.gpu
@@ -328,6 +330,6 @@ def test_on_a_gpu() -> None:
     kwargs = options("symmetric all", 1031, 2053)
     expected = oracle(query, candidate, 0.05, **kwargs)
     moved: dict[str, Any] = {key: x.cuda() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
-    given = infonce_with_grads(query.cuda(), candidate.cuda(), temperature=0.05, **moved)
+    given = grads(query.cuda(), candidate.cuda(), temperature=0.05, **moved)
     for field, value in given._asdict().items():
         assert error(value.cpu(), getattr(expected, field)) < 1e-5, field

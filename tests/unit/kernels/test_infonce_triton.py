@@ -16,11 +16,11 @@ import triton
 from torch import Tensor
 
 from benchmarks import harness
-from mmemb.kernels import engines, infonce, infonce_with_grads
+from mmemb.kernels import engines
 from mmemb.kernels.problem import Columns, Merge, Peers, Problem, work_dtype
 from mmemb.kernels.triton import tiles as _tiles
 from mmemb.kernels.triton.launch import multiplies_mixed
-from tests.unit.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
+from tests.unit.kernels.cases import OPTIONS, arguments, combinations, doubled, error, grads, loss, oracle, unit_rows
 from tests.unit.kernels.interpreted import interpreter, on_cuda
 
 Call = Callable[..., Any]
@@ -41,7 +41,7 @@ def call(request: pytest.FixtureRequest) -> Call:
 
 
 def solve(call: Call, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    return tuple(call(infonce_with_grads, *args, engine="triton", **kwargs))
+    return tuple(call(grads, *args, engine="triton", **kwargs))
 
 
 def check(call: Call, shape: tuple[int, int, int], temperature: float, allowed: float, **kwargs: Any) -> None:
@@ -146,7 +146,7 @@ def test_copies_of_the_positive_are_kept_at_margin_0(call: Call, dtype: torch.dt
     query, candidate = (rows.to(dtype) for rows in doubled(300))
     for temperature in (0.05, 0.07):
         how: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric, "reduction": "none"}
-        losses = solve(call, query, candidate, margin=0.0, **how)[0]
+        losses = call(loss, query, candidate, margin=0.0, engine="triton", **how)
         assert float(losses.min()) > 0.69  # log 2: a negative that is the positive
 
 
@@ -157,11 +157,11 @@ def numerical(symmetric: bool, reduction: str) -> bool:
     leaves = [unit_rows(5, 4, torch.float64), unit_rows(8, 4, torch.float64), torch.tensor(0.3, dtype=torch.float64)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
-    def loss(query: Tensor, candidate: Tensor, temperature: Tensor) -> Tensor:
+    def of_leaves(query: Tensor, candidate: Tensor, temperature: Tensor) -> Tensor:
         how: dict[str, Any] = {"symmetric": symmetric, "reduction": reduction, "engine": "triton"}
-        return infonce(query, candidate, temperature=temperature, **options, **how)
+        return loss(query, candidate, temperature=temperature, **options, **how)
 
-    return torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+    return torch.autograd.gradcheck(of_leaves, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -252,7 +252,7 @@ def peak_bytes(symmetric: bool, workspace_bytes: int) -> float:
     how |= arguments({"ids", "margin", "weight"}, (256, 512, 8))
 
     def run() -> None:
-        infonce_with_grads(query, candidate, symmetric=symmetric, **how)
+        grads(query, candidate, symmetric=symmetric, **how)
 
     return 1e6 * harness.peak_megabytes(run, device="cpu")
 
@@ -268,7 +268,7 @@ def test_the_workspace_holds_sums_and_float32_copies_too(interpreted: Call, symm
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
     rows = unit_rows(3, 4, torch.float32)
     with pytest.raises(ValueError, match="engine 'triton' needs a CUDA device and query is on cpu"):
-        infonce(rows, rows, temperature=0.1, engine="triton")
+        loss(rows, rows, temperature=0.1, engine="triton")
 
 
 @pytest.mark.gpu
@@ -277,8 +277,8 @@ def test_large_problems_on_a_gpu() -> None:
     query, candidate = unit_rows(5003, 512, torch.bfloat16).cuda(), unit_rows(9001, 512, torch.bfloat16).cuda()
     for symmetric in (False, True):
         kwargs: dict[str, Any] = {"temperature": 0.02, "symmetric": symmetric}
-        expected = infonce_with_grads(query.float(), candidate.float(), engine="tiled", **kwargs)
-        given = infonce_with_grads(query, candidate, workspace_bytes=16 * 2**20, engine="triton", **kwargs)
+        expected = grads(query.float(), candidate.float(), engine="tiled", **kwargs)
+        given = grads(query, candidate, workspace_bytes=16 * 2**20, engine="triton", **kwargs)
         for name, a, b in zip(FIELDS, given, expected, strict=True):
             assert error(a, b.double()) < 1e-2, name
 
@@ -286,11 +286,11 @@ def test_large_problems_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_memory_on_a_gpu_stays_within_the_workspace() -> None:
     query = unit_rows(16384, 64, torch.bfloat16).cuda()
-    infonce_with_grads(query[:512], query[:512], temperature=0.02, engine="triton")
+    grads(query[:512], query[:512], temperature=0.02, engine="triton")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     workspace = 64 * 2**20
-    infonce_with_grads(query, query, temperature=0.02, symmetric=True, workspace_bytes=workspace, engine="triton")
+    grads(query, query, temperature=0.02, symmetric=True, workspace_bytes=workspace, engine="triton")
     of_embeddings = 16 * query.numel() * query.element_size()
     assert torch.cuda.max_memory_allocated() - before < 1.5 * workspace + of_embeddings
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import harness
-from mmemb.kernels import infonce, infonce_with_grads, reference, release_workspace
-from mmemb.kernels.checks import prepare
+from mmemb.kernels import InfoNCEBatch, LossOptions, reference, release_workspace
 from mmemb.kernels.prefixes import by_dimension
-from mmemb.kernels.problem import Gradients, Peers, Problem
+from mmemb.kernels.prepare import prepare
+from mmemb.kernels.problem import Gradients, Problem
 from mmemb.kernels.tiled import engine as tiled
 from mmemb.kernels.tiled.stripes import CHUNK_BYTES
-from tests.unit.kernels.cases import OPTIONS, arguments, combinations, doubled, error, oracle, unit_rows
+from tests.unit.kernels.cases import OPTIONS, arguments, combinations, doubled, error, grads, loss, oracle, unit_rows
 
 Case = tuple[tuple[int, int, int], frozenset[str], float]
 
@@ -33,14 +33,14 @@ def test_every_combination_equals_the_definition(case: Case) -> None:
     kwargs = arguments(options, shape)
     temperature = float(torch.tensor(temperature))
     expected = oracle(query, candidate, temperature, **kwargs)
-    given = infonce_with_grads(query, candidate, temperature=temperature, **kwargs)
+    given = grads(query, candidate, temperature=temperature, **kwargs)
     # Logits of 1 / temperature carry float32's relative error into exponents.
     allowed = 1e-5 + 2 * torch.finfo(torch.float32).eps / temperature
     for field, value in given._asdict().items():
         # Normalised rows of width 1 are all 1 or -1, so gradients cancel but for the rounding of their terms.
         terms = temperature ** (-2 if field == "temperature_grad" else -1) if d == 1 else 1e-2
         assert error(value, getattr(expected, field), least=terms) < allowed, field
-    again = infonce_with_grads(query, candidate, temperature=temperature, **kwargs)
+    again = grads(query, candidate, temperature=temperature, **kwargs)
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
 
@@ -53,11 +53,11 @@ def test_a_smaller_workspace_gives_the_same(
     shape = (29, 37, 11)
     query, candidate = unit_rows(29, 11, torch.float64), unit_rows(37, 11, torch.float64)
     kwargs: dict[str, Any] = arguments(options, shape) | {"symmetric": symmetric, "temperature": temperature}
-    whole = infonce_with_grads(query, candidate, **kwargs)
+    whole = grads(query, candidate, **kwargs)
     monkeypatch.setattr("mmemb.kernels.tiled.stripes.CHUNK_BYTES", 3 * 37 * 8)  # chunks of 3 rows
     monkeypatch.setattr(tiled, "ROWS", 8)  # stripes of 8, of which the workspace can keep some
     for rows in (1, 7, 17):
-        striped = infonce_with_grads(query, candidate, workspace_bytes=rows * 37 * 8, **kwargs)
+        striped = grads(query, candidate, workspace_bytes=rows * 37 * 8, **kwargs)
         for a, b in zip(whole, striped, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -69,7 +69,7 @@ def test_gradcheck(options: frozenset[str], reduction: str) -> None:
     kwargs: dict[str, Any] = arguments(options - {"hardness"}, (5, 8, 4)) | {"reduction": reduction}
     leaves = [unit_rows(5, 4, torch.float64), unit_rows(8, 4, torch.float64), torch.tensor(0.3, dtype=torch.float64)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    assert torch.autograd.gradcheck(lambda q, k, t: infonce(q, k, temperature=t, **kwargs), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, t: loss(q, k, temperature=t, **kwargs), leaves)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
@@ -78,13 +78,13 @@ def test_16_bits(dtype: torch.dtype, allowed: float, without: str) -> None:
     kwargs = arguments(frozenset(OPTIONS) - {without}, (61, 67, 24))
     query, candidate = unit_rows(61, 24, dtype), unit_rows(67, 24, dtype)
     expected = oracle(query, candidate, 0.05, **kwargs)
-    given = infonce_with_grads(query, candidate, temperature=0.05, **kwargs)
+    given = grads(query, candidate, temperature=0.05, **kwargs)
     # All is computed in float32; only the gradients are rounded, when they are returned.
     assert error(given.loss, expected.loss) < 1e-5
     assert error(given.temperature_grad, expected.temperature_grad) < 1e-5
     assert error(given.query_grad, expected.query_grad) < allowed
     assert error(given.candidate_grad, expected.candidate_grad) < allowed
-    upcast = infonce_with_grads(query.float(), candidate.float(), temperature=0.05, **kwargs)
+    upcast = grads(query.float(), candidate.float(), temperature=0.05, **kwargs)
     for field, value in upcast._asdict().items():
         assert error(value, getattr(expected, field)) < 1e-3, field
 
@@ -93,7 +93,7 @@ def test_16_bits(dtype: torch.dtype, allowed: float, without: str) -> None:
 def test_the_loss_is_finite_at_the_lowest_temperature(symmetric: bool) -> None:
     kwargs = arguments(frozenset(OPTIONS) - {"ids", "margin"}, (7, 9, 4)) | {"symmetric": symmetric}
     query = unit_rows(7, 4, torch.float32)
-    given = infonce_with_grads(query, torch.cat([-query, query[:2]]), temperature=1e-3, **kwargs)
+    given = grads(query, torch.cat([-query, query[:2]]), temperature=1e-3, **kwargs)
     assert all(bool(value.isfinite().all()) for value in given)
     assert float(given.loss) > 88  # where float32's exp overflows
 
@@ -101,8 +101,8 @@ def test_the_loss_is_finite_at_the_lowest_temperature(symmetric: bool) -> None:
 def test_a_margin_leaves_out_what_scores_above_the_positive() -> None:
     query = torch.tensor([[1.0, 0.0]])
     candidate = torch.tensor([[0.5, 0.0], [0.59, 0.0], [0.61, 0.0], [0.2, 0.0]])
-    kept = infonce(query, candidate[[0, 1, 3]], temperature=0.1)
-    torch.testing.assert_close(infonce(query, candidate, temperature=0.1, margin=0.1), kept)
+    kept = loss(query, candidate[[0, 1, 3]], temperature=0.1)
+    torch.testing.assert_close(loss(query, candidate, temperature=0.1, margin=0.1), kept)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -111,7 +111,7 @@ def test_copies_of_the_positive_are_kept_at_margin_0(options: dict[str, Any], sy
     query, candidate = doubled(300)
     for temperature in (0.05, 0.07, 0.01):
         how: dict[str, Any] = options | {"temperature": temperature, "symmetric": symmetric, "reduction": "none"}
-        losses = infonce(query, candidate, margin=0.0, **how)
+        losses = loss(query, candidate, margin=0.0, **how)
         assert float(losses.min()) > 0.69 * len(options.get("dims", "1"))  # log 2: a negative that is the positive
 
 
@@ -121,7 +121,7 @@ def test_a_long_row_does_not_widen_the_margin_of_the_others(symmetric: bool) -> 
     query[-1] *= 1000
     candidate[-1] *= 1000
     how: dict[str, Any] = {"temperature": 1.0, "margin": 0.1, "symmetric": symmetric, "reduction": "none"}
-    given = infonce(query, candidate, **how)
+    given = loss(query, candidate, **how)
     expected = reference.infonce(query.double(), candidate.double(), **how)
     assert error(given[:-1], expected[:-1]) < 1e-5
 
@@ -129,7 +129,7 @@ def test_a_long_row_does_not_widen_the_margin_of_the_others(symmetric: bool) -> 
 def test_in_the_other_direction_the_margin_is_that_of_the_candidates_own_query() -> None:
     query = torch.tensor([[1.0, 0.0], [0.4, 0.0]])
     candidate = torch.tensor([[0.5, 0.0], [1.0, 0.0]])  # dot products .5 1 / .2 .4; positives .5 and .4
-    losses = infonce(query, candidate, temperature=1.0, margin=0.1, symmetric=True, reduction="none")
+    losses = loss(query, candidate, temperature=1.0, margin=0.1, symmetric=True, reduction="none")
     # Row 0 leaves out 1.0 and column 1 leaves it out too (1.0 > .4 + .1); row 1 and column 0 keep .2.
     by_row = torch.tensor([0.0, 0.2 - 0.4]).exp() * torch.tensor([0.0, 1.0])
     by_column = torch.tensor([0.2 - 0.5, 0.0]).exp() * torch.tensor([1.0, 0.0])
@@ -138,7 +138,7 @@ def test_in_the_other_direction_the_margin_is_that_of_the_candidates_own_query()
 
 def test_further_negatives_are_the_other_queries_and_candidates() -> None:
     query, candidate = unit_rows(2, 3, torch.float64), unit_rows(3, 3, torch.float64)
-    both = infonce(query, candidate, temperature=0.5, query_negatives=True, candidate_negatives=True, reduction="none")
+    both = loss(query, candidate, temperature=0.5, query_negatives=True, candidate_negatives=True, reduction="none")
     for i, other in ((0, 1), (1, 0)):
         negatives = [query[i] @ candidate[other], query[i] @ candidate[2], query[i] @ query[other]]
         negatives += [candidate[i] @ candidate[other], candidate[i] @ candidate[2]]
@@ -153,7 +153,7 @@ def test_hardness_weighs_negatives_by_a_constant() -> None:
     weights = (2.0 * dots.detach()).exp().fill_diagonal_(1.0)
     scores = weights * (dots / 0.5).exp()
     expected = (scores.sum(1) / scores.diagonal()).log().mean()
-    given = infonce_with_grads(query, candidate, temperature=0.5, hardness=2.0)
+    given = grads(query, candidate, temperature=0.5, hardness=2.0)
     torch.testing.assert_close(given.loss, expected.detach())
     torch.testing.assert_close(given.query_grad, torch.autograd.grad(expected, leaf)[0])
 
@@ -161,11 +161,9 @@ def test_hardness_weighs_negatives_by_a_constant() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_dims_are_the_sum_of_the_losses_on_normalised_prefixes(symmetric: bool) -> None:
     query, candidate = (torch.randn(rows, 12).requires_grad_() for rows in (9, 11))  # not normalised
-    together = infonce(query, candidate, temperature=0.1, dims=[2, 5, 12], symmetric=symmetric)
+    together = loss(query, candidate, temperature=0.1, dims=[2, 5, 12], symmetric=symmetric)
     alone = sum(
-        infonce(
-            normalize(query[:, :d], dim=1), normalize(candidate[:, :d], dim=1), temperature=0.1, symmetric=symmetric
-        )
+        loss(normalize(query[:, :d], dim=1), normalize(candidate[:, :d], dim=1), temperature=0.1, symmetric=symmetric)
         for d in (2, 5, 12)
     )
     assert isinstance(alone, Tensor)
@@ -180,22 +178,15 @@ def test_an_engine_without_dims_is_called_once_for_each(shortest: float, symmetr
     query, candidate = torch.randn(9, 12, dtype=torch.float64), torch.randn(11, 12, dtype=torch.float64)
     for rows in (query, candidate):
         rows[:, :2] *= shortest
-    problem, _ = prepare(
-        query,
-        candidate,
-        torch.tensor(0.1),
-        None,
-        None,
-        None,
-        None,
-        symmetric=symmetric,
-        reduction="mean",
+    options = LossOptions(
         margin=0.1,
-        peers=Peers(query, torch.arange(9), None),
+        query_negatives=True,
         candidate_negatives=True,
         hardness=1.0,
         dims=[2, 5, 12],
+        symmetric=symmetric,
     )
+    problem, _ = prepare(InfoNCEBatch(query, candidate, 0.1), options)
     engine = tiled.symmetric if symmetric else tiled.one_direction
     coefficient = torch.rand(9, dtype=torch.float64)
     calls = []
@@ -241,7 +232,7 @@ def test_memory_is_the_workspace_and_no_matrix(options: dict[str, Any], dtype: t
     options |= arguments(given, (4096, 4096, 8))
 
     def run() -> None:
-        infonce_with_grads(query, candidate, temperature=0.05, workspace_bytes=workspace, **options)
+        grads(query, candidate, temperature=0.05, workspace_bytes=workspace, **options)
 
     of_embeddings = 4 * 4096 * 8
     release_workspace()

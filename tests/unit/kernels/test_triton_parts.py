@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmemb.kernels import infonce_with_grads
 from mmemb.kernels.triton import tiles as _tiles
-from tests.unit.kernels.cases import arguments, error, oracle, unit_rows
+from tests.unit.kernels.cases import arguments, error, grads, oracle, unit_rows
 from tests.unit.kernels.interpreted import interpreter
 
 OPTIONS = {"ids", "margin", "weight", "positive"}
@@ -29,7 +28,7 @@ def in_parts(parts: int, query: Tensor, candidate: Tensor, **how: Any) -> tuple[
     """Loss and gradients where the interpreter's line has so many parts."""
     line = ("interpreter", query.element_size())
     with patch.dict(_tiles.TILES, {line: replace(_tiles.TILES[line], parts=parts)}):
-        return tuple(infonce_with_grads(query, candidate, temperature=0.1, engine="triton", **how))
+        return tuple(grads(query, candidate, temperature=0.1, engine="triton", **how))
 
 
 @pytest.mark.parametrize("parts", sorted({tiles.parts for tiles in (_tiles.TILES | _tiles.GRADIENT_TILES).values()}))

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import harness
-from mmemb.kernels import InfoNCEResult, infonce_with_grads, release_workspace
+from mmemb.kernels import InfoNCEResult, release_workspace
 from mmemb.kernels.tiled import engine as _infonce_tiled
 from mmemb.kernels.tiled import workspace as _workspace
 from mmemb.kernels.tiled.workspace import Workspace
+from tests.unit.kernels.cases import grads
 
 ROWS = 2048
 STRIPES = 2.5
@@ -34,7 +35,7 @@ def _fresh() -> Iterator[None]:
 def call(seed: int = 0, rows: int = ROWS, workspace: int = BYTES, **options: Any) -> InfoNCEResult:
     generator = torch.Generator().manual_seed(seed)
     query, candidate = normalize(torch.randn(2, rows, 8, generator=generator), dim=2)
-    return infonce_with_grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=workspace, **options)
+    return grads(query, candidate, temperature=0.05, engine="tiled", workspace_bytes=workspace, **options)
 
 
 def taken(**options: Any) -> float:
@@ -147,7 +148,7 @@ def test_buffers_are_where_the_embeddings_are_whatever_the_default_device_is(opt
     query, candidate = normalize(torch.randn(2, ROWS, 8, generator=torch.Generator().manual_seed(0)), dim=2)
     how: dict[str, Any] = {"temperature": 0.05, "engine": "tiled", "workspace_bytes": BYTES}
     with torch.device("meta"):
-        found = infonce_with_grads(query, candidate, **how, **options)
+        found = grads(query, candidate, **how, **options)
     assert all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
     like = torch.empty(0)
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import normalize
 
-from mmemb.kernels import infonce_with_grads
+from mmemb.kernels import InfoNCEBatch, infonce_with_grads
 from mmemb.losses import CachedLoss, CachedStep, ChunkOutput, InfoNCE, cached_step
 
 RAGGED = [slice(0, 4), slice(4, 5), slice(5, 11), slice(11, 13)]
@@ -330,7 +330,7 @@ def test_float16_embeddings_take_a_scaled_loss() -> None:
         loss,
         backward=lambda term: (term * 2.0**16).backward(),
     )
-    expected = infonce_with_grads(rows.double(), rows.double(), temperature=0.05).query_grad
+    expected = infonce_with_grads(InfoNCEBatch(rows.double(), rows.double(), 0.05)).query_grad
     assert query.grad is not None
     torch.testing.assert_close(query.grad.double() / 2**16, expected, rtol=1e-3, atol=0)
 

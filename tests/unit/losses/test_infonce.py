@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mmemb.kernels import infonce
+from mmemb.kernels import InfoNCEBatch, LossOptions
 from mmemb.losses import InfoNCE
 from mmemb.training.contrast import Path, contrast
 from tests.distributed.ranks import OPTIONS
@@ -111,12 +112,13 @@ def test_with_grads_equals_autograd(symmetric: bool, options: dict[str, Any]) ->
         torch.testing.assert_close(given, wanted)
 
 
-def test_every_option_of_the_op_is_one_of_the_module_or_of_a_call() -> None:
-    of_the_op = set(inspect.signature(infonce).parameters) - {"temperature", "reduction"}  # the module's own; the mean
+def test_every_option_is_one_of_the_module_and_every_tensor_one_of_a_call() -> None:
     of_the_module = set(inspect.signature(InfoNCE).parameters)
-    of_a_call = set(inspect.signature(InfoNCE.forward).parameters)
-    assert of_the_op - of_a_call - of_the_module == {"workspace_bytes"}  # in MiB, for people
+    assert {field.name for field in fields(LossOptions)} - of_the_module == {"workspace_bytes"}  # in MiB, for people
     assert "workspace_mib" in of_the_module
+    tensors = {field.name for field in fields(InfoNCEBatch)} - {"temperature"}  # the module's own
+    for call in (InfoNCE.forward, InfoNCE.with_grads):
+        assert tensors == set(inspect.signature(call).parameters) - {"self"}
 
 
 def test_a_symmetric_loss_with_several_rows_of_one_query_says_what_to_change() -> None:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mmemb.kernels import infonce_with_grads
-from mmemb.losses import gradient_hold
-from mmemb.losses.distributed import all_sum, distributed_infonce_with_grads, gather_rows
-from tests.distributed.ranks import Whole, assert_equal_gradients, batch, joined_positive, plain_step, train
+from mmemb.kernels import InfoNCEBatch, LossOptions, infonce_with_grads
+from mmemb.losses import InfoNCE, gradient_hold
+from mmemb.losses.collectives import all_sum, gather_rows
+from mmemb.losses.distributed import distributed_infonce_with_grads
+from tests.distributed.ranks import OPTIONS, Whole, assert_equal_gradients, batch, joined_positive, plain_step, train
 
 
 @pytest.fixture
@@ -45,10 +46,21 @@ def test_ddp_inside_a_module_is_held_and_let_go() -> None:
     assert inner.require_backward_grad_sync
 
 
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_across_one_rank_the_loss_is_that_of_one_process(name: str, symmetric: bool) -> None:
+    rows, options = InfoNCEBatch(**joined_positive(batch(2), 2), temperature=0.1), OPTIONS[name]
+    options = LossOptions(symmetric=symmetric, **options)
+    given = distributed_infonce_with_grads(rows, options, gather_dtype=torch.bfloat16)  # nothing travels
+    expected = infonce_with_grads(rows, options)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
 def test_without_a_group_nothing_is_gathered() -> None:
-    values = joined_positive(batch(2), 2)
-    given = distributed_infonce_with_grads(**values, temperature=0.1)
-    expected = infonce_with_grads(**values, temperature=0.1)
+    values, loss = joined_positive(batch(2), 2), InfoNCE(temperature=0.1, gather_dtype="bfloat16").double()
+    given = loss.with_grads(**values)
+    expected = infonce_with_grads(InfoNCEBatch(**values, temperature=loss.temperature.detach()))
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
     rows = torch.randn(2, 3, requires_grad=True)
     assert torch.equal(gather_rows(rows), rows)

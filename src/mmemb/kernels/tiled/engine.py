@@ -1,19 +1,21 @@
-"""InfoNCE with all gradients in plain torch, a stripe of query rows at a time: the engine of any device.
+"""InfoNCE with all gradients in plain torch, one stripe of query rows at a time: the engine for any device.
 
     N queries   M candidates   D width   R rows of a stripe   T levels, see `mmemb.kernels.tiled.stripes`
     p_i, o_i and the rest as in `mmemb.kernels.problem`
 
-A stripe holds complete rows, so one direction needs S once: its exponentials give o, dQ = E K and dK += E^T Q, with the
-softmax's denominator folded into the narrow side ([R, D]) instead of the wide one ([R, M]). That is three matrix
-products, the floor. The symmetric loss needs the log-sum-exp of every column before the first gradient and makes S
-twice: four products, less the stripes that fit in the workspace and are kept from the first pass. Where no logit can
-overflow, both directions share one exponential: G = E (a_i + b_j).
+A stripe holds complete rows, so one direction computes S = c dot once. The exponentials E of S give o, dQ = E K and
+dK += E^T Q. The softmax's denominator multiplies the narrow side ([R, D]), not the wide one ([R, M]). That makes three
+matrix products, the minimum.
 
-The positive is kept out of the sums: loss = log(1 + exp(o - p)) and G at the positive = -sigmoid(o - p), so that small
-losses and gradients keep their relative precision (log-sum-exp minus p would leave only rounding of 1 / temperature).
+The symmetric loss needs the log-sum-exp of every column before the first gradient, so it computes S twice: four
+products. Stripes that fit in the workspace are kept from the first pass and save their part of the fourth. If no logit
+can overflow, both directions share one exponential: G = E (a_i + b_j).
 
-Accumulation is float32 (float64 for float64 input); memory beyond inputs and gradients is the workspace, which on the
-CPU stays for the next call, plus a few chunks, R x D temporaries and, for inputs of 16 bits, O((N + M) D).
+The sums leave out the positive: loss = log(1 + exp(o - p)), and G at the positive is -sigmoid(o - p). Small losses and
+gradients then keep their relative precision. Log-sum-exp minus p would leave only the rounding of 1 / temperature.
+
+Accumulation is in float32 (float64 for float64 input). Besides inputs and gradients, memory holds the workspace, a few
+chunks, R x D temporaries and, for 16-bit inputs, O((N + M) D). On the CPU the workspace stays for the next call.
 """
 
 from __future__ import annotations
@@ -26,19 +28,20 @@ from mmemb.kernels.tiled.stripes import Block, Stripes, leave_out_, within
 from mmemb.kernels.tiled.sums import Sums
 
 ROWS = 1024
-"""Most rows of a stripe: 1024 measured best on CPU (1.03-1.11 of the floor; 256 rows: 1.15-1.35)."""
+"""Maximum number of rows of a stripe. 1024 measured best on a CPU: 1.03 to 1.11 times the bare products. 256 rows took
+1.15 to 1.35 times."""
 
 WORKSPACE_BYTES = 108 * 2**20
-"""Of all stripes: three of 8192 columns in float32, two of them kept by the symmetric loss, and the chunks."""
+"""Default workspace: three stripes of 8192 float32 columns (the symmetric loss keeps two of them) and the chunks."""
 
 SAFE_LOGIT = 55.0
-"""Up to this bound no maximum is subtracted: exp(+-55), and sums of 2^40 of them, are normal float32 numbers."""
+"""Up to this bound no maximum is subtracted: exp(-55), exp(55) and sums of 2^40 of them are normal float32 numbers."""
 
 
 def one_direction(
     problem: Problem, *, coefficient: Tensor | None, rows: int = ROWS, workspace_bytes: int | None = None
 ) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] of the queries and, given coefficients [N], the gradients of sum(coefficient * loss)."""
+    """Returns the losses [N] and, given coefficients [N], the gradients of sum(coefficient * loss)."""
     stripes = Stripes(problem, most_rows=rows, workspace_bytes=workspace_bytes or WORKSPACE_BYTES)
     limits = stripes.limits()
     losses = stripes.own.new_zeros(len(problem.query))
@@ -70,9 +73,9 @@ def symmetric(
     merge: Merge | None = None,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Gradients | None]:
-    """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries.
+    """Does the same as `one_direction` for the mean of each query's loss and its positive's loss against all queries.
 
-    Positives are distinct. ``merge`` joins the columns with those of further queries elsewhere.
+    Positives must be distinct. ``merge`` joins the columns with those of the queries of other ranks.
     """
     workspace_bytes = workspace_bytes or WORKSPACE_BYTES
     stripes = Stripes(problem, most_rows=rows, workspace_bytes=workspace_bytes)
@@ -86,7 +89,7 @@ def symmetric(
 
 
 class _BothDirections:
-    """The two passes of the symmetric loss, with what they share."""
+    """The two passes of the symmetric loss and the values that they share."""
 
     def __init__(self, stripes: Stripes, coefficient: Tensor | None, merge: Merge | None, workspace_bytes: int) -> None:
         self.stripes, self.problem = stripes, stripes.problem
@@ -101,7 +104,7 @@ class _BothDirections:
         self.column_limits = self._column_limits()
         self.shared = self.problem.bound <= SAFE_LOGIT and self.limits is None
         self.second = self.main.columns.new_empty(stripes.chunk, m)
-        # The last stripe of the first pass is still there when the second begins, and so are those kept beside it.
+        # When the second pass begins, the last stripe of the first is still there, and so are the stripes kept with it.
         self.buffers = [self.main.wide]
         if coefficient is not None and self.shared and self.problem.dims is None:
             free = workspace_bytes - stripes.rows * sum(block.bytes_per_row for block in stripes.blocks)
@@ -111,7 +114,7 @@ class _BothDirections:
         self.first_kept = len(self.parts) - len(self.buffers) if self.shared and n else len(self.parts)
 
     def log_sums(self) -> tuple[Tensor, list[Columns]]:
-        """First pass: o - p of the rows [T, N], and the columns of each level."""
+        """First pass: returns o - p of the rows [T, N], and the columns of each level."""
         stripes, own = self.stripes, self.stripes.own
         m = len(self.share)
         column_own = [own.new_zeros(m).index_copy_(0, self.problem.positive, level) for level in own]
@@ -147,11 +150,11 @@ class _BothDirections:
     def gradients(
         self, row_excess: Tensor, column_excess: Tensor, columns: list[Columns], coefficient: Tensor
     ) -> Gradients:
-        """Second pass."""
+        """Second pass: returns the gradients."""
         problem, stripes, levels = self.problem, self.stripes, range(self.stripes.levels)
         share, half = columns[0].share, coefficient / 2
-        row_sums = excess_loss(row_excess) + stripes.own  # [T, N], the positive's logit included, as the next
-        # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where it is all masked.
+        row_sums = excess_loss(row_excess) + stripes.own  # [T, N] log-sum-exps with the positive; so are column_sums
+        # A column that is no query's positive has no loss. +inf makes its softmax exactly 0, even if all is masked.
         column_sums = torch.stack([torch.logaddexp(c.others, c.own).where(share != 0, torch.inf) for c in columns])
         own_column_sums = column_sums[:, problem.positive]
         at_positive = -half * (row_excess.sigmoid() + column_excess.sigmoid())
@@ -188,7 +191,7 @@ class _BothDirections:
         return sums.result()
 
     def _logits(self, level: int, part: slice, chunk: slice) -> tuple[Tensor, Tensor]:
-        """A chunk of logits as the rows see it, in ``wide``, and as the columns do: the same without a margin."""
+        """A chunk of logits for the rows, in ``wide``, and for the columns. Without a margin both are the same."""
         logits = self.main.logits(level, part, chunk, None)
         if self.limits is None or self.column_limits is None:
             return logits, logits
@@ -198,7 +201,7 @@ class _BothDirections:
         return logits, by_column
 
     def _column_limits(self) -> Tensor | None:
-        """[T, M] logits above which a column's negatives are left out: its query's; None without a margin."""
+        """[T, M] logits above which a column's negatives are left out, from its own query. None without a margin."""
         if self.limits is None:
             return None
         none = torch.full_like(self.share, -torch.inf)
@@ -209,13 +212,13 @@ class _BothDirections:
 def exponentials_(
     stripes: Stripes, blocks: list[Block], level: int, part: slice, limits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Leaves exp(logits - shift) in the blocks' ``wide``; returns their row sums over all blocks and the shift, [R]."""
+    """Writes exp(logits - shift) to the blocks' ``wide``. Returns row sums over all blocks and the shift, both [R]."""
     total, shift = stripes.own.new_zeros(2, part.stop - part.start)
     for chunk in stripes.chunks(part):
         limit = _chunk_limit(limits, level, within(part, chunk))
         logits = [block.logits(level, part, chunk, limit) for block in blocks]
         if stripes.problem.bound > SAFE_LOGIT:
-            # A row may be -inf throughout: -inf minus a finite shift stays -inf.
+            # A row may be all -inf. -inf minus a finite shift stays -inf.
             top = torch.stack([each.amax(1) for each in logits]).amax(0).clamp_min_(torch.finfo(total.dtype).min)
             for each in logits:
                 each.sub_(top[:, None])
@@ -227,7 +230,7 @@ def exponentials_(
 
 
 def excess_loss(excess: Tensor) -> Tensor:
-    """log(1 + exp(o - p)), exact to rounding however small or large."""
+    """Returns log(1 + exp(o - p)), exact up to rounding for small and large values alike."""
     return torch.logaddexp(excess, torch.zeros_like(excess))
 
 

@@ -1,12 +1,12 @@
-"""The logits of the tiled engine: which blocks a problem has, and a stripe of their rows at a time.
+"""The logits of the tiled engine: the blocks of a problem, and one stripe of their rows at a time.
 
     N queries   M candidates   L columns of a block   D width   R rows of a stripe   C rows of a chunk
     T levels: one, or one for each of ``dims``
 
-A block is one kind of negative: rows A [N, D] against columns B [L, D], with one column a row that is none. Every
-problem has the block of the candidates; peers and candidate negatives are a block each, where asked for.
+A block is one kind of negative: rows A [N, D] against columns B [L, D]. One column per row is no negative. Every
+problem has the block of the candidates. Peers and candidate negatives are one more block each, if the problem has them.
 
-Levels share their products: the dot products of a prefix are those of the shorter one plus a segment's.
+Levels share their products: the dot products of a prefix are those of the next shorter prefix plus a segment's.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from mmemb.kernels.problem import Problem
 from mmemb.kernels.tiled.workspace import Workspace
 
 CHUNK_BYTES = 2 * 2**20
-"""Elementwise work goes over a stripe in chunks of this size, so that the next operation finds its input in cache."""
+"""Elementwise operations process a stripe in chunks of this size, so that the next one finds its input in cache."""
 
 
 class Block:
-    """One kind of negative: the logits of rows A [N, D] against columns B [L, D], a stripe of them in reused buffers.
+    """One kind of negative: rows A [N, D] against columns B [L, D]. Reused buffers hold the logits of one stripe.
 
     Args:
         problem: the problem.
-        source: [N or M, D] what A's rows are taken from: the queries or the candidates.
-        index: [N] int64, the rows of ``source`` that are A, or None if they are all of it.
+        source: [N or M, D] the queries or the candidates, from which A's rows are taken.
+        index: [N] int64, the rows of ``source`` that are A; None if A is all of it.
         columns: B [L, D].
-        none: [N] int64, each row's column that is no negative.
+        none: [N] int64, for each row the column that is no negative.
         ids: [L] int64 or None.
+        of_peers: whether B are the problem's peers; otherwise they are its candidates.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Block:
         columns: Tensor,
         none: Tensor,
         ids: Tensor | None,
+        of_peers: bool = False,
     ) -> None:
         self.problem, self.source, self.index, self.none, self.ids = problem, source, index, none, ids
+        self.of_peers = of_peers
         self.columns = columns.to(problem.work_dtype)
-        self.row_norms: Tensor | None = None  # [T, N] reciprocals, as the next [T, L]
+        self.row_norms: Tensor | None = None  # [T, N] reciprocals; column_norms are [T, L] reciprocals
         self.column_norms: Tensor | None = None
         if problem.dims is not None:
             norms = reciprocal_norms(source, problem.dims, dtype=problem.work_dtype)
@@ -56,12 +59,12 @@ class Block:
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of the buffers a row of a stripe."""
+        """Bytes of the buffers per row of a stripe."""
         buffers = 1 if self.problem.dims is None else 2 * len(self.problem.dims)
         return len(self.columns) * self.columns.element_size() * buffers
 
     def reserve(self, workspace: Workspace, rows: int, chunk: int) -> None:
-        """Takes the buffers, for stripes of so many rows in chunks of so many."""
+        """Takes the buffers for stripes of ``rows`` rows in chunks of ``chunk`` rows."""
         shape = len(self.problem.dims or (0,)), rows, len(self.columns)
         self.wide = list(workspace.take(self.columns, *shape))
         self.dots = self.wide if self.problem.dims is None else list(workspace.take(self.columns, *shape))
@@ -69,12 +72,12 @@ class Block:
         self.mask = self.columns.new_empty(chunk if masked else 0, shape[-1], dtype=torch.bool)
 
     def rows(self, part: slice) -> Tensor:
-        """A's rows [R, D] in the work dtype."""
+        """Returns A's rows [R, D] in the work dtype."""
         rows = self.source[part] if self.index is None else self.source[self.index[part]]
         return rows.to(self.problem.work_dtype)
 
     def load(self, part: slice) -> None:
-        """Multiplies a stripe; without ``dims`` the positives are -inf at once, which `logits` builds on."""
+        """Multiplies a stripe. Without ``dims`` it also sets the positives to -inf, which `logits` relies on."""
         rows, count = self.rows(part), part.stop - part.start
         if self.problem.dims is None:
             logits = torch.mm(rows * self.problem.negative_scale, self.columns.T, out=self.wide[0][:count])
@@ -88,10 +91,12 @@ class Block:
             )
 
     def logits(self, level: int, part: slice, chunk: slice, limit: Tensor | None) -> Tensor:
-        """A chunk [C, L] of the loaded stripe ``part`` in ``wide``, what is left out as -inf; once a chunk.
+        """Returns a chunk [C, L] of the loaded stripe in ``wide``, with -inf for what is left out.
+
+        Call it once per chunk and level: it changes the stripe.
 
         Args:
-            level: of the T.
+            level: one of the T.
             part: rows of the problem.
             chunk: rows of the stripe.
             limit: [C, 1] logits above which a row's negatives are left out, or None.
@@ -111,15 +116,15 @@ class Block:
 
 
 class Stripes:
-    """All blocks of a problem, and what is known before the first stripe.
+    """All blocks of a problem, and all values that are known before the first stripe.
 
     Attributes:
-        blocks: that of the candidates first.
+        blocks: the block of the candidates first.
         levels: T.
         rows: R.
         chunk: C.
         own: [T, N] the positives' logits p.
-        workspace: the buffers, to be kept once the call has ended.
+        workspace: the buffers; the caller keeps them at the end of its call.
     """
 
     def __init__(self, problem: Problem, *, most_rows: int, workspace_bytes: int) -> None:
@@ -136,18 +141,18 @@ class Stripes:
         self.own = self._own()
 
     def slices(self) -> list[slice]:
-        """The rows of each stripe."""
+        """Returns the rows of each stripe."""
         n = len(self.problem.query)
         return [slice(start, min(start + self.rows, n)) for start in range(0, n, self.rows)]
 
     def chunks(self, part: slice) -> Iterator[slice]:
-        """The rows of each chunk of a stripe, counted from its first."""
+        """Yields the rows of each chunk of a stripe, counted from the stripe's first row."""
         count = part.stop - part.start
         for start in range(0, count, self.chunk):
             yield slice(start, min(start + self.chunk, count))
 
     def limits(self) -> Tensor | None:
-        """[T, N] logits above which a query's negatives are left out; None without a margin."""
+        """Returns the logits [T, N] above which a query's negatives are left out; None without a margin."""
         return self.problem.limits(self.own)
 
     def _own(self) -> Tensor:
@@ -165,7 +170,7 @@ class Stripes:
 
 
 def blocks(problem: Problem) -> list[Block]:
-    """The kinds of negatives of a problem, the candidates first."""
+    """Returns one block per kind of negative of a problem, the candidates first."""
     query, candidate = problem.query, problem.candidate
     found = [
         Block(
@@ -179,7 +184,9 @@ def blocks(problem: Problem) -> list[Block]:
     ]
     if problem.peers is not None:
         peers = problem.peers
-        found.append(Block(problem, source=query, index=None, columns=peers.query, none=peers.own, ids=peers.id))
+        found.append(
+            Block(problem, source=query, index=None, columns=peers.query, none=peers.own, ids=peers.id, of_peers=True)
+        )
     if problem.candidate_negatives:
         found.append(
             Block(
@@ -195,21 +202,21 @@ def blocks(problem: Problem) -> list[Block]:
 
 
 def segments(dims: tuple[int, ...]) -> list[slice]:
-    """The columns that each prefix adds to the one before."""
+    """Returns the columns that each prefix adds to the one before."""
     return [slice(start, stop) for start, stop in zip((0, *dims), dims, strict=False)]
 
 
 def reciprocal_norms(rows: Tensor, dims: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-    """1 / length of every row's prefixes, [T, rows]."""
+    """Returns 1 / length of every row's prefixes, [T, rows]."""
     squares = [torch.linalg.vector_norm(rows[:, part], dim=1, dtype=dtype).square_() for part in segments(dims)]
     return torch.stack(squares).cumsum(0).rsqrt_()
 
 
 def within(part: slice, chunk: slice) -> slice:
-    """A chunk's rows counted from the problem's first."""
+    """Returns a chunk's rows, counted from the problem's first row."""
     return slice(part.start + chunk.start, part.start + chunk.stop)
 
 
 def leave_out_(logits: Tensor, *, over: Tensor, mask: Tensor) -> Tensor:
-    """Sets logits above ``over`` (broadcast) to -inf; ``mask`` is a buffer."""
+    """Sets logits above ``over`` (broadcast) to -inf. ``mask`` is a buffer for the comparison."""
     return logits.masked_fill_(torch.gt(logits, over, out=mask[: len(logits)]), -torch.inf)

@@ -1,14 +1,14 @@
-"""The gradients of the tiled engine while stripes are added to them.
+"""Sums up the gradients of the tiled engine, stripe by stripe.
 
     G [R, L] = d loss / d (dot * scale) of a block's stripe = factor [R] * wide [R, L]
 
-Of one level: dA = G B and dB = G^T A, both times the scale. Of T levels on prefixes of rows a, b, normalised:
+With one level, dA = G B and dB = G^T A, both times the scale. With T levels on normalised prefixes of rows a, b:
 
     H = sum over prefixes that reach a segment of G_ij / (|a_i| |b_j|)
     segment of dA_i = H B - a_i sum over those prefixes of (sum_j G_ij cos_ij) / |a_i|^2;  dB_j likewise
 
-so that the widest level's two products serve all of them. The temperature costs nothing: sum(G * S) is sum(A * dA), or
-the sum of G * cos.
+The two products of the widest level serve all levels then. The temperature's gradient costs no product: sum(G * S) is
+sum(A * dA), or the sum of G * cos.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmemb.kernels.tiled.stripes import Block, Stripes, segments
 
 
 class Sums:
-    """Sums over stripes; ``result`` once, at the end."""
+    """Gradients summed over stripes. Call `add` once per stripe and `result` once, at the end."""
 
     def __init__(self, stripes: Stripes) -> None:
         problem, columns = stripes.problem, stripes.blocks[0].columns
@@ -40,11 +40,11 @@ class Sums:
         self.chunk = columns.new_empty(stripes.chunk if levels else 0, widest)
 
     def add(self, part: slice, factors: Sequence[Sequence[Tensor | None]]) -> None:
-        """Adds the stripe in ``wide`` of every block, which is used up; once a part.
+        """Adds the stripe in every block's ``wide``, whose values are overwritten. Call it once per part.
 
         Args:
             part: rows of the problem.
-            factors: [R] or None, which is 1, by block and level.
+            factors: [R] by block and level; None stands for 1.
         """
         for number, block in enumerate(self.stripes.blocks):
             out = self.query[part] if number == 0 else None
@@ -58,7 +58,7 @@ class Sums:
                 self.query[part] += gradient
 
     def result(self) -> Gradients:
-        """The gradients, as `mmemb.kernels.problem.Gradients` says."""
+        """Returns the gradients."""
         problem = self.problem
         for block, along in zip(self.stripes.blocks, self.along, strict=True):
             if problem.dims is not None and block.column_norms is not None:
@@ -67,13 +67,12 @@ class Sums:
                     target[:, :dim].addcmul_(
                         block.columns[:, :dim], (sums * norm.square() * problem.scale)[:, None], value=-1
                     )
-        # The sum held -sum(G * S); S = dot * scale, so d/d temperature is that times the scale.
+        # The sum holds -sum(G * S). S = dot * scale, so the temperature's gradient is that times the scale.
         return Gradients(self.query, self.candidate, self.temperature * problem.scale, self.peers)
 
     def _target(self, block: Block) -> Tensor:
-        """What the gradients of the block's columns are added to."""
-        is_peers = self.problem.peers is not None and block.none is self.problem.peers.own
-        return self.peers if is_peers and self.peers is not None else self.candidate
+        """The tensor to which the gradients of the block's columns are added."""
+        return self.peers if block.of_peers and self.peers is not None else self.candidate
 
     def _level(self, block: Block, part: slice, factor: Tensor | None, out: Tensor | None) -> Tensor:
         wide, rows = block.wide[0][: part.stop - part.start], block.rows(part)
@@ -115,7 +114,7 @@ class Sums:
 
 
 def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """target[index] += rows, in the same order on every run also where an index repeats."""
+    """Does target[index] += rows, in the same order in every run, even if an index repeats."""
     if target.device.type == "cpu":
         target.index_add_(0, index, rows)
     else:

@@ -1,8 +1,7 @@
-"""The large buffers of the tiled engine, kept on the CPU for the next call that takes the same.
+"""The large buffers of the tiled engine, kept on the CPU for the next call with the same sizes.
 
-A buffer of tens of megabytes that is allocated anew is mapped and cleared by the system page by page as it is first
-written: 3 to 5 % of a call's time at 8192 x 256 on two cores of a Xeon. Allocators of other devices keep what they
-freed by themselves.
+The system maps and clears a new buffer of tens of megabytes page by page on the first write. That took 3 to 5 % of a
+call's time at 8192 x 256 on two cores of a Xeon. Allocators of other devices keep freed memory by themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 class _Kept(threading.local):
-    """What the last call of this thread left: bytes, a tensor a buffer."""
+    """The buffers that the last call of this thread left, one tensor of bytes each."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -25,7 +24,11 @@ _kept = _Kept()
 
 
 class Workspace:
-    """The buffers of one call; with those that are still kept at most ``most_bytes``, unless it takes more itself."""
+    """The buffers of one call.
+
+    Args:
+        most_bytes: maximum size of these and of the kept buffers together, unless the call itself takes more.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._taken: list[Tensor] = []
@@ -33,7 +36,7 @@ class Workspace:
             release_workspace()
 
     def take(self, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of the dtype and device of ``like``, this call's until `keep`."""
+        """Returns an uninitialised tensor with the dtype and device of ``like``, for this call alone until `keep`."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
         size = math.prod(shape) * like.element_size()
@@ -42,16 +45,16 @@ class Workspace:
             buffer = _kept.buffers.pop(sizes.index(size))
         else:
             release_workspace()
-            with torch.inference_mode(False):  # what is made inside could not be written outside
+            with torch.inference_mode(False):  # a tensor made in inference mode cannot be written outside
                 buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         self._taken.append(buffer)
         return buffer.view(like.dtype).view(shape)
 
     def keep(self) -> None:
-        """The call has ended: its buffers are for the next one, others that were kept are freed."""
+        """Ends the call: keeps its buffers for the next one and frees those that were kept before."""
         _kept.buffers, self._taken = self._taken, []
 
 
 def release_workspace() -> None:
-    """Frees the buffers that the tiled engine kept from this thread's last call; the next call makes its own."""
+    """Frees the buffers that the tiled engine kept from this thread's last call. The next call makes new ones."""
     _kept.buffers = []

@@ -1,31 +1,33 @@
-"""InfoNCE with both embedding gradients by Triton kernels and library products, slab by slab: the engine of GPUs.
+"""InfoNCE with both embedding gradients by Triton kernels and library products, slab by slab: the engine for GPUs.
 
-    N queries   M candidates   D width   R x C a block of S that exists at once: the slab, in the embeddings' dtype
-    p_i the positive's logit of query i   o_i log-sum-exp of its negatives   (`mmemb.kernels.problem` has the formulas)
+    N queries   M candidates   D width   slab: the R x C block of S that exists at once, in the embeddings' dtype
+    p_i the positive's logit of query i   o_i log-sum-exp of its negatives   (formulas: `mmemb.kernels.problem`)
 
-A 128-row float32 accumulator of dQ at D = 1024 fills half a megabyte and cannot stay on the chip, so gradients are not
-accumulated tile by tile: a kernel writes a block of G = dL/dS, and two library products make dQ += G K and dK += G^T Q
-of it, with float32 accumulation. Counted in products of N x M x D:
+A float32 accumulator for 128 rows of dQ at D = 1024 takes half a megabyte and cannot stay on the chip. So gradients are
+not accumulated tile by tile. A kernel writes a block of G = dL/dS, and two library products with float32 accumulation
+add dQ += G K and dK += G^T Q. The cost, in products of N x M x D (2 U operations each):
 
-- one direction, small logits: exp(S) is written as its row sums are made, and the softmax's denominators are folded
-  into the narrow operands: 3 products (6U).
-- otherwise, and for the symmetric loss: a first pass makes the log-sum-exps of rows and columns from one S, the second
-  makes S again and writes G: 4 products (8U).
+- One direction with small logits: a kernel writes exp(S) and its row sums together, and the softmax's denominators
+  multiply the narrow operands. 3 products (6 U).
+- Otherwise, and for the symmetric loss: a first pass computes S and the log-sum-exps of rows and columns, a second
+  computes S again and writes G. 4 products (8 U).
 
-Bits are the same in every run: every value has one writer, sums have a fixed order, tiles are fixed a chip
-(`mmemb.kernels.triton.tiles`). Memory beyond inputs and outputs: the workspace (the slab, its float32 copy where the
-library has no mixed products, the sums of its rows), of which one tile's rows is the least; a slab's rows of dQ, some
-blocks of 4096 embeddings and, for 16-bit input, both gradients once more in float32. Embeddings whose width is no
-multiple of 16 are copied with columns of zeros up to the next, which change no dot product; their gradients are as
-wide until they are returned.
+Every run gives the same bits: each value has one writer, sums have a fixed order, and tiles are fixed per chip
+(`mmemb.kernels.triton.tiles`).
 
-As in the tiled engine the positive is kept out of the sums (loss = log(1 + exp(o - p)), G at it = -sigmoid(o - p)), and
-here out of the blocks of G too: its part of dQ and dK is added in float32. Rounded to 16 bits, G at it, which outweighs
-every negative's, would keep rows from summing to 0, and what they lack times the embeddings' common mean was most of
-the error: of bfloat16 at a mean cosine of 0.9 in the interpreter 1e-2 of the gradients' norm, 2e-3 without.
+Memory besides inputs and outputs is the workspace, a slab's rows of dQ, some blocks of 4096 embeddings and, for 16-bit
+input, both gradients in float32. The workspace holds the slab, its float32 copy if the library has no mixed products,
+and the sums of its rows. It has room for the rows of at least one tile. Embeddings are padded with columns of zeros to
+a width that is a multiple of 16, which changes no dot product. Their gradients have that width until they are returned.
 
-The temperature's gradient is sum(G * S), summed before G is rounded, with S less p: rows of G sum to 0, so that is the
-same, and no large terms cancel.
+As in the tiled engine, the sums leave out the positive: loss = log(1 + exp(o - p)), and G at the positive is
+-sigmoid(o - p). Here the blocks of G leave it out too, and its part of dQ and dK is added in float32. G at the positive
+is larger than at any negative. Rounded to 16 bits, it would keep rows from summing to 0. The missing amount, times the
+embeddings' common mean, was the largest part of the error. For bfloat16 at a mean cosine of 0.9 (in the interpreter)
+the error fell from 1e-2 of the gradients' norm to 2e-3.
+
+The temperature's gradient is sum(G * (S - p)), summed before G is rounded. Rows of G sum to 0, so that equals
+sum(G * S), and no large terms cancel.
 """
 
 from __future__ import annotations
@@ -48,16 +50,17 @@ from mmemb.kernels.triton.launch import FULL_ROW_SUMS, Launcher, aligned, blocks
 
 @functools.cache
 def no_launch() -> str | None:
-    """Why kernels cannot be launched on this machine's GPU; None if they can, as far as its driver's start shows.
+    """Returns why kernels cannot be launched on this machine's GPU; None if nothing speaks against it.
 
-    Triton compiles its driver's part by the machine's C compiler, and containers may have none. Where that part lies in
-    Triton's cache from a time when there was one, a Triton before 3.7 still needs it for each kernel's launcher.
+    The check starts Triton's driver. Triton compiles a part of it with the machine's C compiler, and containers may
+    have none. That part may already be in Triton's cache. Before version 3.7 Triton still needs the compiler then, for
+    each kernel's launcher.
     """
     if interpreted():
         return "its interpreter (TRITON_INTERPRET=1) computes on the CPU"
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # of a compiler, a loader, or an assertion of Triton's: all leave the other engine
+    except Exception as error:  # compiler, loader or assertion: whatever fails, the other engine works
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         if isinstance(error, subprocess.SubprocessError) or "compiler" in reason:
             reason += " (a C compiler and Python's headers are needed; CC names one)"
@@ -66,21 +69,21 @@ def no_launch() -> str | None:
 
 
 def supports(query: Tensor) -> bool:
-    """Whether this engine solves problems of such queries: float64 only in the interpreter."""
+    """Whether this engine solves problems with such queries. It takes float64 only in the interpreter."""
     return _tiles.choose(query.device, query.dtype) is not None
 
 
 def one_direction(
     problem: Problem, *, coefficient: Tensor | None, workspace_bytes: int | None = None
 ) -> tuple[Tensor, Gradients | None]:
-    """Losses [N] of the queries and, given coefficients [N], the gradients of sum(coefficient * loss)."""
+    """Returns the losses [N] and, given coefficients [N], the gradients of sum(coefficient * loss)."""
     launcher = Launcher(problem, workspace_bytes)
     with launcher.device:
         extra = launcher.further_negatives()
         if coefficient is not None and launcher.full_rows:
             losses, totals, excess, gradients = _by_exponentials(launcher, coefficient, extra)
             gradients.add_positives(-coefficient * excess.sigmoid())
-            gradients.add_further(coefficient, totals)  # its slab is another one: here the first is gone
+            gradients.add_further(coefficient, totals)  # needs a slab of its own; the first is freed by now
             return losses, gradients.result()
         others, _ = launcher.sums(launcher.main, columns=False)
         others = others if extra is None else torch.logaddexp(others, extra)
@@ -99,9 +102,9 @@ def one_direction(
 def symmetric(
     problem: Problem, *, coefficient: Tensor | None, merge: Merge | None = None, workspace_bytes: int | None = None
 ) -> tuple[Tensor, Gradients | None]:
-    """As `one_direction`, for the mean of each query's loss and its positive's loss against all queries.
+    """Does the same as `one_direction` for the mean of each query's loss and its positive's loss against all queries.
 
-    Positives are distinct. ``merge`` joins the columns with those of further queries elsewhere.
+    Positives must be distinct. ``merge`` joins the columns with those of the queries of other ranks.
     """
     launcher = Launcher(problem, workspace_bytes)
     with launcher.device:
@@ -129,7 +132,7 @@ def symmetric(
             return losses, None
         half = coefficient / 2
         totals = torch.logaddexp(row_others, own)
-        # A column's share may be another rank's, and larger than every coefficient here.
+        # A column's share may come from another rank and be larger than every coefficient here.
         gradients = Sums(launcher, torch.cat([coefficient, 2 * columns.share]))
         gradients.add_main(half, totals, columns)
         gradients.add_positives(-half * (row_excess.sigmoid() + column_excess.sigmoid()))
@@ -142,7 +145,7 @@ def symmetric(
 def _by_exponentials(
     launcher: Launcher, coefficient: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Sums]:
-    """`one_direction` at 6U: the slab holds exp(s) of full rows.
+    """Solves one direction in three products: the slab holds exp(s) of full rows.
 
     Returns the losses [N], their log-sum-exps [N], o - p [N] and the gradients of the main negatives.
     """

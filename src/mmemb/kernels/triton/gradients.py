@@ -1,4 +1,4 @@
-"""The gradients of the Triton engine: blocks of G by a kernel, products with them by the library."""
+"""Sums up the gradients of the Triton engine: a kernel makes blocks of G, the library multiplies with them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mmemb.kernels.triton.kernels import gradient_kernel
 from mmemb.kernels.triton.launch import Launcher, Part, aligned, blocks, multiplies_mixed
 
 HALF_PEAK = 14
-"""Largest |G| in float16, as a power of two; G is scaled to it, since float16 cannot hold 1 / N^2."""
+"""Exponent of the largest |G| in float16, base 2. G is scaled to it, since float16 cannot hold 1 / N^2."""
 
 
 POSITIVE_ROWS = 4096
-"""Rows of a step of `Sums.add_positives`, which holds a few such blocks of embeddings in the work dtype."""
+"""Rows per step of `Sums.add_positives`, which holds a few such blocks of embeddings in the work dtype."""
 
 
 class Sums:
-    """The gradients while they are summed up, as of c * dot times `boost`; ``slope`` is sum(G * z) for negatives z.
+    """Sums of the gradients with respect to c * dot, times `boost`. ``slope`` is sum(G * z) over negatives' logits z.
 
     Args:
-        launcher: of the problem.
-        largest: numbers of which one is at least as large as any |G|.
+        launcher: the problem's launcher.
+        largest: values, of which one is at least as large as any |G|.
     """
 
     def __init__(self, launcher: Launcher, largest: Tensor) -> None:
@@ -45,10 +45,11 @@ class Sums:
             self.boost = (HALF_PEAK - largest.abs().amax().clamp_min(2.0**-100).log2()).floor().exp2()
 
     def add_main(self, share: Tensor, totals: Tensor, columns: Columns | None = None) -> None:
+        """Adds the part of the queries' negatives among the candidates."""
         self._add(self.launcher.main, self.query, self.candidate, share, totals, columns)
 
     def add_positives(self, values: Tensor) -> None:
-        """The positives' part, for G [N] at them, never in 16 bits: rows of G would no longer sum to 0."""
+        """Adds the positives' part, given G [N] at them. Never in 16 bits: rows of G would no longer sum to 0."""
         launcher, work = self.launcher, self.query.dtype
         for start, stop in blocks(len(values), POSITIVE_ROWS):
             share, own = (values[start:stop] * self.boost)[:, None], launcher.problem.positive[start:stop]
@@ -56,7 +57,7 @@ class Sums:
             add_rows_(self.candidate, own, launcher.query[start:stop] * share)
 
     def add_further(self, share: Tensor, totals: Tensor) -> None:
-        """The further negatives' part, for rows of G = share exp(z - total)."""
+        """Adds the further negatives' part, for rows of G = share exp(z - total)."""
         for name, part in self.launcher.parts.items():
             if name == "peers":
                 assert self.peers is not None
@@ -78,14 +79,14 @@ class Sums:
         """Adds G right to ``left`` [N, D] and G^T left to ``right`` [L, D], block by block."""
         launcher, tiles = self.launcher, self.tiles
         row_vectors = [(share * self.boost).contiguous(), totals.contiguous()]
-        column_vectors = [totals, totals, totals]  # stand-ins
+        column_vectors = [totals, totals, totals]  # not read
         if columns is not None:
-            # A column that is nobody's positive has no loss: +inf makes its softmax exactly 0, also where all of it is
+            # A column that is no query's positive has no loss. +inf makes its softmax exactly 0, even if all of it is
             # left out.
             total = torch.logaddexp(columns.others, columns.own).where(columns.share != 0, torch.inf)
             column_vectors = [columns.share * self.boost, total, columns.own * launcher.stretch]
         n, m = len(part.left), len(part.right)
-        if n == 0:  # descriptors of nothing are refused
+        if n == 0:  # Triton refuses descriptors of empty tensors
             return
         operands, options = launcher.operands(part, tiles), launcher.options(part, tiles)
         rows, width = self._block(n, m)
@@ -104,7 +105,7 @@ class Sums:
                 add_product(right[column:last_column], values.T, part.left[row:last_row])
 
     def _block(self, n: int, m: int) -> tuple[int, int]:
-        """Rows and columns of a slab, whole tiles: near square, which moves the fewest bytes of dQ and dK."""
+        """Rows and columns of a slab in whole tiles. Near square, which moves the fewest bytes of dQ and dK."""
         tiles = self.tiles
         items = self.launcher.workspace_bytes // self.launcher.slab_item
         side = isqrt(items)
@@ -114,6 +115,7 @@ class Sums:
         return max(tiles.rows, self.launcher.slab_rows(min(width, m))), width
 
     def result(self) -> Gradients:
+        """Returns the gradients. Call it once, at the end."""
         problem = self.launcher.problem
         scale = problem.scale / self.boost
         width = problem.query.shape[1]
@@ -125,7 +127,7 @@ class Sums:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total [R, D] += left [R, L] right [L, D] in place, accumulated in the total's dtype whatever the factors'."""
+    """Does total [R, D] += left [R, L] right [L, D] in place, accumulating in the dtype of the total."""
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
     if multiplies_mixed(left.device, left.dtype):

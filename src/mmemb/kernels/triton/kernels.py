@@ -1,24 +1,25 @@
-"""The Triton kernels of InfoNCE: tiles of S = Q K^T / temperature, and what is made of a tile before it is dropped.
+"""The Triton kernels of InfoNCE: they multiply tiles of S = Q K^T / temperature and reduce or convert each at once.
 
     N queries   M candidates   D width   BM x BN a tile, BK a step along D   p_i the positive's logit of query i
     Q [N, D]    K [M, D]       a launch covers a block: rows [first_row, last_row), columns [first_column, last_column)
 
-The two large kernels are persistent (as many programs as the chip runs at once walk the tiles, rows of tiles in groups,
-so that tiles that run together share their operands in cache) and differ in what follows the product:
+The two large kernels are persistent: there are as many programs as the chip runs at once, and each takes tile after
+tile. Rows of tiles come in groups, so that tiles that run together share their operands in cache. The kernels differ
+in what follows the product:
 
-- `sums_kernel`: log-sum-exps of the tile's rows and columns, written a tile each and reduced by the caller in a fixed
-  order; on request the exponentials themselves and the rows' sums of exp(s) (s - p), for the one-direction loss.
-- `gradient_kernel`: the tile of G = dL/dS, and the tile's share of the temperature's gradient.
+- `sums_kernel` writes the log-sum-exps of the tile's rows and columns. The caller reduces them in a fixed order. For
+  the one-direction loss it also writes the exponentials and the rows' sums of exp(s) (s - p).
+- `gradient_kernel` writes the tile of G = dL/dS, and the tile's share of the temperature's gradient.
 
-The positive is left out of the sums and of G; its logit comes from `own_kernel`. Vectors come in and go out in natural
-units; inside, logits are in base 2, the unit of the chip's exponential. There are no atomics: every value has one
-writer, so two runs give the same bits.
+The sums and G leave out the positive; its logit comes from `own_kernel`. Inputs and outputs are in natural units.
+Inside, logits are in base 2, the unit of the chip's exponential. There are no atomics: every value has one writer, so
+two runs give the same bits.
 """
 
 from __future__ import annotations
 
-# The interpreter keeps bfloat16 as integers, gets its arithmetic wrong and truncates to it where chips round: WIDEN
-# casts operands to float32 first, and rounds.
+# The interpreter keeps bfloat16 as integers, gets its arithmetic wrong, and truncates where chips round. With WIDEN,
+# operands are cast to float32 first, and results are rounded.
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
@@ -26,13 +27,13 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Below all logits, whose bound is a quarter of the largest float32; finite, so that exp2 of it times anything is 0.
+# Below all logits, whose bound is a quarter of the largest float32. Finite, so that exp2 of it times anything is 0.
 FLOOR = tl.constexpr(-2e38)
 
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile in the order that walks GROUP rows of tiles together."""
+    """Row and column of a tile, in an order that takes GROUP rows of tiles together."""
     in_group = GROUP * tiles_n
     first = tile // in_group * GROUP
     height = min(tiles_m - first, GROUP)
@@ -69,10 +70,10 @@ def _product(
 
 @triton.jit
 def _piece(tile, INDEX: tl.constexpr, PARTS: tl.constexpr):
-    """Columns INDEX * BN / PARTS and on of a tile [BM, BN]; PARTS is 1, 2, 4 or 8.
+    """The BN / PARTS columns of a tile [BM, BN] from INDEX * BN / PARTS on; PARTS is 1, 2, 4 or 8.
 
-    The accumulator is spread over the threads so that this moves no data. Every vector along the columns takes a
-    thread as many registers as the piece has columns, over 4: that is why epilogues go by piece.
+    The accumulator is spread over the threads so that this moves no data. Per vector along the columns, a thread needs
+    a quarter as many registers as the piece has columns. So epilogues work piece by piece.
     """
     if PARTS == 8:
         tile = _half(tile, INDEX // 4)
@@ -95,7 +96,7 @@ def _half(tile, INDEX: tl.constexpr):
 def _negatives(
     logits, rows, columns, here, there, positive, query_id, candidate_id, LOWEST: tl.constexpr, IDS: tl.constexpr
 ):  # fmt: skip
-    """The piece's logits [BM, BN] in base 2, LOWEST where they are not negatives'."""
+    """The piece's logits [BM, BN] in base 2, with LOWEST at what is no negative."""
     kept = columns[None, :] != tl.load(positive + rows, here, -1).to(tl.int32)[:, None]
     kept = kept & here[:, None] & there[None, :]
     if IDS:
@@ -106,7 +107,7 @@ def _negatives(
 
 @triton.jit
 def _within(logits, limit, at, inside, AXIS: tl.constexpr, LOWEST: tl.constexpr, LIMITED: tl.constexpr):
-    """The logits [BM, BN], with LIMITED as LOWEST where above the limit of their row (AXIS 1) or column (AXIS 0)."""
+    """The logits [BM, BN]. With LIMITED, LOWEST above the limit of the row (AXIS 1) or of the column (AXIS 0)."""
     if LIMITED:
         most = tl.expand_dims(tl.load(limit + at, inside, 0.0), AXIS) * LOG2E
         logits = tl.where(logits <= most, logits, LOWEST)
@@ -115,7 +116,7 @@ def _within(logits, limit, at, inside, AXIS: tl.constexpr, LOWEST: tl.constexpr,
 
 @triton.jit
 def _narrow(values, dtype: tl.constexpr, WIDEN: tl.constexpr):
-    """The values in another dtype, rounded to nearest, ties to even."""
+    """The values in a narrower dtype, rounded to nearest, ties to even."""
     if WIDEN:
         bits = values.to(tl.uint32, bitcast=True)
         values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -126,7 +127,7 @@ def _narrow(values, dtype: tl.constexpr, WIDEN: tl.constexpr):
 def _logsumexp(logits, AXIS: tl.constexpr):
     """Natural log-sum-exp of base-2 logits along an axis."""
     top = tl.max(logits, AXIS)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # -inf throughout stays -inf
+    shift = tl.where(top == float("-inf"), 0.0, top)  # all -inf stays -inf
     return (shift + tl.log2(tl.sum(tl.exp2(logits - tl.expand_dims(shift, AXIS)), AXIS))) * LN2
 
 
@@ -139,24 +140,24 @@ def sums_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps of the negatives in each piece of each tile, by row and by column.
+    """Writes the log-sum-exps of the negatives in each piece of each tile, by row and by column.
 
     Args:
         query: [N, D] contiguous, a pointer or a descriptor of [BM, BK] blocks; ``candidate`` [M, D] likewise.
-        scale: one number in the accumulator's dtype, as all floating-point vectors below.
-        own: [N] p times (c + b) / c, read with EXPONENTIALS.
-        positive: [N] int64, as ``query_id`` [N] and ``candidate_id`` [M].
-        limit: [N] with LIMITED: negatives whose logit is above it are left out of the row's sums;
-            ``column_limit`` [M] with COLUMNS too, likewise of the column's.
+        scale: one number in the accumulator's dtype, which all floating-point vectors below have too.
+        own: [N] p times (c + b) / c; read with EXPONENTIALS.
+        positive: [N] int64; ``query_id`` [N] and ``candidate_id`` [M] likewise.
+        limit: [N], read with LIMITED. The row's sums leave out negatives with a logit above it. With COLUMNS,
+            ``column_limit`` [M] does the same for the column's sums.
         row_sums: [tiles_n * PARTS, rows], rows ``row_stride`` apart: a row's log-sum-exp within each piece.
-        column_sums: [tiles_m, M] with COLUMNS: a column's log-sum-exp within each row of tiles.
-        row_products: as ``row_sums``, with EXPONENTIALS: sums of exp(s) (s - own).
-        exponentials: [rows, M] in the embeddings' dtype, rows ``exponential_stride`` apart, with EXPONENTIALS: exp(s),
-            0 where not a negative.
-        BOUNDED: |s| is small enough for exp(s) without subtracting a maximum; EXPONENTIALS needs it.
+        column_sums: [tiles_m, M], written with COLUMNS: a column's log-sum-exp within each row of tiles.
+        row_products: as ``row_sums``, written with EXPONENTIALS: sums of exp(s) (s - own).
+        exponentials: [rows, M] in the embeddings' dtype, rows ``exponential_stride`` apart, written with EXPONENTIALS:
+            exp(s), and 0 at what is no negative.
+        BOUNDED: |s| is small enough for exp(s) without subtracting a maximum. EXPONENTIALS needs it.
     """
     factor = tl.load(scale) * LOG2E
-    # With a maximum to subtract, a row of nothing but -inf has to be told from one of low logits.
+    # If a maximum is subtracted, a row of -inf alone must differ from a row of low logits.
     lowest: tl.constexpr = FLOOR if BOUNDED else float("-inf")
     tiles_m = tl.cdiv(last_row - first_row, BM)
     tiles_n = tl.cdiv(last_column, BN)
@@ -210,16 +211,18 @@ def gradient_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G = share_i exp(s - total_i), with COLUMNS + share_j exp(s - total_j), at negatives, 0 elsewhere.
+    """Writes G = share_i exp(s - total_i), with COLUMNS + share_j exp(s - total_j), at negatives, and 0 elsewhere.
 
     Args:
         query ... column_limit: as in `sums_kernel`.
-        row_share: [N], coefficient of the row's loss; ``row_total`` [N], its log-sum-exp with the positive.
-        column_share: [M], as of rows, with COLUMNS; ``column_total`` [M]; ``column_own`` [M] as ``own``, of the query
-            whose positive the column is.
+        row_share: [N] coefficient of the row's loss.
+        row_total: [N] log-sum-exp of the row, positive included.
+        column_share: [M] as ``row_share``, for columns; read with COLUMNS, like the next two.
+        column_total: [M] as ``row_total``, for columns.
+        column_own: [M] as ``own``, of the query whose positive the column is.
         gradient: [rows, columns] in the embeddings' dtype, rows ``stride`` apart.
-        temperature: [tiles] each tile's sum over its negatives of G's row part times s - own_i and G's column part
-            times s - column_own_j: that is sum(G * S), as each part sums to 0 over its row or column.
+        temperature: [tiles] each tile's sum over its negatives of G's row part times s - own_i, plus G's column part
+            times s - column_own_j. That is sum(G * S), since each part sums to 0 over its row or column.
     """
     factor = tl.load(scale) * LOG2E
     tiles_m = tl.cdiv(last_row - first_row, BM)
@@ -256,7 +259,7 @@ def gradient_kernel(
                 values += terms
             at = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride + inner[None, :]
             tl.store(gradient + at, _narrow(values, gradient.dtype.element_ty, WIDEN), here[:, None] & there[None, :])
-        # As a matrix of one column: Triton 3.7 fails at the sum of a vector beside sm_100's tensor cores.
+        # As a matrix of one column: Triton 3.7 cannot sum a vector in a kernel that uses sm_100's tensor cores.
         tl.store(temperature + tile + tl.arange(0, 1), tl.sum(slopes[:, None], 0) * LN2)
 
 
@@ -265,7 +268,7 @@ def own_kernel(
     query, candidate, scale, positive, own, last_row, width,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The positives' logits p [N], a block of BM rows a program."""
+    """Writes the positives' logits p [N], one block of BM rows per program."""
     factor = tl.load(scale)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     here = rows < last_row

@@ -24,30 +24,31 @@ from mmemb.kernels.triton.kernels import own_kernel, sums_kernel
 from mmemb.kernels.triton.tiles import Tiles
 
 GROUP = 8
-"""Rows of tiles that are walked together: their operands stay in the second-level cache."""
+"""Rows of tiles that run together: their operands stay in the second-level cache."""
 
 ALIGNMENT = 64
-"""Rows of the slab begin at multiples of this many elements, as library products like them to."""
+"""Rows of the slab begin at multiples of this many elements, which makes library products faster."""
 
 FULL_ROWS = 512
-"""Fewer rows of full length in the slab do not pay: dK [M, D] would be read and written too often (an estimate from
-bandwidths: at 512 rows that traffic takes as long as one and a half products)."""
+"""Minimum number of full rows in the slab. With fewer, dK [M, D] would be read and written too often. Estimated from
+bandwidths: at 512 rows that traffic takes as long as one and a half products."""
 
 FULL_ROW_SUMS = 4
-"""Arrays of sums by piece beside a slab of full rows: two and the next two, or two and the reduction's two copies."""
+"""Arrays of sums by piece in memory with a slab of full rows: two, plus the next two or the reduction's two copies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of ``left`` [N, D] against rows of ``right`` [L, D]: some of the negatives of N queries, by one rule.
+    """One kind of negative of N queries: rows of ``left`` [N, D] against rows of ``right`` [L, D].
 
     Attributes:
-        left: queries, or what stands for them.
-        right: rows of negatives.
-        own: [N] int64, the row of ``right`` that is no negative of the query (its positive, itself).
-        left_id: [N] int64 or None; equal ids are no negatives. ``right_id``: [L].
-        limit: [N] or None; larger logits are no negatives of the query.
-        column_limit: [L] or None; larger logits are no negatives of the column's own query (symmetric loss).
+        left: the queries, or their positives if candidates are negatives of those.
+        right: the rows of negatives.
+        own: [N] int64, the row of ``right`` that is no negative of the query: its positive or itself.
+        left_id: [N] int64 or None. Rows with equal ids are no negatives.
+        right_id: [L] int64 or None.
+        limit: [N] or None. Larger logits are no negatives of the query.
+        column_limit: [L] or None. Larger logits are no negatives of the column's own query (symmetric loss).
     """
 
     left: Tensor
@@ -60,7 +61,7 @@ class Part:
 
 
 class Launcher:
-    """One problem in the kernels' form, and the launches that make its sums."""
+    """One problem in the form that the kernels take, and the launches that make its sums."""
 
     def __init__(self, problem: Problem, workspace_bytes: int | None) -> None:
         tiles = _tiles.choose(problem.query.device, problem.query.dtype)
@@ -76,7 +77,7 @@ class Launcher:
         self.scale = problem.negative_scale.contiguous()
         with self.device:
             self.own = self._own()  # [N] p
-        self.stretch = problem.negative_scale / problem.scale  # from positives' logits to negatives'
+        self.stretch = problem.negative_scale / problem.scale  # turns a positive's logit into a negative's
         limit = problem.limits(self.own)
         self.main = self.part(self.query, self.candidate, problem.positive, problem.candidate_id, limit)
         self.parts: dict[str, Part] = {}
@@ -92,30 +93,30 @@ class Launcher:
 
     @property
     def full_rows(self) -> bool:
-        """Whether the one-direction loss is made from exponentials of full rows, at 6U."""
+        """Whether one direction is solved in three products, from exponentials of full rows."""
         # float16 cannot hold exp(s).
         fits = self.slab_rows(len(self.candidate), sums=FULL_ROW_SUMS) >= max(1, min(FULL_ROWS, len(self.query)))
         return self.problem.bound <= SAFE_LOGIT and self.dtype != torch.float16 and fits
 
     @property
     def slab_item(self) -> int:
-        """Bytes of an element of the slab, with its copy in the work dtype where the products need one."""
+        """Bytes per element of the slab, with its copy in the work dtype if the products need one."""
         work = self.problem.work_dtype
         copied = self.dtype != work and not multiplies_mixed(self.query.device, self.dtype)
         return self.dtype.itemsize + copied * work.itemsize
 
     def slab_rows(self, columns: int, *, sums: int = 0) -> int:
-        """Most rows of a slab so many columns wide, whole tiles; 0 if not even one tile fits.
+        """Returns the maximum number of rows of a slab, in whole tiles; 0 if not even one tile fits.
 
         Args:
-            columns: of the slab.
-            sums: arrays of the rows' sums by piece that are in memory beside it.
+            columns: number of columns of the slab.
+            sums: number of arrays of the rows' sums by piece that are in memory with it.
         """
         a_row = aligned(columns) * self.slab_item + sums * self.pieces(columns) * self.problem.work_dtype.itemsize
         return self.workspace_bytes // a_row // self.tiles.rows * self.tiles.rows
 
     def pieces(self, columns: int) -> int:
-        """Pieces of tiles in a row of tiles so many columns wide."""
+        """Returns the number of pieces in a row of tiles with so many columns."""
         return cdiv(columns, self.tiles.columns) * self.tiles.parts
 
     def empty(self, *shape: int) -> Tensor:
@@ -130,7 +131,7 @@ class Launcher:
         return own
 
     def further_negatives(self) -> Tensor | None:
-        """x [N] in logarithms: log-sum-exp of the further negatives, None if the problem has none."""
+        """Returns log x [N], the log-sum-exp of the further negatives; None if the problem has none."""
         extra = None
         for part in self.parts.values():
             others, _ = self.sums(part, columns=False)
@@ -138,7 +139,7 @@ class Launcher:
         return extra
 
     def sums(self, part: Part, *, columns: bool) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of the part's rows [N] and, if asked for, of its columns [L] (else -inf)."""
+        """Returns the log-sum-exp of the part's rows [N] and, if ``columns``, of its columns [L]; otherwise -inf."""
         n, m = len(part.left), len(part.right)
         pieces = self.pieces(m)
         row_others, column_others = self.empty(n), self.empty(m).fill_(-torch.inf)
@@ -184,7 +185,7 @@ class Launcher:
         )
 
     def operands(self, part: Part, tiles: Tiles) -> tuple[Any, ...]:
-        """The arguments that both kernels begin with; stand-ins for what is absent."""
+        """Returns the first arguments of both kernels. Missing tensors are replaced by others, which are not read."""
         own = (self.own * self.stretch).contiguous()
         return (
             loadable(part.left, tiles.rows, tiles),
@@ -199,7 +200,7 @@ class Launcher:
         )
 
     def options(self, part: Part, tiles: Tiles) -> dict[str, Any]:
-        """Compile-time choices that both kernels share."""
+        """Returns the compile-time arguments that both kernels share."""
         return {
             "IDS": part.left_id is not None,
             "LIMITED": part.limit is not None,
@@ -216,27 +217,27 @@ class Launcher:
         }
 
     def grid(self, tiles: int) -> tuple[int]:
-        """As many programs as the chip runs at once."""
+        """Returns the number of programs: one per tile, at most as many as the chip runs at once."""
         device = self.query.device
         programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         return (min(tiles, programs),)
 
 
 def loadable(rows: Tensor, block: int, tiles: Tiles) -> Any:
-    """What the kernels load blocks of rows from."""
+    """Returns the object from which the kernels load blocks of rows: a descriptor or the tensor."""
     return TensorDescriptor.from_tensor(rows, [block, tiles.depth]) if tiles.descriptors else rows
 
 
 def multiplies_mixed(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library multiplies such 16-bit factors into a float32 sum as they are."""
+    """Whether the library multiplies such 16-bit factors into a float32 sum without copies in float32."""
     refused = dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     return device.type == "cuda" and torch.version.hip is None and not refused
 
 
 def plain(rows: Tensor) -> Tensor:
-    """The rows one after another from an address that the copy engine takes, copied if need be.
+    """Returns the rows contiguous in memory, at an address that the copy engine accepts. Copies only if it has to.
 
-    Their width is the next multiple of `mmemb.kernels.triton.tiles.STEP`; columns beyond their own are 0.
+    The width is the next multiple of `mmemb.kernels.triton.tiles.STEP`. Added columns are 0.
     """
     if missing := -rows.shape[1] % _tiles.STEP:
         return pad(rows, (0, missing))
@@ -245,11 +246,11 @@ def plain(rows: Tensor) -> Tensor:
 
 
 def aligned(columns: int) -> int:
-    """Elements from one row of a slab to the next."""
+    """Returns the number of elements from one row of a slab to the next."""
     return cdiv(columns, ALIGNMENT) * ALIGNMENT
 
 
 def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:
-    """[0, length) in runs of ``size``, as start and end."""
+    """Yields [0, length) in blocks of ``size``, as start and end."""
     for start in range(0, length, size):
         yield start, min(start + size, length)

@@ -1,7 +1,7 @@
-"""Tile choices of the Triton kernels, one line a chip and element size, and which line a device takes.
+"""Tile sizes of the Triton kernels: a table with one line per chip and element size, and how a device finds its line.
 
-A line is fixed, not tuned at run time: the same input gives the same bits in every run. Chosen by the compiler's
-resource report: no spilled register and shared memory within the chip's limit
+The lines are fixed and not tuned at run time, so the same input gives the same bits in every run. They were chosen from
+the compiler's resource report: no register spills, and shared memory is within the chip's limit
 (`tests/unit/kernels/test_triton_compile.py`).
 """
 
@@ -20,12 +20,12 @@ class Tiles:
     """One kernel configuration.
 
     Attributes:
-        rows: of a tile of S; a power of two, as the next two.
-        columns: of a tile of S.
-        depth: of one step along the embedding width.
-        warps: that share a tile.
+        rows: rows of a tile of S; a power of two, like ``columns`` and ``depth``.
+        columns: columns of a tile of S.
+        depth: columns of the embeddings per step of a product.
+        warps: warps that share a tile.
         stages: steps whose loads are in flight at once.
-        parts: pieces of columns that follow one another once a tile is multiplied, 1, 2, 4 or 8.
+        parts: pieces of columns that are processed one after another once a tile is multiplied; 1, 2, 4 or 8.
         descriptors: load through tensor descriptors (the chip's copy engine).
         precision: how float32 products are made; ``tf32x3`` keeps 22 bits of each factor on the tensor cores.
     """
@@ -41,8 +41,8 @@ class Tiles:
 
 
 STEP = 16
-"""Columns of what the kernels read come in multiples of this. Otherwise tensor descriptors refuse most widths, and the
-compiler, to which a number is a multiple of 16 or of nothing, makes pointers load element by element and spills."""
+"""The kernels read embeddings whose width is a multiple of this. Tensor descriptors refuse most other widths. The
+compiler only distinguishes multiples of 16 from other numbers: for those it loads element by element and spills."""
 
 TILES: dict[tuple[str, int], Tiles] = {
     ("sm_80", 2): Tiles(128, 128, 64, 8, 3, 4),
@@ -50,12 +50,12 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("sm_90", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
     ("sm_90", 4): Tiles(128, 128, 32, 8, 3, 4, descriptors=True, precision="tf32x3"),
     ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
-    # In one part: in more, the gradient or a plain call's sums spill.
+    # In one part: with more, the gradient or the sums of a plain call spill.
     ("sm_100", 4): Tiles(128, 64, 32, 8, 3, descriptors=True, precision="tf32x3"),
-    # Not compiled by the tests: no report of registers was looked at.
+    # The tests do not compile these lines, and nobody has read a report of their registers.
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
     ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),
-    # The interpreter on a CPU pays a fixed price a step, whatever its size.
+    # The interpreter on a CPU takes a fixed time per step, whatever its size.
     ("interpreter", 2): Tiles(128, 128, 128, 4, 1, 2),
     ("interpreter", 4): Tiles(128, 128, 128, 4, 1, 2),
     ("interpreter", 8): Tiles(128, 128, 128, 4, 1, 2),
@@ -66,13 +66,13 @@ GRADIENT_TILES: dict[tuple[str, int], Tiles] = {
     ("sm_90", 4): Tiles(128, 64, 32, 8, 3, 4, descriptors=True, precision="tf32x3"),
     ("sm_100", 2): Tiles(128, 128, 64, 8, 4, 8, descriptors=True),
 }
-"""What the gradient's kernel takes instead: its epilogue holds more, and spills with the lines above."""
+"""Lines for the gradient's kernel. Its epilogue needs more registers and spills with the lines above."""
 
 
 def chip(device: torch.device) -> str:
-    """The table's name of a device: sm_90 and sm_100 by name, other NVIDIA chips from Ampere on as sm_80.
+    """Returns the name of a device in the table: sm_90 and sm_100, and sm_80 for other NVIDIA chips since Ampere.
 
-    Chips before (``older``) multiply neither bfloat16 nor TF32 on their tensor cores and have no line.
+    Older chips (``older``) multiply neither bfloat16 nor TF32 on their tensor cores and have no line.
     """
     if device.type == "cpu":
         return "interpreter"
@@ -83,11 +83,11 @@ def chip(device: torch.device) -> str:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Tiles | None:
-    """The line for a device and embeddings of this dtype; None where there is none: float64 on a GPU, old chips."""
+    """Returns the line for a device and dtype, or None: float64 on a GPU and old chips have no line."""
     return TILES.get((chip(device), dtype.itemsize))
 
 
 def choose_for_gradient(device: torch.device, dtype: torch.dtype) -> Tiles | None:
-    """As `choose`, of the gradient's kernel."""
+    """Returns the line for the gradient's kernel, as `choose` does for the others."""
     line = chip(device), dtype.itemsize
     return GRADIENT_TILES.get(line, TILES.get(line))

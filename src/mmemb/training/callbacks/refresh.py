@@ -28,7 +28,7 @@ from mmemb.common.checks import check_numbers
 from mmemb.common.digests import seed_of
 from mmemb.data.datamodule import PairDataModule
 from mmemb.interfaces import Evaluator, Selector, Worker
-from mmemb.losses.distributed import all_sum
+from mmemb.losses.collectives import all_sum
 from mmemb.rationales.gains import gains
 from mmemb.rationales.generate import generate
 from mmemb.rationales.pool import RationalePool

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmemb.drawing.rollout_table import RolloutRow
 from mmemb.inference.rollout import Rollouts
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.training.control.decision import Policy
 from mmemb.training.control.rewards import Outcome
 

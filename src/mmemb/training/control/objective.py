@@ -31,7 +31,7 @@ from mmemb.drawing.rollout_table import draw_rollouts
 from mmemb.inference.encoder import Encoder, evaluating
 from mmemb.inference.rollout import Rollouts, rollout
 from mmemb.interfaces import Model, SetupContext
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.losses.grpo import GRPO, PolicyLoss, Size
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.contrast import Path, contrast

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmemb.common.checks import check_numbers
 from mmemb.data.augment import PictureAugment
 from mmemb.interfaces import Choose, Model, SetupContext
-from mmemb.losses.distributed import all_sum, world_size
+from mmemb.losses.collectives import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
 from mmemb.training.contrast import Path, contrast
