@@ -18,6 +18,7 @@ from mmemb.commands.parsing import short_names as shortnames
 from mmemb.commands.parsing.configs import check_yaml, config_paths
 from mmemb.commands.parsing.errors import UsageError
 from mmemb.commands.parsing.parser import HelpFormatter, OneLineErrors
+from mmemb.commands.parsing.phase_flags import apply_phase_flags, take_phase_flags
 from mmemb.common.terminal import has_terminal
 from mmemb.training.callbacks.checkpoint import SafeCheckpointIO
 from mmemb.training.callbacks.interrupt import InterruptCheckpoint
@@ -107,7 +108,12 @@ class MmembCLI(LightningCLI):
         """Parses the words given (Lightning's own way warns whenever ``sys.argv`` has words of another program)."""
         for path in config_paths(args):
             check_yaml(path)
-        self.config = parser.parse_args(args)
+        words, flags = take_phase_flags(args)
+        self.config = parser.parse_args(words)
+        if flags:
+            settings = self.config.as_dict()
+            apply_phase_flags(settings[self.command]["model"]["phases"], flags)
+            self.config = parser.parse_object(settings)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings as given: Lightning would replace the model section by the checkpoint's, unasked.
