@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import OptimizerCallable
-from standins import StandInData, StandInModule
+from standins import StandInModule
 
-from mmemb.commands.parsing.lightning_cli import _Check, check_config
+from mmemb.commands.parsing.lightning_cli import check_config
 from mmemb.commands.parsing.shorthand import PartError, expand
 from mmemb.components.controllers.threshold import Threshold
 from mmemb.components.selectors.random import Random
@@ -29,14 +29,14 @@ SHORT = """
 model:
   backbone: {tiny: {weights: random}}
   pooler: embed_token
-  objective:
-    joint:
-      chunk_size: 4
-      infonce: {infonce: {temperature: 0.07}}
-      augment: {jitter: {shift: 2}}
-  control:
-    start: 1
-    objective:
+  phases:
+  - objective:
+      joint:
+        chunk_size: 4
+        infonce: {infonce: {temperature: 0.07}}
+        augment: {jitter: {shift: 2}}
+    steps: 1
+  - objective:
       control:
         rewards:
         - utility: {price: 0.01}
@@ -55,15 +55,15 @@ LONG = """
 model:
   backbone: {class_path: tiny, init_args: {weights: random}}
   pooler: embed_token
-  objective:
-    class_path: mmemb.training.joint.objective.Joint
-    init_args:
-      chunk_size: 4
-      infonce: {class_path: mmemb.losses.infonce.InfoNCE, init_args: {temperature: 0.07}}
-      augment: {class_path: mmemb.data.augment.PictureAugment, init_args: {shift: 2}}
-  control:
-    start: 1
-    objective:
+  phases:
+  - objective:
+      class_path: mmemb.training.joint.objective.Joint
+      init_args:
+        chunk_size: 4
+        infonce: {class_path: mmemb.losses.infonce.InfoNCE, init_args: {temperature: 0.07}}
+        augment: {class_path: mmemb.data.augment.PictureAugment, init_args: {shift: 2}}
+    steps: 1
+  - objective:
       class_path: mmemb.training.control.objective.Control
       init_args:
         rewards:
@@ -90,19 +90,15 @@ def parsed(*words: str, **files: str) -> dict[str, Any]:
 
 
 def selector_of(*words: str) -> dict[str, Any]:
-    """The selector after the words, without the cost of parsing a whole training."""
-
-    class Check(_Check):
-        def __init__(self, args: list[str]) -> None:
-            super().__init__(StandInModule, StandInData, args=args)
-
-    return Check(["fit", *words]).config.fit.model.selector.as_dict()
+    """The selector after the words."""
+    return check_config(["fit", *words]).model.selector.as_dict()
 
 
 def test_the_short_form_of_a_whole_recipe_equals_the_long_one() -> None:
     assert parsed(short=SHORT) == parsed(long=LONG)
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("first", "then", "selector"),
     [
@@ -125,11 +121,8 @@ def test_a_later_file_or_flag_merges_as_the_long_form_does(first: str, then: str
 
 
 def test_flags_below_a_short_form() -> None:
-    words = ["--model.selector.seed=9", "--model.objective.infonce.temperature=0.2", "--model.optimizer.lr=0.5"]
-    found = parsed(*words, short=SHORT)
+    found = parsed("--model.selector.seed=9", "--model.optimizer.lr=0.5", short=SHORT)
     assert found["selector"]["init_args"]["seed"] == 9
-    assert found["objective"]["init_args"]["infonce"]["init_args"]["temperature"] == 0.2
-    assert found["objective"]["init_args"]["chunk_size"] == 4
     assert found["optimizer"]["init_args"]["lr"] == 0.5
     assert tuple(found["optimizer"]["init_args"]["betas"]) == (0.9, 0.98)
 
@@ -183,11 +176,16 @@ def test_mistakes_are_one_line(mistake: Mistake, words: list[str], parts: list[s
 
 
 def test_a_mistake_far_below_names_its_place() -> None:
-    bad = "{joint: {infonce: {infnce: {temperature: 0.1}}}}"
-    with pytest.raises(ValueError, match=r"^model\.objective\.infonce: there is no loss named 'infnce'.*'infonce'"):
-        parsed("--model.objective", bad, short=SHORT)
-    with pytest.raises(ValueError, match=r"^model\.objective\.infonce: .*no argument 'temprature'; .*'temperature'"):
-        parsed("--model.objective", "{joint: {infonce: {temprature: 0.1}}}", short=SHORT)
+    bad = "[{objective: {joint: {infonce: {infnce: {temperature: 0.1}}}}}]"
+    with pytest.raises(
+        ValueError, match=r"^model\.phases\.objective\.infonce: there is no loss named 'infnce'.*'infonce'"
+    ):
+        parsed("--model.phases", bad, short=SHORT)
+    bad = "[{objective: {joint: {infonce: {temprature: 0.1}}}}]"
+    with pytest.raises(
+        ValueError, match=r"^model\.phases\.objective\.infonce: .*no argument 'temprature'; .*'temperature'"
+    ):
+        parsed("--model.phases", bad, short=SHORT)
 
 
 def path_of(cls: type) -> str:

@@ -274,8 +274,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     made = control(rows, infonce=None)
     with pytest.raises(ValueError, match="give `infonce`"):
         made.step(own, made.collate(own, rows, 0), StepContext())
-    with pytest.raises(ValueError, match="start is -1"):
-        Phase(made, start=-1)
+    with pytest.raises(ValueError, match="phase.steps is -1"):
+        Phase(made, steps=-1)
 
 
 # -- in a run ------------------------------------------------------------------------------------------------------
