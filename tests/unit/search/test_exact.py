@@ -64,7 +64,7 @@ def test_search_is_exact_and_stable(tmp_path: Path) -> None:
 
 def test_search_refuses_what_cannot_match(tmp_path: Path) -> None:
     index = read_embeddings(write_embeddings(tmp_path / "e.parquet", ITEMS, encoded(VECTORS)))
-    with pytest.raises(ValueError, match="the query has 3 dimensions, the index 2"):
+    with pytest.raises(ValueError, match="the query has 3 dimensions, but the index has 2"):
         index.search(torch.ones(1, 3))
     with pytest.raises(ValueError, match="k is 0"):
         index.search(VECTORS, k=0)
@@ -77,7 +77,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bad\.parquet: not a readable Parquet file"):
         read_embeddings(tmp_path / "bad.parquet")
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="no column 'text'"):
+    with pytest.raises(ValueError, match="column .text. is missing"):
         read_embeddings(tmp_path / "other.parquet")
     write_embeddings(tmp_path / "e.parquet", ITEMS, encoded(VECTORS), model="tiny#1")
     with pytest.raises(ValueError, match=r"embedded by another model .tiny#1., but the query's model is tiny#2"):
@@ -85,7 +85,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "e.parquet")
     loose = table.set_column(3, "embedding", pa.array([[1.0]] * 4))
     pq.write_table(loose, tmp_path / "loose.parquet")
-    with pytest.raises(ValueError, match="embeddings of varying length"):
+    with pytest.raises(ValueError, match="the embeddings vary in length"):
         read_embeddings(tmp_path / "loose.parquet")
 
 
