@@ -143,7 +143,7 @@ def rollout(
     _check(items, group_size, temperature, max_new_tokens, exploration, batch_size)
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
-        raise ValueError(f"rollout: {len(seeds)} seeds for {len(items)} queries; give one seed in all, or one per query")
+        raise ValueError(f"rollout: seed has length {len(seeds)} for {len(items)} queries; give one number, or one per query")
     wanted = _wanted(decision, len(items), group_size)
     order = length_order(items)
     step = max(1, batch_size // group_size)

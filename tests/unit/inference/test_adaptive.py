@@ -245,7 +245,7 @@ def test_sample_refuses_senseless_arguments() -> None:
     backbone = FakeBackbone()
     with pytest.raises(ValueError, match=r"sample\.temperature is -1"):
         sample(backbone, items(1), max_new_tokens=4, temperature=-1, seed=0, batch_size=1)
-    with pytest.raises(ValueError, match="2 seeds for 1 items"):
+    with pytest.raises(ValueError, match="seed has length 2 for 1 items"):
         sample(backbone, items(1), max_new_tokens=4, temperature=1, seed=[1, 2], batch_size=1)
 
 

@@ -283,7 +283,7 @@ def test_a_hub_id_is_read_from_the_cache(
     for identity in ("someone/embedder", "someone/embedder@v1"):
         loaded = Embedder.from_checkpoint(identity, device="cpu")
         assert loaded.identity == Embedder(*parts).identity
-    with pytest.raises(FileNotFoundError, match="someone/other: neither a path here nor a model of the hub"):
+    with pytest.raises(FileNotFoundError, match="someone/other: this is neither a local path nor a hub model"):
         Embedder.from_checkpoint("someone/other")
 
 
@@ -297,7 +297,7 @@ def test_identity_tells_checkpoints_of_one_architecture_apart(parts: tuple[Backb
 
 
 def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"give a run's folder or a \.ckpt file"):
+    with pytest.raises(FileNotFoundError, match=r"give the folder of a run or a \.ckpt file"):
         Embedder.from_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         Embedder.from_checkpoint(tmp_path / "none.ckpt")
@@ -310,7 +310,7 @@ def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Pat
         Embedder.from_checkpoint(tmp_path / "runs")
     path, whole = tmp_path / "a.ckpt", checkpoint(parts)
     write_checkpoint({**whole, "hyper_parameters": {}}, path)
-    with pytest.raises(ValueError, match="settings of backbone and pooler are not in it"):
+    with pytest.raises(ValueError, match="settings of backbone and pooler are missing"):
         Embedder.from_checkpoint(path)
     write_checkpoint({**whole, "backbone_identity": "other@1#2"}, path)
     with pytest.raises(ValueError, match=r"written by the backbone 'other@1#2'"):
@@ -325,7 +325,7 @@ def test_a_checkpoint_cannot_name_another_class(parts: tuple[Backbone, Pooler], 
     settings = checkpoint(parts)
     settings["hyper_parameters"]["pooler"] = {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}
     write_checkpoint(settings, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="its settings do not build a model here"):
+    with pytest.raises(ValueError, match="no model can be built from its settings"):
         Embedder.from_checkpoint(tmp_path / "a.ckpt")
 
 

@@ -135,9 +135,9 @@ def test_modes_are_restored_and_nobody_thinking_is_fine() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"group_size": 0}, "group_size is 0"),
         ({"exploration": 1.5}, "exploration is 1.5"),
-        ({"seed": [1]}, "1 seeds for 5 queries"),
-        ({"decision": torch.ones(4, 5)}, r"shape \(4, 5\); expected \(5, 4\)"),
-        ({"decision": torch.full((5, 4), 2)}, "a decision is 1"),
+        ({"seed": [1]}, "seed has length 1 for 5 queries"),
+        ({"decision": torch.ones(4, 5)}, r"decision has the shape \(4, 5\); give \(5, 4\)"),
+        ({"decision": torch.full((5, 4), 2)}, "decision has other values than 1"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
