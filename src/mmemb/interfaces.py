@@ -108,14 +108,9 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
     @abstractmethod
     def extend(self, prefix: Prefix, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Prefix]:
-        """Encodes L more tokens [B, L] after a prefix.
+        """Encodes L more tokens [B, L] after a prefix. In the mask [B, L], 1 means a real token.
 
         Do not use the given prefix again. To continue from it more than once, extend a `fork` of it.
-
-        Args:
-            prefix: the prefix to extend.
-            tokens: [B, L] int64 token ids.
-            mask: [B, L], 1 = real. None: all tokens are real.
 
         Returns:
             the states [B, L, H] and the longer prefix.
@@ -126,9 +121,7 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         """Copies a prefix. If ``rows`` [R] int64 are given, the copy has only those rows."""
 
     def join(self, prefixes: Sequence[Prefix]) -> Prefix:
-        """Joins the rows of several prefixes into one prefix, in their order.
-
-        Do not use the given prefixes again.
+        """Joins the rows of several prefixes into one, in their order. Do not use the given prefixes again.
 
         Raises:
             NotImplementedError: the backbone does not join prefixes (``joins_prefixes``).
@@ -145,7 +138,7 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Turns a text into token ids as `prepare` does. Text that spells a special token counts as plain characters."""
+        """Turns a text into token ids as `prepare` does. A special token that is spelt out counts as plain text."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
@@ -217,15 +210,12 @@ class Pooler(nn.Module, Component, ABC, kind="pooler"):
 
     @abstractmethod
     def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
-        """Computes the embeddings of B rows.
+        """Computes one embedding per row: [B, D] float32, L2-normalised.
 
         Args:
             hidden: [B, T, H] hidden states.
             attention_mask: [B, T].
             emb_position: [B], column of ``<emb>``.
-
-        Returns:
-            [B, D] float32, L2-normalised.
         """
 
 
@@ -243,11 +233,7 @@ class Model:
         return cls(backbone, pooler)
 
     def embed(self, inputs: ModelInputs) -> Tensor:
-        """Embeds B prepared rows that end in ``<emb>`` in one forward pass.
-
-        Returns:
-            the embeddings [B, D], on the model's device.
-        """
+        """Embeds B prepared rows that end in ``<emb>`` in one forward pass: [B, D], on the model's device."""
         inputs = inputs.to(self.backbone.device)
         return self.pooler(self.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
 
@@ -359,10 +345,7 @@ class Selector(Component, ABC, kind="selector"):
         """
 
     def select_many(self, candidates: Candidates, *, seed: int) -> tuple[Selection, ...]:
-        """Chooses everything that the pair trains on, by default the one choice of `select`.
-
-        The arguments are those of `select`.
-        """
+        """Chooses everything that the pair trains on, by default one choice by `select`. Takes the same arguments."""
         return (self.select(candidates, seed=seed),)
 
 

@@ -103,9 +103,9 @@ class Embedder:
         """Embeds one input or a list of inputs. Batches that do not fit into memory are halved.
 
         Args:
-            items: a string (text), a path (picture), a PIL image, a dict (an item as in data files, with pictures as
-                paths or PIL images) or an `Item`; or a list of these. A list within the list is one item with several
-                parts, in order.
+            items: a string (text), a path (picture), a PIL image, a dict or an `Item`, or a list of these. A dict is an
+                item as in data files, with pictures as paths or PIL images. A list within the list is one item with
+                several parts, in order.
             side: whether the items are queries, or the targets that queries look for.
             reason: ``auto`` lets the controller decide for each query, and targets skip reasoning. ``always`` and
                 ``never`` apply to all items.

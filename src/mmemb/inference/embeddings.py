@@ -66,8 +66,8 @@ def similarity(queries: Encoded | Tensor | NDArray[Any], targets: Encoded | Tens
     left, right = (_rows(each) for each in (queries, targets))
     if left.shape[1] != right.shape[1]:
         raise ValueError(
-            f"similarity: the embeddings have {left.shape[1]} and {right.shape[1]} dimensions; embed both with the same "
-            "model and the same dim"
+            f"similarity: the embeddings have {left.shape[1]} and {right.shape[1]} dimensions; embed both with the "
+            "same model and the same dim"
         )
     return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
 

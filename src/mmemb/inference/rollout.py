@@ -8,8 +8,8 @@ The decisions of a query are drawn by systematic sampling. With probability p of
 its G rollouts reason, each with marginal probability p. Thus every group gets its share of explored decisions, and
 this does not depend on luck.
 
-Shape legend: N queries, G rollouts per query, R = N x G rollouts (rollout r belongs to query r // G), L tokens of the
-longest rationale with its end token, S fed columns, H hidden width, D embedding width.
+Shape legend: N queries, G rollouts per query, R = N x G rollouts, L tokens of the longest rationale with its end token,
+S fed columns, H hidden width, D embedding width. Rollout r belongs to query r // G.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def rollout(
     _check(items, group_size, temperature, max_new_tokens, exploration, batch_size)
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
-        raise ValueError(f"rollout: seed has length {len(seeds)} for {len(items)} queries; give one number, or one per query")
+        raise ValueError(
+            f"rollout: seed has length {len(seeds)} for {len(items)} queries; give one number, or one per query"
+        )
     wanted = _wanted(decision, len(items), group_size)
     order = length_order(items)
     step = max(1, batch_size // group_size)
@@ -220,8 +222,8 @@ def _wanted(decision: Tensor | None, queries: int, group_size: int) -> Tensor:
         return torch.full((queries, group_size), SAMPLED)
     if decision.numel() != queries * group_size or decision.shape[0] not in (queries, queries * group_size):
         raise ValueError(
-            f"rollout: decision has the shape {tuple(decision.shape)}; give ({queries}, {group_size}), which is queries "
-            "by rollouts"
+            f"rollout: decision has the shape {tuple(decision.shape)}; give ({queries}, {group_size}), that is, "
+            "queries by rollouts"
         )
     wanted = decision.reshape(queries, group_size).cpu().long()
     if not bool(torch.isin(wanted, torch.tensor([SAMPLED, 0, 1])).all()):
