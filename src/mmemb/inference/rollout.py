@@ -8,8 +8,8 @@ The decisions of a query are drawn by systematic sampling. With probability p of
 its G rollouts reason, each with marginal probability p. Thus every group gets its share of explored decisions, and
 this does not depend on luck.
 
-Shape legend: N queries, G rollouts per query, R = N x G rollouts, L tokens of the longest rationale with its end token,
-S fed columns, H hidden width, D embedding width. Rollout r belongs to query r // G.
+Shape legend: N queries, G rollouts per query, R = N x G rollouts, S fed columns, H hidden width, D embedding width.
+L is the number of tokens in the longest rationale, with its end token. Rollout r belongs to query r // G.
 """
 
 from __future__ import annotations

@@ -69,11 +69,8 @@ def test_a_rationale_that_its_budget_ends_is_marked_as_truncated() -> None:
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -100.0
     paths = adaptive_paths(Model(backbone, built(FakePooler())), items(3), Rows({0: 2, 1: 5, 2: 30}), budget=6)
-    assert paths.tokens.tolist() == [
-        4,
-        7,
-        8,
-    ]  # each includes <think> and </think>; the encoder's budget of 6 limits the third
+    # The counts include <think> and </think>. The encoder's budget of 6 limits the third.
+    assert paths.tokens.tolist() == [4, 7, 8]
     assert paths.truncated.tolist() == [True, True, True]
     assert paths.decision.budget.tolist() == [2, 5, 6]
 
