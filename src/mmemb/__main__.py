@@ -1,4 +1,4 @@
-"""`mmemb`: picks the command before anything heavy is imported."""
+"""Runs the `mmemb` command line. It picks the command before it imports anything heavy."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mmemb.commands.parsing.errors import EXIT_MISTAKE, guarded, tell
 from mmemb.commands.parsing.quiet import quiet
 
 COMMANDS = {
-    "fit": ("train, validate on the way, and evaluate on the test split at the end", "mmemb.commands.train"),
+    "fit": ("train with validation, then evaluate on the test split", "mmemb.commands.train"),
     "validate": ("evaluate a checkpoint on the validation split", "mmemb.commands.train"),
     "test": ("evaluate a checkpoint on the test split and write the summary", "mmemb.commands.train"),
-    "predict": ("embed a data set with a checkpoint, on every device the trainer has", "mmemb.commands.train"),
-    "components": ("list the swappable parts by kind, name and one line each", "mmemb.commands.components"),
-    "data": ("look at the data: `mmemb data show` draws a contact sheet", "mmemb.commands.data_show"),
-    "rationales": ("make, score and look at rationale candidates", "mmemb.commands.rationales"),
+    "predict": ("embed a data set with a checkpoint, on every device of the trainer", "mmemb.commands.train"),
+    "components": ("list the components by kind and name, with one line for each", "mmemb.commands.components"),
+    "data": ("show the data: `mmemb data show` draws a contact sheet", "mmemb.commands.data_show"),
+    "rationales": ("make, score and show rationale candidates", "mmemb.commands.rationales"),
     "embed": ("embed a JSONL file or a folder of pictures into a Parquet file", "mmemb.commands.embed"),
     "search": ("find a text or a picture in an embedded folder", "mmemb.commands.search"),
 }
-"""Command -> (one line, module whose ``main(argv)`` runs it); argv starts with the command."""
+"""Maps a command to (one line of help, the module whose ``main(argv)`` runs it). ``argv`` starts with the command."""
 
-_GOES_ON = "the same command started again goes on with what is finished"
+_GOES_ON = "run the same command again to continue where it stopped"
 _HINTS = {"embed": _GOES_ON, "rationales": _GOES_ON}
-"""Command -> how to go on after Ctrl-C; those of `mmemb.commands.train` say it themselves."""
+"""Maps a command to a hint on how to continue after Ctrl-C. Commands in `mmemb.commands.train` print their own."""
 
 
 def _help() -> str:
@@ -34,7 +34,7 @@ def _help() -> str:
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items())
     return f"""usage: mmemb [--version] [--debug] <command> ...
 
-Multimodal embedding models that think when it pays.
+Multimodal embedding models that reason when it pays.
 
 commands:
 {lines}
@@ -47,17 +47,17 @@ examples:
   mmemb embed --checkpoint runs/r1/version_0/checkpoints/last.ckpt --input photos/ --output photos.parquet
   mmemb search --checkpoint runs/r1/version_0/checkpoints/last.ckpt --index photos.parquet --query "a red apple"
 
-exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake in what was given, 130 or 143 interrupted."""
+exit codes: 0 success, 1 defect in mmemb (with a traceback), 2 mistake in the input, 130 or 143 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after ``mmemb``; None takes them from the shell.
+        argv: the words after ``mmemb``. None takes them from the shell.
 
     Returns:
-        the exit code: 0, 2 for a mistake in what was given, 130 / 143 for Ctrl-C / SIGTERM.
+        the exit code: 0 for success, 2 for a mistake in the input, 130 / 143 for Ctrl-C / SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = bool(words) and words[0] == "--debug"

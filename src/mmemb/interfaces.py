@@ -1,4 +1,6 @@
-"""Every contract on one page. A part is a class with a typed, documented constructor and a short name:
+"""Defines the interface of every kind of component.
+
+A component is a class with a typed, documented constructor and a short name:
 
     class Longest(Selector, name="longest"): ...
 
@@ -34,13 +36,13 @@ from mmemb.types import (
 
 @dataclass
 class Prefix:
-    """A prompt already encoded, ready to go on from.
+    """An encoded prompt that the model can continue from.
 
     Attributes:
-        cache: the model's key-value cache, T columns.
+        cache: the model's key-value cache, with T columns.
         attention_mask: [B, T] int64.
         next_position: [B] int64, position id of the next token.
-        hidden: [B, H], state of the last column (it predicts the decision).
+        hidden: [B, H], state of the last column. It predicts the decision.
     """
 
     cache: Any
@@ -50,16 +52,16 @@ class Prefix:
 
 
 class Backbone(nn.Module, Component, ABC, kind="backbone"):
-    """Turns items into model inputs, runs the forward pass, decodes.
+    """Turns items into model inputs, runs the forward pass and decodes tokens.
 
-    Owns processor, chat template, special tokens, parameter-efficient tuning, quantisation. Inputs are left-padded, so
-    the last column is ``<emb>`` wherever a row has one.
+    It owns the processor, the chat template, the special tokens, parameter-efficient tuning and quantisation. Inputs
+    are left-padded, so ``<emb>`` is in the last column of every row that has it.
     """
 
     hidden_size: int
     """Width H of the hidden states."""
     max_rationale_tokens: int
-    """Longest rationale in tokens; a longer text is cut by `prepare`."""
+    """Maximum length of a rationale in tokens. `prepare` cuts longer texts."""
 
     @abstractmethod
     def prepare(
@@ -70,49 +72,56 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
         embed: bool = True,
         augment: Callable[[Any, int], Any] | None = None,
     ) -> ModelInputs:
-        """Renders and tokenises B items on the CPU; safe in data-loader workers.
+        """Renders and tokenises B items on the CPU. Data-loader workers may call it.
 
         Args:
             items: the items.
-            rationales: B texts or None: ``prompt <think> r </think> <emb>`` where a row has one, else ``prompt <emb>``.
-            embed: False gives the bare prompt (for `prefill`); rationales must then be None.
-            augment: called with (PIL image, row) on every picture before it is patchified.
+            rationales: B entries, each a text or None. A row with a text becomes ``prompt <think> r </think> <emb>``,
+                any other row ``prompt <emb>``.
+            embed: False gives the prompt alone, for `prefill`. ``rationales`` must then be None.
+            augment: called with (PIL image, row) for every picture before it is cut into patches.
 
         Raises:
-            ValueError: an item has a part the model cannot take, or a picture cannot be read.
+            ValueError: an item has a part that the model does not support, or a picture cannot be read.
         """
 
     @abstractmethod
     def prepare_response(
         self, items: Sequence[Item], responses: Sequence[str], *, augment: Callable[[Any, int], Any] | None = None
     ) -> ModelInputs:
-        """``prompt <think> response </think>``, labels on response and ``</think>``: plain next-token training."""
+        """Renders ``prompt <think> response </think>`` for next-token training.
+
+        The response and ``</think>`` have labels.
+        """
 
     @abstractmethod
     def forward(self, inputs: ModelInputs) -> Tensor:
-        """Hidden states [B, T, H] of the last layer (after the final norm)."""
+        """Returns the hidden states [B, T, H] of the last layer, after the final norm."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [..., V] of hidden states [..., H]."""
+        """Returns the vocabulary logits [..., V] of hidden states [..., H]."""
 
     @abstractmethod
     def prefill(self, inputs: ModelInputs) -> Prefix:
-        """Encodes B prompts once and keeps the key-value cache."""
+        """Encodes B prompts and keeps their key-value cache."""
 
     @abstractmethod
     def extend(self, prefix: Prefix, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Prefix]:
-        """Encodes L more tokens [B, L] after a prefix (mask [B, L], 1 = real); states [B, L, H] and the longer prefix.
+        """Encodes L more tokens [B, L] after a prefix. In the mask [B, L], 1 means a real token.
 
-        The given prefix must not be used again unless through `fork`.
+        Do not use the given prefix again. To continue from it more than once, extend a `fork` of it.
+
+        Returns:
+            the states [B, L, H] and the longer prefix.
         """
 
     @abstractmethod
     def fork(self, prefix: Prefix, rows: Tensor | None = None) -> Prefix:
-        """An independent copy of a prefix, of the given rows [R] int64 only if asked."""
+        """Copies a prefix. If ``rows`` [R] int64 are given, the copy has only those rows."""
 
     def join(self, prefixes: Sequence[Prefix]) -> Prefix:
-        """The rows of several prefixes as one, in their order; the given ones must not be used again.
+        """Joins the rows of several prefixes into one, in their order. Do not use the given prefixes again.
 
         Raises:
             NotImplementedError: the backbone does not join prefixes (``joins_prefixes``).
@@ -121,45 +130,46 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
     @abstractmethod
     def token_id(self, token: str) -> int:
-        """Id of one of the special tokens ``<think>``, ``</think>``, ``<emb>``."""
+        """Returns the id of a special token: ``<think>``, ``</think>`` or ``<emb>``."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out, outer blanks stripped."""
+        """Turns token ids into text. Leaves out special tokens and strips leading and trailing blanks."""
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text as `prepare` makes them; a special token spelt out in it is ordinary characters."""
+        """Turns a text into token ids as `prepare` does. A special token that is spelt out counts as plain text."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Length of a text in tokens, special tokens not counted."""
+        """Counts the tokens of a text, without special tokens."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes weights (safetensors), config and processor; the folder loads again by its path."""
+        """Writes weights (safetensors), config and processor to a folder that can be loaded by its path."""
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """What decides how much of an item's content the model sees, JSON-ready: what is made with it depends on it.
+        """The settings that decide how much of an item's content the model sees, ready for JSON.
 
-        A limit whose excess is an error does not count, so that it may be raised and the work gone on with.
+        Rationales and scores made with the model depend on them. Limits that raise an error when exceeded are left
+        out, so that a user may raise such a limit and continue the work.
         """
         return {}
 
     @property
     def special_ids(self) -> Sequence[int]:
-        """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
+        """Ids of the tokenizer's other special tokens. Each of them ends a rationale, as ``</think>`` does."""
         return ()
 
     @property
     def joins_prefixes(self) -> bool:
-        """Whether `join` works: the last rows of a batch that think then go on with those of the next."""
+        """Whether `join` works. The last rows of a batch that reason then continue together with the next batch."""
         return False
 
     @property
     def keeps_cache_in_training(self) -> bool:
-        """Whether `prefill`, `fork` and `extend` work in training mode too; gradient checkpointing rules it out."""
+        """Whether `prefill`, `fork` and `extend` work in training mode too. They do not with gradient checkpointing."""
         return True
 
     @property
@@ -169,22 +179,22 @@ class Backbone(nn.Module, Component, ABC, kind="backbone"):
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """Inside, the model answers as its base does, without what its adapters have learned."""
+        """Switches the adapters off inside the context, so that the model computes what its base model does."""
         yield
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Model id, revision and a digest of the architecture; a checkpoint of another identity is refused."""
+        """Model id, revision and a digest of the architecture. Checkpoints with another identity are refused."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
 
 class Pooler(nn.Module, Component, ABC, kind="pooler"):
-    """Hidden states -> one normalised embedding per row."""
+    """Turns the hidden states of each row into one normalised embedding."""
 
     needs_all_states: ClassVar[bool] = False
     """Whether the embedding depends on more than the state at ``<emb>``, so that the prompt's states must be kept."""
@@ -196,51 +206,60 @@ class Pooler(nn.Module, Component, ABC, kind="pooler"):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Width D of the embeddings (after `setup`)."""
+        """Width D of the embeddings. Known after `setup`."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
-        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> [B, D] float32, L2-normalised."""
+        """Computes one embedding per row: [B, D] float32, L2-normalised.
+
+        Args:
+            hidden: [B, T, H] hidden states.
+            attention_mask: [B, T].
+            emb_position: [B], column of ``<emb>``.
+        """
 
 
 @dataclass
 class Model:
-    """A backbone with its pooler: what embeds."""
+    """A backbone and its pooler. Together they embed items."""
 
     backbone: Backbone
     pooler: Pooler
 
     @classmethod
     def assemble(cls, backbone: Backbone, pooler: Pooler) -> Model:
-        """Sets a new pooler up for the backbone's hidden states and returns both."""
+        """Sets up a new pooler for the backbone's hidden states and returns both as a model."""
         pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
         return cls(backbone, pooler)
 
     def embed(self, inputs: ModelInputs) -> Tensor:
-        """Embeddings [B, D] of B prepared rows that end in ``<emb>``, by one forward pass, on the model's device."""
+        """Embeds B prepared rows that end in ``<emb>`` in one forward pass: [B, D], on the model's device."""
         inputs = inputs.to(self.backbone.device)
         return self.pooler(self.backbone(inputs), inputs.tensors["attention_mask"], inputs.emb_position)
 
 
 Choose: TypeAlias = Callable[[Pair, int], Sequence[tuple[Rationale, float]]]
-"""(pair, seed) -> the rationales that the pair trains on, each with its loss weight; none: the direct path only."""
+"""Maps (pair, seed) to the rationales that the pair trains on, each with its weight in the loss.
+
+Without a rationale, the pair trains only the direct path.
+"""
 
 
 @dataclass(frozen=True)
 class SetupContext:
-    """What a part may ask for before its first use: every contract has one ``setup(context)``.
+    """What a component can use before its first call. Components receive it through ``setup(context)``.
 
-    A part takes what it needs and ignores the rest. It may be set up again, with other data or another model; an empty
-    field leaves in place what an earlier setup gave.
+    A component takes what it needs and ignores the rest. It may be set up again with other data or another model. An
+    empty field keeps the value from an earlier setup.
 
     Attributes:
         hidden_size: width H of the backbone's hidden states, for a pooler.
-        model: the model in training; None where there is none, such as when a pool is made by models of its own.
-        items: every item that a worker will be asked about.
-        pairs: the pairs whose targets are an evaluator's negatives.
-        tasks: the retrieval tasks of a phase's data, with all their candidates.
-        choose: the selector's choice of rationales; None trains the direct path alone.
-        previous: the objective of the phase before; None for the first.
+        model: the model in training. None if there is none, for example when separate models make a rationale pool.
+        items: every item that a worker will write rationales for.
+        pairs: the pairs whose targets serve an evaluator as negatives.
+        tasks: the retrieval tasks in the data of a phase, with all their candidates.
+        choose: the selector's choice of rationales. None trains only the direct path.
+        previous: the objective of the previous phase. None for the first phase.
     """
 
     hidden_size: int = 0
@@ -253,106 +272,112 @@ class SetupContext:
 
 
 class Worker(Component, ABC, kind="worker"):
-    """Writes rationales. Sees the item only, never the target."""
+    """Writes rationales. It sees only the item, never the target."""
 
     def setup(self, context: SetupContext) -> None:
-        """Receives the model in training and every item that will be asked about, before the first proposal."""
+        """Receives the model in training and every item to write rationales for, before the first proposal."""
 
     @abstractmethod
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """At most k rationales for each of B items; the same for the same seed.
+        """Proposes at most k rationales for each of B items. Equal seeds give equal rationales.
 
         Args:
             items: the items.
-            k: candidates an item; a worker that has fewer to say returns fewer.
-            seed: derives every random choice.
+            k: maximum number of candidates per item. A worker that has fewer returns fewer.
+            seed: determines every random choice.
         """
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """All that determines the output, JSON-ready: part of the pool's content hash."""
+        """Everything that determines the output, ready for JSON. It is part of the content hash of the pool."""
 
     @property
     def report(self) -> str:
-        """One line for the end of a run: what the proposals cost; empty where there is nothing to say."""
+        """One line for the end of a run that says what the proposals cost. Empty if there is nothing to report."""
         return ""
 
     def release(self) -> None:
-        """Gives back the memory of a model of its own; the next proposal takes it again."""
+        """Frees the memory of the worker's own model, if it has one. The next proposal loads the model again."""
 
 
 class Evaluator(Component, ABC, kind="evaluator"):
-    """Matching confidence c(q, t | r) of a pair given a rationale, given none, given a placebo."""
+    """Scores how well a pair matches: its confidence ``c(q, t; arm)``.
+
+    The arm is a rationale candidate, nothing (``none``) or a placebo.
+    """
 
     @abstractmethod
     def setup(self, context: SetupContext) -> None:
-        """Receives the model in training, and the pairs that fix the negatives, before the first score.
+        """Receives the model in training and the pairs that supply the negatives, before the first score.
 
-        Every pair is scored against targets of its own task among ``context.pairs``.
+        Every pair is scored against the targets of its own task in ``context.pairs``.
         """
 
     @abstractmethod
     def score(self, pairs: Sequence[Pair], rationales: Sequence[str | None]) -> list[float]:
-        """One confidence in nats a (pair, rationale or None); pure: a row's score does not depend on the others.
+        """Computes one confidence in nats for each row: a pair with a rationale or None.
 
-        Log-probabilities or log-odds: what counts is the difference between the arms of a pair. Rows of the same pair
-        object should share the work on their prompt (`mmemb.inference.shared_prompts`).
+        The score of a row does not depend on the other rows. Scores are log-probabilities or log-odds, because only
+        the difference between the arms of a pair counts. Rows with the same pair object should share the encoding of
+        their prompt (`mmemb.inference.shared_prompts`).
         """
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """All that determines the scores, JSON-ready."""
+        """Everything that determines the scores, ready for JSON."""
 
     def release(self) -> None:
-        """Gives back the memory of a model of its own; the next score takes it again."""
+        """Frees the memory of the evaluator's own model, if it has one. The next score loads the model again."""
 
 
 class Selector(Component, ABC, kind="selector"):
-    """Chooses a candidate, or none. A pure function of the candidates, their scores and a seed."""
+    """Chooses a rationale candidate or none. The choice depends only on the candidates, their scores and a seed."""
 
     @abstractmethod
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
-        """The choice for one pair.
+        """Chooses for one pair.
 
         Args:
             candidates: K >= 0 candidates with their scores.
-            seed: differs by pair and epoch, equal on every rank.
+            seed: differs between pairs and epochs, and is equal on every rank.
         """
 
     def select_many(self, candidates: Candidates, *, seed: int) -> tuple[Selection, ...]:
-        """All that the pair trains on: by default the one of `select`. Arguments as there."""
+        """Chooses everything that the pair trains on, by default one choice by `select`. Takes the same arguments."""
         return (self.select(candidates, seed=seed),)
 
 
 class Controller(Component, ABC, kind="controller"):
-    """Decides from the prefill who thinks, and for how long."""
+    """Decides after the prefill which queries reason, and with what token budget."""
 
     needs_utility: ClassVar[bool] = False
-    """Whether a decision reads what thinking brought (``PrefillState.utility`` and the fields after it): then everybody
-    thinks first (evaluation only)."""
+    """Whether a decision reads the result of reasoning: ``PrefillState.utility`` and the fields after it.
+
+    Then every query reasons before the decision. This works in evaluation only.
+    """
     budget: int | None = None
-    """Most rationale tokens of a row that thinks; None: as many as the encoder allows."""
+    """Maximum number of rationale tokens for a query that reasons. None: as many as the encoder allows."""
 
     @property
     def limit(self) -> int:
-        """``budget`` as a `Decision` has it."""
+        """The ``budget`` as a `Decision` stores it."""
         return NO_LIMIT if self.budget is None else self.budget
 
     @abstractmethod
     def decide(self, state: PrefillState) -> Decision:
-        """B decisions."""
+        """Decides for B queries."""
 
     def calibrate(self, state: PrefillState) -> None:
-        """Fits what the controller needs on validation queries (all of the state is known there)."""
+        """Fits the controller on validation queries, for which every field of the state is known."""
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `decide` fails until `calibrate` was called."""
+        """Whether `decide` fails until `calibrate` has been called."""
         return False
 
     @property
     def calibration(self) -> dict[str, float]:
-        """What was fitted, by constructor argument: built with these, the controller decides alike."""
+        """The fitted values by constructor argument. A controller built with them makes the same decisions."""
         return {}

@@ -93,8 +93,8 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("embed", "mmemb: interrupted; the same command started again goes on with what is finished"),
-        ("rationales", "mmemb: interrupted; the same command started again goes on with what is finished"),
+        ("embed", "mmemb: interrupted; run the same command again to continue where it stopped"),
+        ("rationales", "mmemb: interrupted; run the same command again to continue where it stopped"),
         ("search", "mmemb: interrupted"),
         ("data", "mmemb: interrupted"),
         ("fit", "mmemb: interrupted"),

@@ -1,4 +1,4 @@
-"""`import mmemb`: the public names, loaded when they are used, fast, and with types that a checker sees."""
+"""Tests of `import mmemb`: it is fast, loads public names on first use, and shows their types to a type checker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_the_public_names() -> None:
+def test_the_public_names_are_exported() -> None:
     assert set(mmemb.__all__) == NAMES
     assert {*NAMES, "__version__"} <= set(dir(mmemb))
     for name in NAMES:
@@ -32,7 +32,7 @@ def test_the_public_names() -> None:
         assert inspect.getdoc(value)
 
 
-def test_a_name_that_is_not_public() -> None:
+def test_a_name_that_is_not_public_raises() -> None:
     with pytest.raises(AttributeError, match="module 'mmemb' has no attribute 'Embeder'"):
         mmemb.Embeder  # type: ignore[attr-defined]  # noqa: B018
     done = run("from mmemb import embedder")
@@ -49,12 +49,12 @@ def test_the_import_is_fast_and_loads_no_torch() -> None:
     )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Processor time with the start of Python; `tests/house/test_imports.py` bounds the import alone by 0.3 s.
+    # This is processor time including the start of Python. `tests/house/test_imports.py` limits the import to 0.3 s.
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-def test_a_type_checker_is_given_the_module_that_is_loaded() -> None:
-    """The imports for type checkers and the table for the interpreter name the same modules."""
+def test_type_checkers_see_the_module_that_is_loaded() -> None:
+    """Checks that the imports for type checkers and the table for the interpreter name the same modules."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     (guarded,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imported = {
@@ -71,6 +71,6 @@ def test_the_types_reach_editors_and_checkers() -> None:
     hints = get_type_hints(mmemb.fit)
     assert hints["return"] is importlib.import_module("mmemb.commands.fit").FitResult
     assert get_type_hints(mmemb.create)["kind"] is str
-    # At the top level a type checker would read it, and take every misspelt name for `Any`.
+    # A type checker would read `__getattr__` at the top level and take every misspelt name for `Any`.
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     assert "__getattr__" not in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]

@@ -1,4 +1,4 @@
-"""Names, listings and plug-ins."""
+"""Tests of the registry: names, listings and plug-ins."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_class_without_a_name_registers_nothing() -> None:
     assert Unnamed.name == ""
 
 
-def test_a_name_is_given_once_a_kind() -> None:
+def test_a_name_is_unique_within_its_kind() -> None:
     class First(Base, name="first"):
         """One."""
 
@@ -77,11 +77,11 @@ def test_a_kind_must_exist() -> None:
             """No such kind."""
 
 
-def test_every_built_in_part_has_a_line_and_resolves_to_what_is_listed() -> None:
+def test_every_built_in_component_has_a_summary_and_resolves_as_listed() -> None:
     found = listings()
     assert {item.kind for item in found} == set(KINDS)
     for item in found:
-        assert item.summary, f"{item.path} has no doc line"
+        assert item.summary, f"{item.path} has no docstring"
         if item.path.startswith("mmemb."):
             cls = resolve(item.kind, item.name)
             assert f"{cls.__module__}.{cls.__qualname__}" == item.path
@@ -89,7 +89,7 @@ def test_every_built_in_part_has_a_line_and_resolves_to_what_is_listed() -> None
             assert cls.name == item.name  # type: ignore[attr-defined]
 
 
-def test_parts_outside_the_components_folder_are_listed_without_torch() -> None:
+def test_components_outside_the_components_folder_are_listed_without_torch() -> None:
     code = "import sys, mmemb.registry as r; print(r.available('reward')); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def test_parts_outside_the_components_folder_are_listed_without_torch() -> None:
     assert create("loss", "infonce", temperature=0.1).temperature.item() == pytest.approx(0.1)
 
 
-def test_every_class_with_a_short_name_is_in_a_module_that_is_read() -> None:
+def test_every_class_with_a_short_name_is_listed() -> None:
     package = Path(registry.__file__).parent
     listed = {item.path for item in registry._builtin_listings()}
     for file in package.rglob("*.py"):
@@ -109,13 +109,13 @@ def test_every_class_with_a_short_name_is_in_a_module_that_is_read() -> None:
                 assert f"{module}.{node.name}" in listed
 
 
-def test_an_unknown_kind_is_refused_wherever_a_kind_is_given() -> None:
+def test_every_function_refuses_an_unknown_kind() -> None:
     for ask in (lambda: available("sorter"), lambda: resolve("sorter", "random"), lambda: create("sorter", "random")):
         with pytest.raises(ValueError, match="unknown component kind 'sorter'; the kinds are backbone"):
             ask()
 
 
-def test_an_unknown_name_says_what_is_near_and_what_exists() -> None:
+def test_an_unknown_name_lists_similar_and_existing_names() -> None:
     with pytest.raises(UnknownComponentError, match="no selector named 'randm': did you mean 'random'.*counterfactual"):
         resolve("selector", "randm")
     with pytest.raises(UnknownComponentError, match="no selector named 'embed_token': that is a pooler"):
@@ -125,7 +125,7 @@ def test_an_unknown_name_says_what_is_near_and_what_exists() -> None:
 
 
 def distribution(folder: Path, *, target: str, code: str) -> None:
-    """An installed distribution with one entry point, made by hand."""
+    """Makes an installed distribution with one entry point by hand."""
     info = folder / "their_parts-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-parts\nVersion: 1.0\n", encoding="utf-8")
@@ -152,7 +152,7 @@ def in_another_process(folder: Path, *words: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_a_plug_in_joins_by_entry_point(tmp_path: Path) -> None:
+def test_a_plug_in_registers_by_entry_point(tmp_path: Path) -> None:
     distribution(tmp_path, target="their_parts:Theirs", code=GOOD)
     done = in_another_process(tmp_path, "components", "--kind", "selector", "--json")
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def test_a_plug_in_joins_by_entry_point(tmp_path: Path) -> None:
     assert "counterfactual" in found
 
 
-def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_a_plug_in_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distribution(tmp_path, target="their_parts", code="import nothing_of_that_name")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         available("selector")
 
 
-def test_a_plug_in_that_fails_is_one_line_on_the_command_line(
+def test_a_plug_in_that_fails_gives_one_line_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
 ) -> None:
     distribution(tmp_path, target="their_parts", code="1 / 0")

@@ -1,16 +1,21 @@
-"""Adaptive decoding: one prefill of the prompt serves both paths, and nothing is encoded twice.
+"""Decodes adaptively: one prefill of the prompt serves both paths, and nothing is encoded twice.
 
-The state after the prompt gives the decision's logits (``<think>`` against ``<emb>``); one more position (``<emb>``, on
-a fork of the cache) gives the direct embedding. Rows that think go on from the same cache, one token a step, until
-``</think>`` or their budget; then ``</think> <emb>`` is fed and the embedding is the state at ``<emb>``. So a missing
-``<emb>`` cannot happen.
+The state after the prompt gives the logits of the decision: ``<think>`` against ``<emb>``. One more token, ``<emb>`` on
+a fork of the cache, gives the direct embedding. Rows that reason continue from the same cache. They write one token
+per step until ``</think>`` or until their budget ends. Then ``</think> <emb>`` is fed, and the state at ``<emb>`` gives
+the embedding. Therefore ``<emb>`` is never missing.
 
-Cost for B prompts of T tokens of which R think for L tokens: one forward over B x T, one over B x 1, one copy of the
-cache, and L + 3 forwards over at most R x 1 (the batch is compacted as rows finish). Several batches share these steps:
-the last rows of one go on with those of the next. Poolers that look at every state (``needs_all_states``) are the
-exception: a cache keeps no hidden states, so their rows are encoded again as plain text.
+The cost for B prompts of T tokens, of which R reason for L tokens, is:
 
-Shape legend: B rows, R rows that think, M bank embeddings, V vocabulary, H hidden width, D embedding width.
+- one forward pass over B x T and one over B x 1,
+- one copy of the cache,
+- L + 3 forward passes over at most R x 1, because the batch shrinks as rows finish.
+
+Several batches share these steps: the last rows of one batch continue together with the rows of the next. Poolers that
+read every state (``needs_all_states``) are an exception. A cache keeps no hidden states, so their rows are encoded
+again as plain text.
+
+Shape legend: B rows, R rows that reason, M bank embeddings, V vocabulary, H hidden width, D embedding width.
 """
 
 from __future__ import annotations
@@ -32,13 +37,13 @@ from mmemb.types import Decision, Encoded, Item, PrefillState
 
 @dataclass(frozen=True)
 class Sampled:
-    """A rationale the backbone wrote.
+    """A rationale that the backbone wrote.
 
     Attributes:
         text: the rationale.
-        tokens: its length; ``<think>`` and ``</think>`` do not count.
-        finish_reason: ``stop`` (the model wrote ``</think>``) or ``length`` (the budget ended it).
-        token_ids: the tokens written.
+        tokens: its length, without ``<think>`` and ``</think>``.
+        finish_reason: ``stop`` if the model wrote ``</think>``, ``length`` if the budget ended the rationale.
+        token_ids: ids of the tokens written.
     """
 
     text: str
@@ -49,18 +54,18 @@ class Sampled:
 
 @dataclass
 class AdaptivePaths:
-    """What one adaptive pass over B items found, both paths apart.
+    """The result of one adaptive pass over B items, with both paths separate.
 
     Attributes:
-        state: what the prefill knew; ``state.direct`` holds the direct embeddings [B, D], on the CPU.
-        decision: who thought, on the CPU.
-        embedding: [B, D] float32 on the CPU, from ``<emb>`` after the rationale where the row thought, else direct.
-        rationale: B texts, empty where the row did not think.
+        state: what the prefill found, on the CPU. ``state.direct`` holds the direct embeddings [B, D].
+        decision: which rows reasoned, on the CPU.
+        embedding: [B, D] float32 on the CPU. The reasoned embedding if the row reasoned, otherwise the direct one.
+        rationale: B texts, empty for rows that skipped reasoning.
         token_ids: B rationales as token ids.
-        tokens: [B] int64, tokens written, ``<think>`` and ``</think>`` included; 0 where the row did not think.
-        truncated: [B] bool, the budget ended the rationale.
-        direct_seconds: time of prompts and direct embeddings.
-        think_seconds: time of rationales and their embeddings.
+        tokens: [B] int64, tokens written, including ``<think>`` and ``</think>``. 0 if the row skipped reasoning.
+        truncated: [B] bool, whether the budget ended the rationale.
+        direct_seconds: time spent on prompts and direct embeddings, in seconds.
+        think_seconds: time spent on rationales and their embeddings, in seconds.
     """
 
     state: PrefillState
@@ -74,7 +79,7 @@ class AdaptivePaths:
     think_seconds: float = 0.0
 
     def encoded(self) -> Encoded:
-        """The public view: one embedding a row."""
+        """Returns the public view, with one embedding per row."""
         return Encoded(
             embedding=self.embedding,
             thought=self.decision.think,
@@ -86,7 +91,7 @@ class AdaptivePaths:
 
 
 def confidence_over(direct: Tensor, bank: Tensor, *, temperature: float) -> Tensor:
-    """Largest softmax probability of each embedding over a bank, [B] in [0, 1].
+    """Computes the largest softmax probability of each embedding over a bank, [B] in [0, 1].
 
     Args:
         direct: [B, D] normalised.
@@ -107,31 +112,35 @@ def sample(
     batch_size: int,
     think: bool = True,
 ) -> list[Sampled]:
-    """Lets the backbone think about every item: ``<think>`` is forced, then it writes until ``</think>`` or the budget.
+    """Lets the backbone write a rationale for every item.
 
-    Another special token (of ``backbone.special_ids``) ends the rationale as ``</think>`` does.
+    ``<think>`` is forced. Then the model writes until ``</think>`` or until the budget ends. Any other special token in
+    ``backbone.special_ids`` ends the rationale, as ``</think>`` does.
 
-    A row's text depends on its item and its own seed, not on its neighbours or the batch size. An item given several
-    times (the same object, for several samples) is prefilled once a batch.
+    The text of a row depends on its item and its own seed, not on other rows or the batch size. For several samples,
+    give the same item object several times. It is prefilled once per batch.
 
     Args:
-        backbone: the model; its training mode is left as it is.
+        backbone: the model. Its training mode does not change.
         items: the items.
-        max_new_tokens: most tokens of a rationale, its brackets not counted.
-        temperature: of sampling; 0 is greedy.
-        seed: one seed, from which row i draws its own; or one seed a row.
-        batch_size: rows decoded together.
-        think: False leaves ``<think>`` out: a model that was never taught the token writes right after its prompt.
+        max_new_tokens: maximum number of tokens in a rationale, without ``<think>`` and ``</think>``.
+        temperature: sampling temperature. 0 is greedy.
+        seed: one seed, from which each row derives its own, or one seed per row.
+        batch_size: number of rows that are decoded together.
+        think: False leaves out ``<think>``, so that a model that never learned the token writes directly after its
+            prompt.
 
     Raises:
-        ValueError: temperature, budget or the number of seeds makes no sense.
+        ValueError: the temperature, the budget or the number of seeds is not valid.
     """
     check_numbers("sample", at_least=0, temperature=temperature)
     check_numbers("sample", at_least=1, max_new_tokens=max_new_tokens)
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
-        raise ValueError(f"sample: {len(seeds)} seeds for {len(items)} items; give one seed, or one an item")
-    # One step more than the budget: the last draw says whether the model itself would have stopped.
+        raise ValueError(
+            f"sample: seed has length {len(seeds)} for {len(items)} items; give one number, or one per item"
+        )
+    # One step more than the budget: the last draw shows whether the model itself would have stopped.
     sampler = Sampler(steps=max_new_tokens + 1, temperature=temperature, device=backbone.device)
     writing = Writing(backbone, sampler, longest=max_new_tokens, embed=False, think=think)
     order = length_order(items)
@@ -168,21 +177,21 @@ def adaptive_paths(
     batch_size: int | None = None,
     reached: Callable[[int], None] | None = None,
 ) -> AdaptivePaths:
-    """Encodes B items, at least one, thinking where the controller says so, and keeps both paths.
+    """Encodes B items, at least one, reasons where the controller decides so, and keeps both paths.
 
     Args:
-        model: backbone and pooler, best in eval mode (`mmemb.inference.encoder.Encoder` sees to it).
+        model: backbone and pooler. They should be in eval mode (`mmemb.inference.encoder.Encoder` sets it).
         items: the items.
-        controller: decides from the prefill, a batch at a time.
-        budget: most rationale tokens of a row, brackets not counted; a controller's smaller budget holds, and so does
-            the backbone's own limit. The decision returned has the smallest of the three.
-        bank: [M, D] reference embeddings for the confidence; None leaves it out.
-        confidence_temperature: of the softmax over the bank.
-        temperature: of the rationale's sampling; 0 is greedy.
-        seed: of the sampling, one or one a row.
-        batch_size: prompts encoded together; the cache holds up to half as many rows of earlier batches beside them.
-            None: all at once.
-        reached: is told after each batch how many prompts have been encoded.
+        controller: decides after the prefill, one batch at a time.
+        budget: maximum number of rationale tokens per row, without ``<think>`` and ``</think>``. The smallest of this
+            budget, the controller's and the backbone's own limit applies. The returned decision holds that value.
+        bank: [M, D] embeddings over which the confidence is computed. None skips the confidence.
+        confidence_temperature: temperature of the softmax over the bank.
+        temperature: sampling temperature of the rationales. 0 is greedy.
+        seed: seed of the sampling: one seed, or one seed per row.
+        batch_size: number of prompts that are encoded together. The cache also holds up to half as many rows of
+            earlier batches. None encodes all prompts at once.
+        reached: called after each batch with the number of prompts encoded so far.
     """
     backbone, pooler = model.backbone, model.pooler
     device, size, all_states = backbone.device, batch_size or len(items), pooler.needs_all_states
@@ -248,18 +257,18 @@ def adaptive_paths(
 
 
 def _stragglers(backbone: Backbone, batch_size: int) -> int:
-    """Rows of a batch that need not be waited for: the next batch's join them."""
+    """Returns how many rows of a batch may stay unfinished, to continue together with the next batch."""
     return batch_size // 2 if backbone.joins_prefixes else 0
 
 
 def _on_cpu(state: PrefillState) -> PrefillState:
-    """The same on the CPU."""
+    """Returns a copy of the state on the CPU."""
     confidence = None if state.confidence is None else state.confidence.cpu()
     return PrefillState(state.decision_logits.cpu(), state.direct.cpu(), confidence)
 
 
 def _without_rationales(states: Sequence[PrefillState], decisions: Sequence[Decision]) -> AdaptivePaths:
-    """Batches joined, as if nobody had thought."""
+    """Joins batches, with the direct embedding for every row. Rationales are filled in later."""
     direct = torch.cat([state.direct for state in states])
     confidences = [state.confidence for state in states if state.confidence is not None]
     rows = len(direct)

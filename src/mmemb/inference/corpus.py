@@ -1,11 +1,13 @@
-"""A corpus to one Parquet file, by any number of processes, in parts that survive an interruption.
+"""Embeds a corpus into one Parquet file, with any number of processes and in parts that survive an interruption.
 
-Items are cut into parts of equal size; rank r of W embeds parts r, r + W, ... and writes each, whole or not at all,
-into ``<output>.parts/``. A process that finds all parts there joins them into the output, in the items' order, and
-removes the folder. So a run that was killed continues with the parts that are missing, under any number of processes.
-Ranks need no channel but the folder, and the output is whole or absent. At most one part per process is lost.
+Items are cut into parts of equal size. Rank r of W embeds parts r, r + W, ... and writes them into
+``<output>.parts/``. A part appears there only when it is complete. A process that finds all parts there joins them into
+the output, in the order of the items, and removes the folder. A run that was killed continues with the missing parts,
+with any number of processes. At most one part per process is lost. Ranks communicate only through the folder, and the
+output appears only when it is complete.
 
-``job.json`` in the folder keeps what determines the embeddings; parts of another job are refused, never mixed in.
+``job.json`` in the folder keeps everything that determines the embeddings. Parts of another job are refused and never
+mixed in.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _JOB = "job.json"
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of several processes this one is."""
+    """The rank of this process among several processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -40,7 +42,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or SLURM's ``srun`` says; alone without either."""
+        """Reads the variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or of SLURM's ``srun``.
+
+        Without either, this process is the only one.
+        """
         for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
             values = [os.environ.get(name) for name in names]
             if values[0] is not None and values[1] is not None:
@@ -50,13 +55,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process did.
+    """The work that one process did.
 
     Attributes:
-        embedded: rows embedded now.
-        thought: rows thought about among them.
-        found: rows of its share that an earlier run had left.
-        joined: whether the output is in place.
+        embedded: number of rows that this run embedded.
+        thought: number of those rows for which the model reasoned.
+        found: number of rows of its share that an earlier run had finished.
+        joined: whether the output file exists.
     """
 
     embedded: int
@@ -74,23 +79,25 @@ def embed_to_parquet(
     part_rows: int = 1024,
     options: Mapping[str, Any] | None = None,
 ) -> Share:
-    """Embeds this process's share of the items and, once every share is there, writes the output.
+    """Embeds this process's share of the items. Writes the output once every share is complete.
 
     Args:
         embedder: the model.
         items: all M items, the same in every process.
-        output: the Parquet file; `mmemb.search.exact` has its columns.
-        ranks: which process this is; None: the only one.
-        part_rows: rows of a part.
-        options: further arguments of `Embedder.encode`, JSON-ready.
+        output: the Parquet file. `mmemb.search.exact` describes its columns.
+        ranks: the rank of this process. None: it is the only one.
+        part_rows: number of rows per part.
+        options: further arguments of `Embedder.encode`, ready for JSON.
 
     Raises:
-        ValueError: the folder of the parts holds those of another job.
+        ValueError: the folder of the parts has parts of another job.
     """
     ranks, options, output = ranks or Ranks(), dict(options or {}), Path(output)
     folder = output.with_name(f"{output.name}.parts")
     parts = -(-len(items) // part_rows)
-    if parts <= ranks.rank:  # nothing to do, and the others may have joined the parts and removed their folder already
+    if (
+        parts <= ranks.rank
+    ):  # nothing to do: the other processes may have joined the parts and removed the folder already
         return Share(0, 0, 0, output.is_file() and not folder.exists())
     _claim(folder, _job(embedder, items, part_rows, options))
     mine = range(ranks.rank, parts, ranks.world_size)
@@ -112,13 +119,13 @@ def embed_to_parquet(
                 bar.advance(len(rows))
     except BaseException:
         if ranks.world_size == 1 and not any(folder.glob("*.parquet")):
-            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)  # there is nothing to continue from
         raise
     return Share(embedded, thought, found, _join(folder, parts, output))
 
 
 def _rows(items: Sequence[Item], number: int, part_rows: int) -> Sequence[Item]:
-    """The items of a part."""
+    """Returns the items of a part."""
     return items[number * part_rows : (number + 1) * part_rows]
 
 
@@ -127,7 +134,7 @@ def _part(folder: Path, number: int) -> Path:
 
 
 def _job(embedder: Embedder, items: Sequence[Item], part_rows: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All that determines the parts, in words where it is short."""
+    """Collects everything that determines the parts. Long content is replaced by a digest."""
     contents = digest([[item.fields.get("id", ""), item_digest(item)] for item in items])
     settings = {"budget": embedder.encoder.budget, **options}
     if options.get("side") == "query" and options.get("reason", "auto") == "auto":
@@ -136,7 +143,7 @@ def _job(embedder: Embedder, items: Sequence[Item], part_rows: int, options: Map
 
 
 def _claim(folder: Path, job: Mapping[str, Any]) -> None:
-    """Makes the folder, or sees that it is this job's."""
+    """Creates the folder, or checks that the existing one belongs to this job."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _JOB
     if path.is_file():
@@ -144,18 +151,18 @@ def _claim(folder: Path, job: Mapping[str, Any]) -> None:
         differing = sorted(key for key in {*job, *there} if job.get(key) != there.get(key))
         if differing:
             raise ValueError(
-                f"{folder}: holds parts of an interrupted run with other {', '.join(differing)}; remove the folder to "
-                "start anew, or give another --output"
+                f"{folder}: it has parts of an interrupted run with other {', '.join(differing)}; remove the folder to "
+                "start again, or give another --output"
             )
         return
     write_text(path, json.dumps(job, indent=2) + "\n")
 
 
 def _join(folder: Path, parts: int, output: Path) -> bool:
-    """Joins the parts if all are there. Several processes may do so at once: each writes the same file."""
+    """Joins the parts if all are there. Several processes may do this at once, because each writes the same file."""
     files = [_part(folder, number) for number in range(parts)]
     if not all(file.is_file() for file in files):
-        return output.is_file() and not folder.exists()  # not yet; or another process has just done it
+        return output.is_file() and not folder.exists()  # parts are missing, or another process has just joined them
     try:
         with (
             whole_file(output) as temporary,

@@ -1,4 +1,4 @@
-"""The public way to embed: load a trained model, give it anything, say whether it may think.
+"""Provides the public API for embedding: load a trained model, give it items, and say whether it may reason.
 
 embedder = Embedder.from_checkpoint("runs/r1/version_0")
 queries = embedder.encode(["currency of chile", Path("flag.png")])
@@ -34,16 +34,17 @@ One: TypeAlias = str | Path | PILImage | Item | Mapping[str, Any] | Sequence[Any
 
 
 class Embedder:
-    """Items -> embeddings, with or without thinking.
+    """Turns items into embeddings, with or without reasoning.
 
     Args:
         backbone: the model.
-        pooler: reads the embedding; already built.
-        controller: decides under ``reason="auto"``; None follows the model's own decision (`rl`): of a checkpoint with
-            the offset that its run's evaluation calibrated, else as its control phase left it, else as the logits say.
-        batch_size: rows of one forward pass.
-        budget: most rationale tokens of a row.
-        progress: show a bar over items.
+        pooler: reads the embedding from the hidden states. It must be set up.
+        controller: decides when ``reason="auto"``. None follows the model's own decision (`rl`). For a checkpoint, its
+            offset comes from the calibration in the run's evaluation, otherwise from the control phase. Without
+            either, the plain logits decide.
+        batch_size: number of rows in one forward pass.
+        budget: maximum number of rationale tokens per row.
+        progress: whether to show a progress bar over items.
     """
 
     def __init__(
@@ -64,20 +65,20 @@ class Embedder:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str | torch.device | None = None, **options: Any) -> Embedder:
-        """Loads a model without running code from the file: tensors and plain settings only.
+        """Loads a model. It reads only tensors and plain settings and never runs code from the file.
 
         Args:
-            path: a ``.ckpt`` that ``mmemb fit`` wrote, its run folder (the last checkpoint is taken), a folder that
-                `save` wrote, or the hub id (``owner/name`` or ``owner/name@revision``) of such a folder; a local path
-                comes first. The network is used for a hub id, and for a ``.ckpt`` or run whose backbone was given by
-                hub id, unless the model is in the local cache.
-            device: where the model goes; None: the GPU if there is one.
+            path: a ``.ckpt`` that ``mmemb fit`` wrote, the folder of its run (for the last checkpoint), or a folder
+                that `save` wrote. The hub id of such a folder works too, as ``owner/name`` or ``owner/name@revision``.
+                A local path takes precedence. The network is used for a hub id, and for a ``.ckpt`` or run whose
+                backbone was given by hub id, unless the model is in the local cache.
+            device: the device of the model. None takes the GPU if there is one.
             **options: further arguments of the constructor.
 
         Raises:
-            FileNotFoundError: there is no such file or hub id, or no model in the folder.
-            ValueError: the file is damaged, of another backbone, or was not written by ``mmemb fit``; or this machine
-                has no such device.
+            FileNotFoundError: the file or hub id does not exist, or the folder has no model.
+            ValueError: the file is damaged, is of another backbone, or was not written by ``mmemb fit``. Also raised
+                if this machine does not have the device.
         """
         place = _device(device)
         found = saved.read(path)
@@ -99,27 +100,28 @@ class Embedder:
         instruction: str = "",
         bank: Tensor | None = None,
     ) -> Embeddings:
-        """Embeds one thing or a list of things; batches that do not fit the memory are halved.
+        """Embeds one input or a list of inputs. Batches that do not fit into memory are halved.
 
         Args:
-            items: a string (text), a path (picture), a PIL image, a dict (an item as data files have it, pictures as
-                paths or PIL images) or an `Item`; or a list of these. A list within the list is one item of several
-                parts, in order.
-            side: what the items are: queries, or the targets that queries look for.
-            reason: ``auto`` lets the controller decide for every query and thinks about no target; ``always`` and
-                ``never`` decide for all.
-            budget: most rationale tokens of a row; None: the embedder's own. A controller's own smaller budget holds.
-            return_rationales: keep what was thought.
-            dim: width of the embeddings: their first entries, normalised again (Matryoshka); None: all.
-            instruction: the task in words, for everything that does not bring its own.
-            bank: [M, D] reference embeddings, for a controller that asks for confidence.
+            items: a string (text), a path (picture), a PIL image, a dict or an `Item`, or a list of these. A dict is an
+                item as in data files, with pictures as paths or PIL images. A list within the list is one item with
+                several parts, in order.
+            side: whether the items are queries, or the targets that queries look for.
+            reason: ``auto`` lets the controller decide for each query, and targets skip reasoning. ``always`` and
+                ``never`` apply to all items.
+            budget: maximum number of rationale tokens per row. None takes the embedder's own. A smaller budget of the
+                controller applies.
+            return_rationales: whether to return the rationales.
+            dim: width of the embeddings: only the first entries, normalised again (Matryoshka). None keeps all.
+            instruction: the task in words, for all items without an instruction of their own.
+            bank: [M, D] embeddings over which the confidence is computed, for a controller that needs it.
 
         Returns:
-            Embeddings in the order given, normalised, float32, on the CPU.
+            the embeddings in the order given, normalised, float32, on the CPU.
 
         Raises:
             FileNotFoundError: a picture does not exist.
-            ValueError: something cannot be embedded, or an argument is out of its range.
+            ValueError: an input cannot be embedded, or an argument is out of range.
         """
         if side not in get_args(Side):
             raise ValueError(f"encode: side is {side!r}; give 'query' or 'target'")
@@ -131,7 +133,7 @@ class Embedder:
         if side == "target" and reason == "auto":
             reason = "never"
         controller = self._controller(reason)
-        if reason == "never":  # one plain pass: no cache to hold, no decision to read
+        if reason == "never":  # one plain pass: it needs no cache and no decision
             found = direct(self.encoder.encode_queries(queries))
         else:
             found = self.encoder.encode(queries, controller, bank=bank, budget=most)
@@ -142,21 +144,23 @@ class Embedder:
 
     @staticmethod
     def similarity(queries: Encoded | Tensor | Any, targets: Encoded | Tensor | Any) -> Tensor:
-        """Cosines [B, M] of two sets of embeddings (`Embeddings`, tensors or arrays)."""
+        """Computes the cosines [B, M] of two sets of embeddings (`Embeddings`, tensors or arrays)."""
         return similarity(queries, targets)
 
     @property
     def identity(self) -> str:
-        """The architecture and a digest of the weights: what embeddings must share to be compared."""
+        """The architecture and a digest of the weights. Only embeddings with equal identity can be compared."""
         if self._identity is None:
             self._identity = model_identity(self.backbone, self.pooler)
         return self._identity
 
     def save(self, folder: str | Path) -> Path:
-        """Writes backbone, pooler and, last, the settings that make it whole; `from_checkpoint` reads them back.
+        """Writes backbone, pooler and settings to a folder that `from_checkpoint` can read.
+
+        The settings are written last, so a folder with settings is complete.
 
         Raises:
-            ValueError: the pooler keeps an argument of its constructor under another name.
+            ValueError: the pooler does not keep an argument of its constructor under the same name.
         """
         folder = Path(folder)
         saved.write(folder, self.backbone, self.pooler, identity=self.identity, controller=self.controller)
@@ -173,16 +177,16 @@ class Embedder:
 
 
 def as_item(thing: One, *, instruction: str = "", place: str = "item") -> Item:
-    """An `Item` of whatever was given.
+    """Turns any supported input into an `Item`.
 
     Args:
-        thing: as in `Embedder.encode`.
-        instruction: the task in words; an `Item` keeps its own.
-        place: names the thing in messages.
+        thing: an input as in `Embedder.encode`.
+        instruction: the task in words. An `Item` keeps its own.
+        place: name of the input in error messages.
 
     Raises:
         FileNotFoundError: a picture does not exist.
-        ValueError: it is of no kind that can be embedded, or empty.
+        ValueError: the input is empty, or its type cannot be embedded.
     """
     if isinstance(thing, Item):
         return thing
@@ -206,19 +210,19 @@ def _part(thing: Any, place: str) -> Part:
         return Image(_picture(place, thing))
     kind = type(thing).__name__
     raise ValueError(
-        f"{place}: a {kind} cannot be embedded; give a string, a pathlib.Path, a PIL image, a dict or an Item"
+        f"{place}: type {kind} cannot be embedded; give a string, a pathlib.Path, a PIL image, a dict or an Item"
     )
 
 
 def _picture(place: str, source: Any) -> Any:
-    """A picture's source as `Image` takes it: absolute path, ``bundled:`` name or PIL image."""
+    """Returns the source of a picture in a form that `Image` takes: absolute path, ``bundled:`` name or PIL image."""
     if isinstance(source, PILImage) or (isinstance(source, str) and source.startswith(BUNDLED)):
         return source
     if not isinstance(source, str | Path) or not str(source):
-        raise ValueError(f"{place}: expected the path of a picture or a PIL image, got a {type(source).__name__}")
+        raise ValueError(f"{place}: type {type(source).__name__} is no picture; give a non-empty path or a PIL image")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{place}: there is no picture {source}; correct the path (a plain string is text)")
+        raise FileNotFoundError(f"{place}: there is no picture {source}; correct the path, or give text as a string")
     return str(path.resolve())
 
 
@@ -230,17 +234,19 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); name another, or none") from error
+        raise ValueError(
+            f"device {str(device)!r} cannot be used on this machine ({reason}); give another device or none"
+        ) from error
     return place
 
 
 def load_encoder(model: str, batch_size: int) -> Encoder:
-    """A frozen model by where it lies, on the GPU where there is one.
+    """Loads a model from a path or hub id as an encoder, on the GPU if there is one.
 
     Args:
-        model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`; or a bare backbone's folder
-            or hub id, read at ``<emb>``.
-        batch_size: rows of one forward pass.
+        model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`. The folder or hub id of a
+            backbone alone works too; then the embedding is the state at ``<emb>``.
+        batch_size: number of rows in one forward pass.
     """
     path = Path(model)
     if path.suffix == ".ckpt" or (path / "embedder.json").is_file() or (path / "checkpoints").is_dir():

@@ -1,8 +1,8 @@
-"""Embeddings on disk: one Parquet row per item, and the model that made them.
+"""Writes embeddings to disk: one Parquet row per item, and the model that made them.
 
 Columns: ``id``, ``text`` (a preview), ``images`` (paths or ``bundled:`` names), ``embedding`` (fixed-size list of
 float32), ``rationale`` and ``tokens``. The file's metadata names the model and its weights, so that a query of another
-model, or of another checkpoint of the same model, can be refused. `mmemb.search.exact` reads and searches these files.
+model, or of another checkpoint of the same model, is refused. `mmemb.search.exact` reads and searches these files.
 """
 
 from __future__ import annotations
@@ -20,29 +20,35 @@ from mmemb.interfaces import Backbone, Pooler
 from mmemb.types import Encoded, Item, pictures
 
 _PREVIEW = 500
-"""Characters of an item's text that are kept."""
+"""Number of characters of an item's text that the file keeps."""
 
 
 MODEL_KEY = b"mmemb.model"
 
 
 def model_identity(backbone: Backbone, pooler: Pooler) -> str:
-    """Architecture and a digest of the weights of both parts: a probe of every tensor, so it costs next to nothing."""
+    """Returns the architecture and a digest of the weights of backbone and pooler.
+
+    The digest uses a probe of every tensor, so it costs almost nothing.
+    """
     return f"{backbone.identity}+{digest([module_digest(backbone), module_digest(pooler)])}"
 
 
 def embedding_table(
     items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
 ) -> pa.Table:
-    """Embedded items as rows of the file; the arguments are those of `write_embeddings`.
+    """Builds the rows of the file. The arguments are those of `write_embeddings`.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: the numbers of items, ids and embeddings differ.
     """
     names = [item.fields.get("id", str(row)) for row, item in enumerate(items)] if ids is None else list(ids)
     vectors = encoded.embedding.float().cpu().numpy()
     if not len(items) == len(names) == len(vectors):
-        raise ValueError(f"{len(items)} items, {len(names)} ids and {len(vectors)} embeddings given; give one each")
+        raise ValueError(
+            f"there are {len(items)} items, {len(names)} ids and {len(vectors)} embeddings; give one id and one "
+            "embedding per item"
+        )
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1), type=pa.float32())
     return pa.table(
         {
@@ -62,20 +68,22 @@ def embedding_table(
 def write_embeddings(
     path: str | Path, items: Sequence[Item], encoded: Encoded, *, ids: Sequence[str] | None = None, model: str = ""
 ) -> Path:
-    """Writes embedded items as Parquet, whole or not at all; the folder is made.
+    """Writes embedded items to a Parquet file. The file appears only when it is complete.
+
+    Creates the folder if it does not exist.
 
     Args:
-        path: file to write.
-        items: M items; pictures given as PIL images leave no name behind.
-        encoded: their embeddings.
-        ids: M ids; None takes the items' ``id`` fields, else their numbers.
+        path: the file to write.
+        items: M items. Pictures given as PIL images have no name in the file.
+        encoded: the embeddings of the items.
+        ids: M ids. None takes the ``id`` field of each item, or its number if it has none.
         model: identity of the model (`model_identity`).
 
     Returns:
-        The path.
+        the path.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: the numbers of items, ids and embeddings differ.
     """
     path = Path(path)
     table = embedding_table(items, encoded, ids=ids, model=model)

@@ -1,4 +1,4 @@
-"""What `Embedder.encode` returns: unit vectors with what was thought on the way.
+"""Defines the result of `Embedder.encode`: unit vectors, and the rationales written for them.
 
 Shape legend: B items, M other items, D embedding width.
 """
@@ -20,29 +20,30 @@ from mmemb.types import Encoded
 
 @dataclass
 class Embeddings(Encoded):
-    """Embeddings of B items, in the order given; ``embedding`` is the torch tensor [B, D], `numpy` the array.
+    """Embeddings of B items in the order given.
 
-    NumPy takes the object itself as the array, too. ``rationale`` is filled where rationales were asked for.
+    ``embedding`` is the torch tensor [B, D], and `numpy` gives the array. NumPy also accepts the object itself as an
+    array. ``rationale`` has texts only if rationales were requested.
     """
 
     def __len__(self) -> int:
-        """B."""
+        """The number of items, B."""
         return len(self.embedding)
 
     def numpy(self) -> NDArray[np.float32]:
-        """The embeddings [B, D] float32; shares memory with ``embedding``."""
+        """Returns the embeddings [B, D] float32. The array shares memory with ``embedding``."""
         return self.embedding.numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """NumPy's protocol."""
+        """Implements NumPy's array protocol."""
         array = self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
         return array.copy() if copy else array
 
     def truncated_to(self, dim: int | None) -> Embeddings:
-        """The first ``dim`` entries, normalised again (Matryoshka, arXiv 2205.13147); None keeps all.
+        """Keeps the first ``dim`` entries, normalised again (Matryoshka, arXiv 2205.13147). None keeps all entries.
 
         Raises:
-            ValueError: ``dim`` is no width between 1 and D.
+            ValueError: ``dim`` is not between 1 and D.
         """
         if dim is None:
             return self
@@ -51,22 +52,22 @@ class Embeddings(Encoded):
 
 
 def direct(embedding: Tensor) -> Encoded:
-    """Embeddings [B, D] of items that nobody thought about."""
+    """Wraps the embeddings [B, D] of items that took the direct path."""
     none = torch.zeros(len(embedding))
     return Encoded(embedding, none.bool(), none, [""] * len(embedding), none.long(), none.bool())
 
 
 def similarity(queries: Encoded | Tensor | NDArray[Any], targets: Encoded | Tensor | NDArray[Any]) -> Tensor:
-    """Cosines [B, M] float32 of embeddings [B, D] and [M, D]; they need not be normalised.
+    """Computes the cosines [B, M] float32 of embeddings [B, D] and [M, D], which need not be normalised.
 
     Raises:
-        ValueError: the widths differ.
+        ValueError: the widths of the embeddings differ.
     """
     left, right = (_rows(each) for each in (queries, targets))
     if left.shape[1] != right.shape[1]:
         raise ValueError(
-            f"similarity: embeddings of {left.shape[1]} and {right.shape[1]} dimensions; embed both with one model and "
-            "one dim"
+            f"similarity: the embeddings have {left.shape[1]} and {right.shape[1]} dimensions; embed both with the "
+            "same model and the same dim"
         )
     return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
 

@@ -1,8 +1,8 @@
-"""Batches items through a backbone and a pooler: direct, teacher-forced or adaptive.
+"""Embeds items in batches with a backbone and a pooler: direct, teacher-forced or adaptive.
 
-Batches are sorted by length and results come back in the order given; nothing is sampled, so results are deterministic,
-and the training mode of every submodule is restored afterwards. Embeddings return on the CPU. A batch that does not fit
-the memory is halved, and so are those after it: a result does not depend on the batch size.
+Items are sorted by length for batching, and results come back in the order given, on the CPU. Nothing is sampled, so
+results are deterministic. The training mode of every submodule is restored afterwards. If a batch does not fit into
+memory, this batch and all later ones are halved. Results do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from mmemb.types import Decision, Encoded, Item, PrefillState
 
 Result = TypeVar("Result")
 _WINDOW = 16
-"""Batches that share their last steps; where one of them does not fit the memory, all of them begin again."""
+"""Number of batches that share their last steps. If one of them does not fit into memory, all of them start again."""
 _CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What torch says on a CPU, in a plain `RuntimeError`."""
+"""Torch's message when a CPU runs out of memory, in a plain `RuntimeError`."""
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every submodule has its own mode back (frozen parts differ)."""
+    """Switches modules to eval mode without gradients inside the context.
+
+    Afterwards every submodule gets its own mode back, because the mode of frozen parts may differ from the rest.
+    """
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -45,14 +48,14 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 class Encoder:
-    """Items -> embeddings.
+    """Turns items into embeddings.
 
     Args:
-        backbone: the model; used where it lives.
-        pooler: reads the embedding.
-        batch_size: prompts of one forward pass; steps of thinking may have half as many rows more.
-        budget: most rationale tokens of a row, ``<think>`` and ``</think>`` not counted.
-        confidence_temperature: temperature of the softmax over a reference bank that gives a row's confidence.
+        backbone: the model. It runs on the device where it is.
+        pooler: reads the embedding from the hidden states.
+        batch_size: number of prompts in one forward pass. Steps that write rationales may have 50% more rows.
+        budget: maximum number of rationale tokens per row, without ``<think>`` and ``</think>``.
+        confidence_temperature: temperature of the softmax over the confidence bank, which gives the confidence.
         progress: whether to report progress over items (`mmemb.common.terminal`).
     """
 
@@ -77,14 +80,18 @@ class Encoder:
         self.progress = progress
 
     def encode_queries(self, items: Sequence[Item], rationales: Sequence[str | None] | None = None) -> Tensor:
-        """Embeddings [B, D] float32 of the direct path, or teacher-forced where a row has a rationale.
+        """Embeds B queries on the direct path. Rows with a rationale are teacher-forced.
+
+        Returns:
+            the embeddings [B, D] float32.
 
         Raises:
-            ValueError: not one rationale (or None) an item.
+            ValueError: the numbers of rationales and items differ.
         """
         if rationales is not None and len(rationales) != len(items):
             raise ValueError(
-                f"encode_queries: {len(rationales)} rationales for {len(items)} items; give one (or None) an item"
+                f"encode_queries: rationales has length {len(rationales)} for {len(items)} items; give a text or None "
+                "per item"
             )
 
         def run(rows: list[int], size: int, reached: Callable[[int], None]) -> Tensor:
@@ -97,38 +104,41 @@ class Encoder:
         return torch.cat(parts)[_inverse(order)]
 
     def encode_targets(self, items: Sequence[Item]) -> Tensor:
-        """Embeddings [B, D] float32 of targets: they never think."""
+        """Embeds targets and returns their embeddings [B, D] float32. Targets skip reasoning."""
         return self.encode_queries(items)
 
     def encode(
         self, items: Sequence[Item], controller: Controller, *, bank: Tensor | None = None, budget: int | None = None
     ) -> Encoded:
-        """Thinks where the controller says so; no row is encoded twice.
+        """Embeds items, and reasons where the controller decides so. No row is encoded twice.
 
         Args:
             items: B items.
-            controller: decides from the prefill.
-            bank: [M, D] reference embeddings that give the confidence some controllers ask for.
-            budget: most rationale tokens of a row; None: the encoder's own.
+            controller: decides after the prefill.
+            bank: [M, D] embeddings over which the confidence is computed. Some controllers need it.
+            budget: maximum number of rationale tokens per row. None takes the encoder's own.
         """
         return self._adaptive(items, controller, bank, self.budget if budget is None else budget).encoded()
 
     def encode_paths(
         self, items: Sequence[Item], controller: Controller | None = None, *, bank: Tensor | None = None
     ) -> AdaptivePaths:
-        """Both paths in one pass: ``state.direct`` of all B items, and ``embedding`` after a self-written rationale.
+        """Computes both paths in one pass.
+
+        ``state.direct`` holds the direct embeddings of all B items. ``embedding`` holds the reasoned embeddings, after
+        rationales that the model wrote.
 
         Args:
             items: B items.
-            controller: decides which rows reason; None: all of them, with the encoder's budget.
-            bank: [M, D] reference embeddings that give the confidence.
+            controller: decides which rows reason. None: all rows, with the encoder's budget.
+            bank: [M, D] embeddings over which the confidence is computed.
         """
         if controller is None:
             controller = create("controller", "always_reason")
         return self._adaptive(items, controller, bank, self.budget)
 
     def count_tokens(self, text: str) -> int:
-        """Length of a text in the backbone's tokens."""
+        """Counts the tokens of a text with the backbone's tokenizer."""
         return self.backbone.count_tokens(text)
 
     def _adaptive(
@@ -159,13 +169,16 @@ class Encoder:
         *,
         window: int = 1,
     ) -> tuple[list[int], list[Result]]:
-        """Runs length-sorted batches; the row order used, and one result a window of batches.
+        """Runs batches that are sorted by length.
 
         Args:
             items: the items.
-            run: is given the rows of a window, the size of a batch and what to tell how many rows it has reached.
-            title: what the progress is called.
-            window: most batches of a window.
+            run: gets the rows of a window, the batch size, and a function to call with the number of rows done.
+            title: title of the progress display.
+            window: maximum number of batches in a window.
+
+        Returns:
+            the order of the rows, and one result per window.
         """
         order = length_order(items)
         results: list[Result] = []
@@ -189,10 +202,10 @@ class Encoder:
                     start += len(rows)
                     bar.reach(start)
                     continue
-                # Out of the handler: the traceback kept the failed batch's tensors alive.
+                # This is outside the handler, because the traceback keeps the tensors of the failed batch alive.
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                warnings.warn(f"{size} rows do not fit the memory; going on with {size // 2} at once", stacklevel=3)
+                warnings.warn(f"{size} rows do not fit into memory; continuing with {size // 2} at once", stacklevel=3)
                 size //= 2
         return order, results
 
@@ -202,12 +215,12 @@ def _no_memory(error: RuntimeError) -> bool:
 
 
 def merge_paths(order: Sequence[int], parts: Sequence[AdaptivePaths], *, width: int) -> AdaptivePaths:
-    """Joins batches whose rows, in turn, are rows ``order`` of the whole; the result is in the original order.
+    """Joins batches and restores the original order of the rows.
 
     Args:
-        order: a permutation of the N rows.
-        parts: the batches; none for N = 0.
-        width: D, for the case without batches.
+        order: a permutation of the N rows: the order in which the batches hold them.
+        parts: the batches. Empty for N = 0.
+        width: D, needed when there are no batches.
     """
     if not parts:
         no_rows = torch.zeros(0)

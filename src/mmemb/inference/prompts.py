@@ -1,8 +1,8 @@
-"""The one prompt primitive: a prompt encoded once gives the decision's logits, the direct embedding and a cache.
+"""Encodes prompts. A prompt encoded once gives the logits of the decision, the direct embedding and a cache.
 
 Every path starts with the same prompt. Its last state predicts the decision (``<think>`` or ``<emb>``). One more token,
-``<emb>`` on a fork of the cache, gives the direct embedding; ``<think> rationale </think> <emb>`` gives the reasoned
-one. Only this module writes these token sequences.
+``<emb>`` on a fork of the cache, gives the direct embedding. ``<think> rationale </think> <emb>`` gives the reasoned
+embedding. Only this module builds these token sequences.
 
 Shape legend: B rows, T tokens of a prompt, L tokens of what follows, H hidden width, D embedding width.
 """
@@ -22,12 +22,12 @@ from mmemb.types import EMB, END_THINK, THINK, Item, ModelInputs, pictures
 
 @dataclass
 class EncodedPrompts:
-    """B encoded prompts, with a graph where gradients are on.
+    """B encoded prompts. They have an autograd graph if gradients are on.
 
     Attributes:
-        model: what encoded them.
-        prefix: their key-value cache; fork it before extending it.
-        items: the B items; None where the prompts came as prepared inputs.
+        model: the model that encoded them.
+        prefix: their key-value cache. Fork it before you extend it.
+        items: the B items. None if the prompts came as prepared inputs.
     """
 
     model: Model
@@ -42,9 +42,9 @@ class EncodedPrompts:
         return backbone.logits(self.prefix.hidden)[:, ids].float()
 
     def direct(self) -> Tensor:
-        """Direct embeddings [B, D], on the model's device.
+        """Computes the direct embeddings [B, D], on the model's device.
 
-        Costs one more token per row. A pooler that reads every state needs the whole prompt encoded again.
+        This costs one more token per row. For a pooler that reads every state, the whole prompt is encoded again.
         """
         backbone, pooler = self.model.backbone, self.model.pooler
         if pooler.needs_all_states:
@@ -61,7 +61,7 @@ def encode_prompts(model: Model, prompts: Sequence[Item] | ModelInputs) -> Encod
 
     Args:
         model: backbone and pooler.
-        prompts: items, or what ``Backbone.prepare(items, embed=False)`` made of them.
+        prompts: items, or the inputs that ``Backbone.prepare(items, embed=False)`` made of them.
     """
     if isinstance(prompts, ModelInputs):
         return EncodedPrompts(model, model.backbone.prefill(prompts.to(model.backbone.device)))
@@ -69,28 +69,34 @@ def encode_prompts(model: Model, prompts: Sequence[Item] | ModelInputs) -> Encod
 
 
 def prefill(backbone: Backbone, items: Sequence[Item]) -> Prefix:
-    """The key-value cache of B prompts, where no embedding is wanted."""
+    """Encodes B prompts and returns only their key-value cache."""
     return backbone.prefill(backbone.prepare(items, embed=False).to(backbone.device))
 
 
 def embed_items(model: Model, items: Sequence[Item], rationales: Sequence[str | None] | None = None) -> Tensor:
-    """Embeddings [B, D] by one plain forward pass, teacher-forced where a row has a rationale; left on the device."""
+    """Embeds B items in one plain forward pass.
+
+    Rows with a rationale are teacher-forced.
+
+    Returns:
+        the embeddings [B, D], on the model's device.
+    """
     return model.embed(model.backbone.prepare(items, rationales=rationales))
 
 
 def embed_states(pooler: Pooler, hidden: Tensor) -> Tensor:
-    """Embeddings [B, D] of rows of which only the state at ``<emb>`` [B, H] is at hand."""
+    """Computes the embeddings [B, D] of rows for which only the state at ``<emb>`` [B, H] is available."""
     rows = len(hidden)
     mask = torch.ones(rows, 1, dtype=torch.int64, device=hidden.device)
     return pooler(hidden[:, None], mask, torch.zeros(rows, dtype=torch.int64, device=hidden.device))
 
 
 def thought_tokens(token_id: Callable[[str], int], written: Iterable[int] | None) -> list[int]:
-    """What follows a prompt: ``<think> rationale </think> <emb>``, or ``<emb>`` alone.
+    """Returns the token ids after a prompt: ``<think> rationale </think> <emb>``, or ``<emb>`` alone.
 
     Args:
-        token_id: ids of the special tokens, such as `Backbone.token_id`.
-        written: token ids of the rationale; None for the direct path.
+        token_id: gives the ids of the special tokens, such as `Backbone.token_id`.
+        written: token ids of the rationale. None for the direct path.
     """
     if written is None:
         return [token_id(EMB)]
@@ -98,19 +104,19 @@ def thought_tokens(token_id: Callable[[str], int], written: Iterable[int] | None
 
 
 def rationale_tokens(backbone: Backbone, text: str) -> list[int]:
-    """Token ids of a rationale, cut to the backbone's longest one."""
+    """Returns the token ids of a rationale, cut to the backbone's maximum length."""
     return backbone.tokenize(text)[: backbone.max_rationale_tokens]
 
 
 def pad_tokens(
     rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, L] int64 (1 = real) of rows of different lengths.
+    """Pads rows of different lengths and returns their token ids and mask [B, L] int64 (1 = real).
 
     Args:
         rows: B lists of token ids.
-        side: where the padding goes; on the left, the last column is every row's last token.
-        device: where the result lives.
+        side: side of the padding. With padding on the left, the last column holds the last token of every row.
+        device: device of the result.
     """
     width = max(map(len, rows), default=0)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -123,9 +129,10 @@ def pad_tokens(
 
 
 def length_order(items: Sequence[Item]) -> list[int]:
-    """Row indices by rough prompt length (pictures, then characters), longest first: little padding in a batch.
+    """Returns row indices sorted by rough prompt length (pictures, then characters), longest first.
 
-    Longest first also means that a batch that does not fit the memory fails at once.
+    Sorting keeps the padding in a batch small. With the longest first, a batch that does not fit into memory fails at
+    once.
     """
     sizes = [(sum(1 for _ in pictures(item)), len(item.instruction) + len(item.text)) for item in items]
     return sorted(range(len(items)), key=lambda row: (-sizes[row][0], -sizes[row][1], row))

@@ -1,14 +1,15 @@
-"""Rollouts for policy gradients: many sampled decisions and rationales of a query, its prompt encoded once.
+"""Samples rollouts for policy gradients: many decisions and rationales per query.
 
-A prompt is prefilled once and its cache forked for the rollouts of the query that think; all rollouts that do not think
-share the query's direct embedding. What a policy gradient needs is kept as it was drawn: token ids, and their
-log-probabilities under the distribution they were drawn from.
+The prompt of a query is encoded once. Its cache is forked for the rollouts that reason. All rollouts that skip
+reasoning share the query's direct embedding. Rollouts keep what a policy gradient needs: the token ids, and their
+log-probabilities under the distribution from which they were drawn.
 
-The decisions of a query are drawn by systematic sampling: with probability p of thinking, floor(G p) or ceil(G p) of
-its G rollouts think, each with marginal probability p. So an exploration floor is a share of every group, not luck.
+The decisions of a query are drawn by systematic sampling. With probability p of reasoning, floor(G p) or ceil(G p) of
+its G rollouts reason, each with marginal probability p. Thus every group gets its share of explored decisions, and
+this does not depend on luck.
 
-Shape legend: N queries, G rollouts of each, R = N x G rollouts (rollout r belongs to query r // G), L longest written
-rationale and its end token, S fed columns, H hidden width, D embedding width.
+Shape legend: N queries, G rollouts per query, R = N x G rollouts, S fed columns, H hidden width, D embedding width.
+L is the number of tokens in the longest rationale, with its end token. Rollout r belongs to query r // G.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mmemb.interfaces import Backbone, Model
 from mmemb.types import Item
 
 SAMPLED = -1
-"""Entry of ``decision`` for a rollout whose decision is drawn."""
+"""Value in ``decision`` for a rollout whose decision is drawn at random."""
 
 
 @dataclass
@@ -36,24 +37,25 @@ class Rollouts:
     """G rollouts of each of N queries, on the CPU.
 
     Attributes:
-        group_size: G.
-        temperature: of decision and rationale.
-        decision_logits: [N, 2] float32, logits of ``<think>`` and ``<emb>`` after the prompt, as the model gave them.
-        think_probability: [N] float32, probability with which a decision was drawn as ``<think>``: temperature and
-            exploration included.
+        group_size: G, the number of rollouts per query.
+        temperature: sampling temperature of decision and rationale.
+        decision_logits: [N, 2] float32, the model's logits of ``<think>`` and ``<emb>`` after the prompt.
+        think_probability: [N] float32, probability with which ``<think>`` was drawn. It includes temperature and
+            exploration.
         direct: [N, D] float32, the direct embedding of each query.
         think: [R] bool, the decision.
-        forced: [R] bool, the decision was given, not drawn.
-        decision_log_prob: [R] float32, log-probability of the decision under the distribution it was drawn from; 0
-            where it was forced.
-        token_ids: [R, L] int64, every rationale token the model chose, in order, its end token included unless the
-            budget ended the rationale; 0 beyond.
-        token_mask: [R, L] bool, where there is one.
-        log_prob: [R, L] float32, log-probability of each under the distribution it was drawn from; 0 beyond.
-        truncated: [R] bool, the budget ended the rationale.
-        tokens: [R] int64, tokens written, ``<think>`` and ``</think>`` included; 0 where the rollout did not think.
-        rationale: R texts, empty where the rollout did not think.
-        embedding: [R, D] float32, after the rationale where the rollout thought, else direct.
+        forced: [R] bool, whether the decision was given and not drawn.
+        decision_log_prob: [R] float32, log-probability of the decision under the distribution from which it was drawn.
+            0 if the decision was forced.
+        token_ids: [R, L] int64, every rationale token that the model chose, in order. This includes the end token,
+            unless the budget ended the rationale. Zero after the last token.
+        token_mask: [R, L] bool, True where ``token_ids`` holds a token.
+        log_prob: [R, L] float32, log-probability of each token under the distribution from which it was drawn. Zero
+            after the last token.
+        truncated: [R] bool, whether the budget ended the rationale.
+        tokens: [R] int64, tokens written, including ``<think>`` and ``</think>``. 0 if the rollout skipped reasoning.
+        rationale: R texts, empty for rollouts that skipped reasoning.
+        embedding: [R, D] float32, the reasoned embedding if the rollout reasoned, otherwise the direct one.
     """
 
     group_size: int
@@ -73,24 +75,24 @@ class Rollouts:
     embedding: Tensor
 
     def __len__(self) -> int:
-        """R."""
+        """The number of rollouts, R."""
         return len(self.think)
 
     def to(self, device: torch.device | str) -> Rollouts:
-        """Moves every tensor; returns a new object."""
+        """Moves every tensor and returns a new object."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.type == "Tensor"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass
 class RolloutTokens:
-    """What follows the prompts of R rollouts, right-padded: for a pass with gradients over what was drawn.
+    """The tokens after the prompts of R rollouts, right-padded, for a pass with gradients over the drawn tokens.
 
-    With ``states, _ = backbone.extend(prefix, tokens, mask)`` the state of column j is the one that chose
-    ``Rollouts.token_ids[:, j]`` (see `token_log_probs`), and the state of column ``emb_column`` is embedded.
+    Feed them with ``states, _ = backbone.extend(prefix, tokens, mask)``. The state of column j then predicts
+    ``Rollouts.token_ids[:, j]`` (see `token_log_probs`), and the state of column ``emb_column`` gives the embedding.
 
     Attributes:
-        tokens: [R, S] int64: ``<think> rationale </think> <emb>`` where the rollout thought, else ``<emb>``.
+        tokens: [R, S] int64, ``<think> rationale </think> <emb>`` if the rollout reasoned, otherwise ``<emb>``.
         mask: [R, S] int64, 1 = real.
         emb_column: [R] int64, column of ``<emb>``.
     """
@@ -114,31 +116,36 @@ def rollout(
     margin_spread: float = 1.0,
     batch_size: int = 256,
 ) -> Rollouts:
-    """Samples G decisions and rationales of each of N queries from the model as it is, in evaluation mode.
+    """Samples G decisions and rationales for each of N queries from the current model, in evaluation mode.
 
     Args:
         model: backbone and pooler.
         items: the queries.
-        group_size: G, rollouts a query.
-        temperature: of decision and rationale, > 0.
-        max_new_tokens: most tokens of a rationale; the backbone's own limit holds, too.
-        seed: one seed, from which query i draws its own; or one a query. A query's rollouts depend on nothing else.
-        decision: [N, G] or [R], given decisions: 1 or True thinks, 0 or False does not, `SAMPLED` is drawn. None: all
-            are drawn.
-        exploration: mixes the decision with a fair coin: the probability of thinking is
-            ``exploration / 2 + (1 - exploration) p``, so both decisions have at least half of it.
-        margin_center: difference of the decision logits at which thinking has probability 1/2.
-        margin_spread: divides what the difference is beyond it: p = sigmoid((l_think - l_emb - center) / spread /
-            temperature). With 0 and 1 the model's own probability.
-        batch_size: rollouts decoded together.
+        group_size: G, the number of rollouts per query.
+        temperature: sampling temperature of decision and rationale, > 0.
+        max_new_tokens: maximum number of tokens in a rationale. The backbone's own limit applies too.
+        seed: one seed, from which each query derives its own, or one seed per query. The rollouts of a query depend on
+            no other seed.
+        decision: [N, G] or [R], given decisions. 1 or True means to reason, 0 or False to skip reasoning, and `SAMPLED`
+            to draw the decision. None draws all decisions.
+        exploration: mixes the decision with a fair coin. The probability of reasoning is
+            ``exploration / 2 + (1 - exploration) p``, so both decisions have a probability of at least
+            ``exploration / 2``.
+        margin_center: difference of the decision logits at which the probability of reasoning is 1/2.
+        margin_spread: divides the distance of the difference from that center:
+            ``p = sigmoid((l_think - l_emb - center) / spread / temperature)``. A center of 0 and a spread of 1 give the
+            model's own probability.
+        batch_size: number of rollouts that are decoded together.
 
     Raises:
-        ValueError: an argument is out of its range, or of the wrong shape.
+        ValueError: an argument is out of range or has the wrong shape.
     """
     _check(items, group_size, temperature, max_new_tokens, exploration, batch_size)
     seeds = [seed_of(seed, row) for row in range(len(items))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(items):
-        raise ValueError(f"rollout: {len(seeds)} seeds for {len(items)} queries; give one seed, or one a query")
+        raise ValueError(
+            f"rollout: seed has length {len(seeds)} for {len(items)} queries; give one number, or one per query"
+        )
     wanted = _wanted(decision, len(items), group_size)
     order = length_order(items)
     step = max(1, batch_size // group_size)
@@ -162,12 +169,15 @@ def rollout(
 
 
 def rollout_tokens(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None = None) -> RolloutTokens:
-    """What to feed after the prompts to pass over the rollouts again; on the rollouts' device.
+    """Builds the tokens to feed after the prompts for another pass over the rollouts.
 
     Args:
-        backbone: knows the special tokens.
-        rollouts: what was drawn.
-        rows: [r] int64, rollouts wanted; None: all of them.
+        backbone: gives the ids of the special tokens.
+        rollouts: the rollouts.
+        rows: [r] int64, the rollouts to include. None: all rollouts.
+
+    Returns:
+        the tokens, on the device of the rollouts.
     """
     chosen = torch.arange(len(rollouts), device=rollouts.think.device) if rows is None else rows
     drawn = zip(
@@ -176,14 +186,17 @@ def rollout_tokens(backbone: Backbone, rollouts: Rollouts, rows: Tensor | None =
         rollouts.token_ids[chosen].tolist(),
         strict=True,
     )
-    # Without the two brackets, and without the end token: whatever ended the rationale, ``</think>`` is what was fed.
+    # Leave out ``<think>``, ``</think>`` and the end token. Any rationale was closed with ``</think>``.
     fed = [thought_tokens(backbone.token_id, ids[: count - 2] if think else None) for think, count, ids in drawn]
     tokens, mask = pad_tokens(fed, side="right", device=chosen.device)
     return RolloutTokens(tokens, mask, mask.sum(1) - 1)
 
 
 def token_log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Log-probabilities [n] of rationale tokens [n] after states [n, H], as `rollout` drew them; differentiable."""
+    """Computes the log-probabilities [n] of rationale tokens [n] after states [n, H], with gradients.
+
+    They are those of the distribution from which `rollout` draws.
+    """
     logits = rationale_logits(backbone, hidden) / temperature
     return logits.log_softmax(dim=-1).gather(1, token_ids[:, None])[:, 0]
 
@@ -197,24 +210,26 @@ def _check(
     batch_size: int,
 ) -> None:
     if not items:
-        raise ValueError("rollout: no queries given")
+        raise ValueError("rollout: there are no queries; give at least one item")
     check_numbers("rollout", above=0, temperature=temperature)
     check_numbers("rollout", at_least=1, group_size=group_size, max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_numbers("rollout", at_least=0, at_most=1, exploration=exploration)
 
 
 def _wanted(decision: Tensor | None, queries: int, group_size: int) -> Tensor:
-    """Given decisions as [N, G] int64."""
+    """Returns the given decisions as [N, G] int64."""
     if decision is None:
         return torch.full((queries, group_size), SAMPLED)
     if decision.numel() != queries * group_size or decision.shape[0] not in (queries, queries * group_size):
         raise ValueError(
-            f"rollout: decision has the shape {tuple(decision.shape)}; expected ({queries}, {group_size}), queries by "
-            "rollouts"
+            f"rollout: decision has the shape {tuple(decision.shape)}; give ({queries}, {group_size}), that is, "
+            "queries by rollouts"
         )
     wanted = decision.reshape(queries, group_size).cpu().long()
     if not bool(torch.isin(wanted, torch.tensor([SAMPLED, 0, 1])).all()):
-        raise ValueError(f"rollout: a decision is 1 (think), 0 (do not) or {SAMPLED} (drawn)")
+        raise ValueError(
+            f"rollout: decision has other values than 1 (reason), 0 (skip reasoning) and {SAMPLED} (draw at random)"
+        )
     return wanted
 
 
@@ -230,7 +245,7 @@ def _group(
     exploration: float,
     margin: tuple[float, float],
 ) -> Rollouts:
-    """The rollouts of one batch of queries."""
+    """Samples the rollouts of one batch of queries."""
     backbone, pooler = model.backbone, model.pooler
     device, group = backbone.device, wanted.shape[1]
     prompts = encode_prompts(model, items)
@@ -288,7 +303,10 @@ def _group(
 
 
 def _draw(probability: float, group: int, seed: int) -> Tensor:
-    """Systematic sampling: G decisions [G] of equal marginal probability, floor(G p) or ceil(G p) of them True."""
+    """Draws G decisions [G] by systematic sampling.
+
+    They have equal marginal probability, and floor(G p) or ceil(G p) of them are True.
+    """
     generator = torch.Generator().manual_seed(seed_of(seed, "decision"))
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     points = (torch.arange(group, dtype=torch.float64) + offset) / group
@@ -303,7 +321,10 @@ def _texts(backbone: Backbone, written: Written, rows: Tensor, total: int) -> tu
 
 
 def _actions(written: Written, rows: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen tokens, their mask and log-probabilities, all [total, L], from the rows that wrote."""
+    """Returns the chosen tokens, their mask and their log-probabilities, all [total, L].
+
+    Rows that wrote nothing stay zero.
+    """
     assert written.log_prob is not None
     lengths = torch.tensor([len(ids) for ids in written.token_ids]) + (~written.truncated).long()
     longest = int(lengths.max())
@@ -316,7 +337,7 @@ def _actions(written: Written, rows: Tensor, total: int) -> tuple[Tensor, Tensor
 
 
 def _joined(parts: Sequence[Rollouts], order: Sequence[int], group: int, temperature: float, *, width: int) -> Rollouts:
-    """Joins batches whose queries, in turn, are queries ``order`` of the whole; the result is in the order given."""
+    """Joins batches into rollouts in the original order. The joined batches hold the queries in the order ``order``."""
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     rows = (back[:, None] * group + torch.arange(group)).flatten()

@@ -1,6 +1,7 @@
-"""What an embedder is made of on disk: a checkpoint of `mmemb fit`, a folder that `Embedder.save` wrote, a hub id.
+"""Reads and writes the model of an embedder.
 
-Nothing here runs code from a file: tensors, plain settings and the names of registered parts only.
+A model comes from a checkpoint of `mmemb fit`, a folder that `Embedder.save` wrote, or a hub id. Reading a model never
+runs code from a file: it reads only tensors, plain settings and the names of registered components.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from mmemb.registry import create
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _SETTINGS, _BACKBONE, _POOLER = "embedder.json", "backbone", "pooler.safetensors"
 _KEPT = ("max_prompt_tokens", "max_rationale_tokens", "dtype")
-"""Arguments of the backbone that its own folder does not hold."""
+"""Arguments of the backbone that the backbone's own folder does not keep."""
 _DECISION = ("offset", "spread")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model as it was read.
+    """A model that was read from disk.
 
     Attributes:
-        backbone: on the CPU.
-        pooler: built, with its weights.
-        identity: digest that the saved model had; None where it is to be taken anew.
-        decision: arguments of the controller `rl` with which the model decides: its ``offset`` and ``spread``.
+        backbone: the backbone, on the CPU.
+        pooler: the pooler with its weights.
+        identity: digest that the saved model had. None means that it must be computed again.
+        decision: arguments of the controller `rl` with which the model decides: ``offset`` and ``spread``.
     """
 
     backbone: Backbone
@@ -47,7 +48,7 @@ class Saved:
 
 
 def read(path: str | Path) -> Saved:
-    """Reads a model; see `Embedder.from_checkpoint`."""
+    """Reads a model. `Embedder.from_checkpoint` describes the argument and the errors."""
     folder = Path(path).expanduser()
     if not folder.exists() and _HUB_ID.fullmatch(str(path)):
         folder = _download(str(path))
@@ -57,13 +58,16 @@ def read(path: str | Path) -> Saved:
 
 
 def write(folder: Path, backbone: Backbone, pooler: Pooler, *, identity: str, controller: Any) -> None:
-    """Writes what `read` reads; see `Embedder.save`. The settings, which make the folder whole, come last."""
+    """Writes a folder that `read` can read; see `Embedder.save`.
+
+    The settings are written last, so a folder with settings is complete.
+    """
     settings = {
         "format": 1,
         "pooler": _describe(pooler),
         **{name: getattr(backbone, name) for name in _KEPT if hasattr(backbone, name)},
         "decision": {name: getattr(controller, name) for name in _DECISION if hasattr(controller, name)},
-        # Saving may merge adapters into the weights: the same model with another digest.
+        # Saving may merge adapters into the weights. That changes the digest of the same model.
         "identity": identity,
     }
     backbone.save(folder / _BACKBONE)
@@ -73,7 +77,7 @@ def write(folder: Path, backbone: Backbone, pooler: Pooler, *, identity: str, co
 
 
 def _download(name: str) -> Path:
-    """The folder of a hub id in the local cache, fetched if need be."""
+    """Returns the folder of a hub id in the local cache. Downloads it if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -83,10 +87,10 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"{name}: neither a path here nor a model of the hub that can be read: {first}"
+            f"{name}: this is neither a local path nor a hub model that can be read: {first}"
         ) from error
     if not (folder / _SETTINGS).is_file():
-        raise FileNotFoundError(f"{name}: no {_SETTINGS} in it; upload a folder that Embedder.save wrote")
+        raise FileNotFoundError(f"{name}: there is no {_SETTINGS} in it; upload a folder that Embedder.save wrote")
     return folder
 
 
@@ -94,19 +98,19 @@ def _last_checkpoint(folder: Path) -> Path:
     path = folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
         runs = sorted(folder.glob("*/checkpoints/last.ckpt"), key=lambda found: found.stat().st_mtime)
-        wanted = f"its newest run is {runs[-1].parent.parent}" if runs else "give a run's folder or a .ckpt file"
-        raise FileNotFoundError(f"{folder}: neither {_SETTINGS} nor checkpoints/last.ckpt in it; {wanted}")
+        wanted = f"its newest run is {runs[-1].parent.parent}" if runs else "give the folder of a run or a .ckpt file"
+        raise FileNotFoundError(f"{folder}: it has neither {_SETTINGS} nor checkpoints/last.ckpt; {wanted}")
     return path
 
 
 def _read_lightning(path: Path) -> Saved:
-    """The model of an `EmbeddingModule` checkpoint: built from its settings, then given its weights."""
+    """Builds the model of an `EmbeddingModule` checkpoint from its settings and loads its weights."""
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if not all(isinstance(settings.get(part), Mapping) for part in ("backbone", "pooler")):
-        raise ValueError(f"{path}: the settings of backbone and pooler are not in it; give a checkpoint of `mmemb fit`")
+        raise ValueError(f"{path}: the settings of backbone and pooler are missing; give a checkpoint of `mmemb fit`")
     parser = ArgumentParser(exit_on_error=False)
-    # The types keep a checkpoint from naming anything but a backbone and a pooler.
+    # With these types, a checkpoint can name nothing but a backbone and a pooler.
     parser.add_argument("--backbone", type=Backbone)
     parser.add_argument("--pooler", type=Pooler)
     try:
@@ -115,7 +119,7 @@ def _read_lightning(path: Path) -> Saved:
         )
     except ArgumentError as error:
         first = str(error).strip().split("\n", 1)[0]
-        raise ValueError(f"{path}: its settings do not build a model here: {first}") from error
+        raise ValueError(f"{path}: no model can be built from its settings: {first}") from error
     backbone, pooler = built.backbone, built.pooler
     refuse_other_backbone(checkpoint, identity=backbone.identity, path=path)
     Model.assemble(backbone, pooler)
@@ -125,9 +129,10 @@ def _read_lightning(path: Path) -> Saved:
 
 
 def _decision(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """How the model decides: as the run's evaluation calibrated it, else as the control phase left it.
+    """Returns the settings with which the model decides whether to reason.
 
-    The phase learns sigmoid((l_think - l_emb - center) / spread); a model without one follows its logits as they are.
+    They come from the calibration in the run's evaluation, otherwise from the control phase. The control phase learns
+    ``sigmoid((l_think - l_emb - center) / spread)``. A model without a control phase follows its plain logits.
     """
     policies = [state["policy"] for state in checkpoint.get("phases", ()) if state.get("policy")]
     policy = policies[-1] if policies else None
@@ -140,16 +145,16 @@ def _decision(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, float]:
         offset = settings["calibration"]["rl"]["offset"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return learned
-    # Of another step's model nothing is known.
+    # The calibration holds only for the model of its own step.
     if settings.get("step") != checkpoint.get("global_step") or not isinstance(offset, int | float):
         return learned
     return {**learned, "offset": float(offset)}
 
 
 def _read_folder(folder: Path) -> Saved:
-    """The model of a folder that `write` wrote."""
+    """Reads the model in a folder that `write` wrote."""
     settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    # Folders of earlier versions have not all of them.
+    # Folders of earlier versions lack some of these settings.
     kept = {name: settings[name] for name in _KEPT if name in settings}
     backbone = create("backbone", "transformers", model=str(folder / _BACKBONE), **kept)
     parser = ArgumentParser(exit_on_error=False)
@@ -166,23 +171,28 @@ def _load(part: nn.Module, state: Mapping[str, Tensor], prefix: str, path: Path)
         part.load_state_dict(own)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit the {prefix[:-1]} of its settings: {first}") from error
+        raise ValueError(f"{path}: its weights do not fit the {prefix[:-1]} in its settings: {first}") from error
 
 
 def _plain(value: Any) -> Any:
-    """Settings as plain containers: checkpoints keep them as mappings of several kinds."""
+    """Turns settings into plain containers, because checkpoints keep them as mappings of several types."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _describe(part: Any) -> dict[str, Any]:
-    """Class path and arguments of a part that keeps every argument under its own name, as ours do."""
+    """Returns the class path and arguments of a component.
+
+    The component must keep every argument as an attribute of the same name, as all built-in components do.
+    """
     path = f"{type(part).__module__}.{type(part).__qualname__}"
     names = [
         name for name in inspect.signature(type(part).__init__).parameters if name not in ("self", "args", "kwargs")
     ]
     missing = [name for name in names if not hasattr(part, name)]
     if missing:
-        raise ValueError(f"{path} does not keep its argument {missing[0]!r} as an attribute; it cannot be saved")
+        raise ValueError(
+            f"{path} cannot be saved: it does not keep its argument {missing[0]!r} as an attribute of that name"
+        )
     return {"class_path": path, "init_args": {name: getattr(part, name) for name in names}}

@@ -1,10 +1,11 @@
-"""Many continuations of few prompts: each distinct prompt is encoded once, its cache forked for every row that has it.
+"""Encodes many continuations of few prompts. Each distinct prompt is encoded once.
 
-An evaluator looks at one pair without a rationale, with each candidate and with placebos: a dozen rows whose prompt,
-pictures and all, is the same. For a prompt of T tokens with R continuations of L tokens the work is T + R L tokens
-instead of R (T + L); what it costs is a copy of the prompt's cache a row (`benchmarks/score.py` has the numbers).
+The cache of a prompt is forked for every row that has this prompt. An evaluator scores one pair without a rationale,
+with each rationale candidate and with placebos. These are about a dozen rows with the same prompt and pictures. For a
+prompt of T tokens with R continuations of L tokens, the work is T + R L tokens instead of R (T + L). The price is one
+copy of the prompt's cache per row (`benchmarks/score.py` measures it).
 
-Rows share a prompt where they are given the same `Item` object: comparing pictures would cost more than it finds.
+Rows share a prompt if they have the same `Item` object. Comparing pictures would cost more than it saves.
 
 Shape legend: N rows, P distinct prompts, L columns of the longest continuation, H hidden width, D embedding width.
 """
@@ -27,13 +28,16 @@ _TOKENS_AT_ONCE = 512
 def last_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> Tensor:
-    """The state after the last token of each row's continuation, [N, H] on the backbone's device.
+    """Computes the state after the last token of each row's continuation.
 
     Args:
-        backbone: the model; its training mode is restored.
-        items: N prompts; rows that are given the same object share its encoding.
-        continuations: token ids that follow each prompt, at least one a row.
-        batch_size: rows continued together.
+        backbone: the model. Its training mode is restored.
+        items: N prompts. Rows with the same object share its encoding.
+        continuations: token ids that follow each prompt, at least one per row.
+        batch_size: number of rows that are encoded together.
+
+    Returns:
+        the states [N, H], on the backbone's device.
     """
     states: Tensor | None = None
     for rows, hidden, _, _ in continuation_states(backbone, items, continuations, batch_size=batch_size):
@@ -46,19 +50,22 @@ def last_states(
 def log_likelihoods(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> list[float]:
-    """How likely the model goes on as each row does, in nats: the sum of log p of its tokens after the first.
+    """Computes the log-likelihood of each row's continuation, in nats.
+
+    It is the sum of the log-probabilities of the continuation's tokens after the first.
 
     Args:
-        backbone: the model; its training mode is restored.
-        items: N prompts; rows that are given the same object share its encoding.
-        continuations: token ids that follow each prompt, at least one a row; the first is given.
-        batch_size: rows continued together.
+        backbone: the model. Its training mode is restored.
+        items: N prompts. Rows with the same object share its encoding.
+        continuations: token ids that follow each prompt, at least one per row. The first token is not scored.
+        batch_size: number of rows that are encoded together.
     """
     found = [0.0] * len(items)
     for rows, hidden, tokens, mask in continuation_states(backbone, items, continuations, batch_size=batch_size):
-        row, column = (mask[:, :-1] & mask[:, 1:]).bool().nonzero(as_tuple=True)  # states that foretell a real token
+        row, column = (mask[:, :-1] & mask[:, 1:]).bool().nonzero(as_tuple=True)  # states that predict a real token
         nats = torch.zeros(len(rows), dtype=torch.float64)
-        # The vocabulary is wide: not every token's logits at once. Summed on the CPU, in one order.
+        # The vocabulary is large, so the logits are computed for some tokens at a time. The sum runs on the CPU, in a
+        # fixed order.
         for r, c in zip(row.split(_TOKENS_AT_ONCE), column.split(_TOKENS_AT_ONCE), strict=True):
             with torch.no_grad():
                 of_token = backbone.logits(hidden[r, c]).float().log_softmax(-1).gather(1, tokens[r, c + 1, None])
@@ -69,14 +76,18 @@ def log_likelihoods(
 
 
 def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[str | None]) -> Tensor:
-    """Embeddings [N, D] float32 on the CPU, as `Encoder.encode_queries` gives them, each prompt encoded once.
+    """Embeds queries as `Encoder.encode_queries` does, but encodes each distinct prompt only once.
 
-    A pooler that looks at every state (``needs_all_states``) needs the prompt's own in every row: nothing is shared.
+    A pooler that reads every state (``needs_all_states``) needs the states of the prompt in every row. Then nothing is
+    shared.
 
     Args:
         encoder: the model.
-        items: N queries; rows that are given the same object share its encoding.
-        rationales: a text or None a row.
+        items: N queries. Rows with the same object share its encoding.
+        rationales: for each row, a text or None.
+
+    Returns:
+        the embeddings [N, D] float32, on the CPU.
     """
     alone = len({id(item) for item in items}) == len(items)
     if alone or encoder.pooler.needs_all_states:
@@ -92,9 +103,10 @@ def encode_arms(encoder: Encoder, items: Sequence[Item], rationales: Sequence[st
 def continuation_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Batch by batch: row numbers, states [B, L, H], token ids and mask [B, L] of the continuations, left-padded.
+    """Encodes the continuations in batches, left-padded. The arguments are those of `last_states`.
 
-    Arguments as `last_states` has them.
+    Yields:
+        for each batch: row numbers, states [B, L, H], token ids [B, L] and mask [B, L].
     """
     for rows in _batches(items, batch_size):
         with evaluating(backbone):
@@ -108,7 +120,10 @@ def continuation_states(
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[int]]:
-    """Rows batch by batch: a prompt's together, prompts by length; one that falls across a border is encoded twice."""
+    """Yields the rows of each batch. Rows with the same prompt are together, and prompts are sorted by length.
+
+    A prompt whose rows fall into two batches is encoded twice.
+    """
     rows_of: dict[int, list[int]] = {}
     for row, item in enumerate(items):
         rows_of.setdefault(id(item), []).append(row)

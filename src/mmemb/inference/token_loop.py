@@ -1,15 +1,15 @@
-"""The token loop: rows that think go on from their prompts' cache, a token a step, until each has its embedding.
+"""Runs the token loop: rows that reason continue from the cache of their prompt, one token per step.
 
-A row passes four phases: writing (the rationale), closing (``</think>`` is fed), embedding (``<emb>`` is fed) and done.
-A rationale of L tokens therefore takes L + 3 steps (``<think>``, its tokens, ``</think>``, ``<emb>``), and a row whose
-budget ends is closed like any other: a missing ``<emb>`` cannot happen. Rows that are done stay in the batch until
-enough of them are worth a copy of the cache without them.
+A row passes through four phases: writing (the rationale), closing (``</think>`` is fed), embedding (``<emb>`` is fed)
+and done. A rationale of L tokens therefore takes L + 3 steps: ``<think>``, its tokens, ``</think>``, ``<emb>``. A row
+whose budget ends is closed like any other, so ``<emb>`` is never missing. Finished rows stay in the batch until there
+are enough of them to justify a copy of the cache without them.
 
-A few rows write much longer than the rest, and a step of few rows costs about what one of many does. So the last rows
-of a batch need not be waited for: further rows may join them, and they finish together.
+A few rows write much longer than the rest, and a step with few rows costs about as much as a step with many. Therefore
+the loop does not wait for the last rows of a batch: further rows may join them, and all finish together.
 
-Everything a step decides stays on the device; the host looks at it once a step on a CPU and every few steps elsewhere,
-so that it can run ahead of an accelerator.
+The results of a step stay on the device. The host reads them after every step on a CPU, and after every few steps
+elsewhere, so that it can run ahead of an accelerator.
 
 Shape legend: R rows, n rows still in the cache, L longest rationale, V vocabulary, H hidden width.
 """
@@ -26,23 +26,26 @@ from mmemb.interfaces import Backbone, Prefix
 from mmemb.types import EMB, END_THINK, THINK
 
 COMPACT_SHARE = 0.25
-"""Share of finished rows that is worth a copy of the cache: the copy costs about what one step's attention reads."""
+"""Share of finished rows at which the cache is copied without them.
+
+The copy costs about as much as the memory reads of attention in one step.
+"""
 
 _WRITING, _CLOSING, _EMBEDDING, _DONE = range(4)
 
 
 @dataclass
 class Written:
-    """R rationales.
+    """The rationales of R rows.
 
     Attributes:
-        token_ids: what was written, a tuple of ids a row, the end token left out.
-        truncated: [R] bool on the CPU, the budget ended the rationale.
-        hidden: [R, H], the state at ``<emb>``; None if not asked for.
-        actions: [R, L + 1] int64 on the device, every token that was chosen, the end token included where the model
-            chose one; zero beyond.
-        log_prob: [R, L + 1] float32 on the device, log-probability of each action under the distribution it was drawn
-            from; zero beyond. None if not asked for.
+        token_ids: for each row, a tuple with the ids of its rationale, without the end token.
+        truncated: [R] bool on the CPU, whether the budget ended the rationale.
+        hidden: [R, H], the state at ``<emb>``. None if not requested.
+        actions: [R, L + 1] int64 on the device, every token that was chosen, including the end token if the model chose
+            one. Zero after the last token.
+        log_prob: [R, L + 1] float32 on the device, log-probability of each action under the distribution from which it
+            was drawn. Zero after the last action. None if not requested.
     """
 
     token_ids: list[tuple[int, ...]]
@@ -53,14 +56,14 @@ class Written:
 
 
 class Sampler:
-    """Chooses tokens: the likeliest, or by inverse transform sampling with one uniform number a row and step.
+    """Chooses the likeliest token, or samples one by inverse transform with one uniform number per row and step.
 
-    A row's numbers come from its own seed, so its text does not depend on its neighbours.
+    The numbers of a row come from its own seed, so its text does not depend on other rows.
 
     Args:
-        steps: most tokens a row chooses.
-        temperature: divides the logits; 0 takes the likeliest token.
-        device: where the logits live.
+        steps: maximum number of tokens that a row chooses.
+        temperature: divides the logits. 0 takes the likeliest token.
+        device: device of the logits.
     """
 
     def __init__(self, *, steps: int, temperature: float, device: torch.device) -> None:
@@ -68,23 +71,26 @@ class Sampler:
         self.uniforms = torch.zeros(0, steps, dtype=torch.float64, device=device)  # [R, steps], if temperature > 0
 
     def add(self, seeds: Sequence[int]) -> None:
-        """Further rows, a seed each."""
+        """Adds rows, with one seed per row."""
         if self.temperature > 0:
             drawn = [torch.rand(self.steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
             self.uniforms = torch.cat([self.uniforms, torch.stack(drawn).to(self.uniforms)])
 
     def __call__(self, logits: Tensor, rows: Tensor, step: Tensor) -> Tensor:
-        """Token ids [n] of logits [n, V] for rows [n], each at its own step [n]."""
+        """Chooses token ids [n] from logits [n, V] for rows [n], each at its own step [n]."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         cumulative = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        # Scaling by the total keeps the draw below it whatever the rounding; right=True skips tokens without mass.
+        # Scaling by the total keeps the draw below it despite rounding. right=True skips tokens of probability 0.
         drawn = self.uniforms[rows, step][:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, drawn, right=True).flatten()
 
 
 def rationale_logits(backbone: Backbone, hidden: Tensor) -> Tensor:
-    """Logits [n, V] float32 of the next rationale token after states [n, H]: a rationale holds no second decision."""
+    """Computes the logits [n, V] float32 of the next rationale token after states [n, H].
+
+    ``<think>`` and ``<emb>`` get a logit of minus infinity, because a rationale has no second decision.
+    """
     logits = backbone.logits(hidden).float()
     banned = torch.tensor([backbone.token_id(THINK), backbone.token_id(EMB)], device=logits.device)
     return logits.index_fill(-1, banned, -torch.inf)
@@ -92,22 +98,22 @@ def rationale_logits(backbone: Backbone, hidden: Tensor) -> Tensor:
 
 @dataclass
 class _Rows:
-    """Rows in the cache; every tensor has one entry a row."""
+    """The rows in the cache. Every tensor has one entry per row."""
 
     prefix: Prefix
-    index: Tensor  # of all rows ever added
+    index: Tensor  # number of the row among all rows ever added
     budgets: Tensor
     feed: Tensor
     phase: Tensor
     count: Tensor  # tokens of the rationale so far
-    ended: Tensor  # bool, by the model and not by the budget
-    column: Tensor  # of the first action that is not in place yet
-    states: Tensor  # [n, H], at ``<emb>`` once it has been fed
-    tokens: list[Tensor] = field(default_factory=list, init=False)  # actions that are not in place yet, a step each
+    ended: Tensor  # bool: the model ended the rationale, not the budget
+    column: Tensor  # column of the first action that is not stored yet
+    states: Tensor  # [n, H], the state at ``<emb>`` once it has been fed
+    tokens: list[Tensor] = field(default_factory=list, init=False)  # actions not stored yet, one entry per step
     chances: list[Tensor] = field(default_factory=list, init=False)
 
     def tensors(self) -> list[Tensor]:
-        """All but the prefix, in the order of the fields."""
+        """Returns every tensor except the prefix, in the order of the fields."""
         return [
             self.index,
             self.budgets,
@@ -120,25 +126,30 @@ class _Rows:
         ]
 
     def select(self, backbone: Backbone, left: Tensor) -> _Rows:
-        """Some of the rows; all actions are in place."""
+        """Returns some of the rows. All actions must be stored before."""
         return _Rows(backbone.fork(self.prefix, left), *(each[left] for each in self.tensors()))
 
     def join(self, backbone: Backbone, other: _Rows) -> _Rows:
-        """The rows of both; all actions are in place."""
+        """Returns the rows of both. All actions must be stored before."""
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return _Rows(backbone.join([self.prefix, other.prefix]), *(torch.cat(pair) for pair in pairs))
 
 
 class Writing:
-    """Rows that write: `add` some, `run` until few are left, add more if the backbone joins prefixes, and so on.
+    """Writes the rationales of many rows.
+
+    Call `add` with some rows and `run` until few are left. If the backbone joins prefixes, add more rows before the
+    others are done.
 
     Args:
         backbone: the model.
         sampler: chooses the next token.
         longest: L, the largest budget of any row.
-        embed: feed ``</think> <emb>`` as well and keep the state there; else a row is done with its last token.
-        log_probs: keep the log-probability of every action as well.
-        think: False leaves ``<think>`` out: a model that was never taught the token writes right after its prompt.
+        embed: whether to feed ``</think> <emb>`` as well and keep the state at ``<emb>``. Otherwise a row is done after
+            its last token.
+        log_probs: whether to keep the log-probability of every action.
+        think: False leaves out ``<think>``, so that a model that never learned the token writes directly after its
+            prompt.
     """
 
     def __init__(
@@ -157,23 +168,25 @@ class Writing:
         # An instruct model may end its turn with its own special token before it has learned ``</think>``.
         self.ends = sorted({end_think, *backbone.special_ids} - {self.opening, emb})
         self._ends_rationale: Tensor | None = None  # [V] bool, made when V is known
-        self._forced = torch.tensor([end_think, emb, end_think, end_think], device=device)  # is fed after each phase
+        self._forced = torch.tensor(
+            [end_think, emb, end_think, end_think], device=device
+        )  # the token to feed after each phase
         self._look_every = 1 if device.type == "cpu" else 4
         self._rows: _Rows | None = None
         self._anyone_writes = False
         self._kept = _Kept(longest, backbone.hidden_size, device)
 
     def __len__(self) -> int:
-        """Rows that are not done yet, as of the last look."""
+        """The number of rows that were not done at the last check."""
         return 0 if self._rows is None else len(self._rows.index)
 
     def add(self, prefix: Prefix, budgets: Tensor, seeds: Sequence[int]) -> None:
-        """Further rows; rows that are not done yet go on with them.
+        """Adds rows. Rows that are not done yet continue together with them.
 
         Args:
-            prefix: their prompts; used up.
-            budgets: int64, most tokens of each rationale.
-            seeds: of the sampling, one a row.
+            prefix: the prompts of the rows. Do not use it again.
+            budgets: int64, maximum number of tokens in each rationale.
+            seeds: seeds of the sampling, one per row.
         """
         self.sampler.add(seeds)
         rows = _Rows(
@@ -197,7 +210,7 @@ class Writing:
         self._rows = rows
 
     def run(self, *, leave: int = 0) -> None:
-        """Goes on until at most so many rows are not done."""
+        """Runs steps until at most ``leave`` rows are not done."""
         step = 0
         while self._rows is not None and len(self) > leave:
             hidden, self._rows.prefix = self.backbone.extend(self._rows.prefix, self._rows.feed[:, None])
@@ -207,11 +220,11 @@ class Writing:
                 self._look(leave)
 
     def written(self) -> Written:
-        """What all rows wrote, in the order in which they were added; `run` to the end before."""
+        """Returns what all rows wrote, in the order in which they were added. Call `run` to the end before."""
         return self._kept.written(embed=self.embed, log_probs=self.log_probs)
 
     def _choose(self, rows: _Rows, hidden: Tensor) -> None:
-        """Takes the states [n, H] after what was fed, and chooses what is fed next."""
+        """Takes the states [n, H] after the last fed token and chooses the next token to feed."""
         if self.embed:
             rows.states = torch.where((rows.phase == _EMBEDDING)[:, None], hidden, rows.states)
         rows.feed = self._forced[rows.phase]
@@ -234,7 +247,10 @@ class Writing:
         rows.phase = torch.where(going, rows.phase, (rows.phase + (1 if self.embed else _DONE)).clamp_(max=_DONE))
 
     def _look(self, leave: int) -> None:
-        """Sees who is done, and takes them out of the cache where that pays or the others are few enough."""
+        """Finds the rows that are done.
+
+        Removes them from the cache if they are many enough, or if at most ``leave`` rows are not done.
+        """
         rows = self._rows
         assert rows is not None
         in_phase = torch.bincount(rows.phase, minlength=_DONE + 1).tolist()
@@ -247,21 +263,24 @@ class Writing:
 
 
 def _chance(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [n] of tokens [n] among logits [n, V]."""
+    """Computes the log-probabilities [n] of tokens [n] from logits [n, V]."""
     return (logits / temperature).log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
 
 
 class _Kept:
-    """What R rows wrote: a step only appends to a list, and columns are put in place when rows leave the cache or join.
+    """Stores what R rows wrote.
+
+    A step only appends to a list. The columns are stored when rows leave the cache or join it.
 
     Args:
-        longest: most tokens of a rationale.
-        width: H.
-        device: where the tensors live.
+        longest: maximum number of tokens in a rationale.
+        width: H, the width of the hidden states.
+        device: device of the tensors.
     """
 
     def __init__(self, longest: int, width: int, device: torch.device) -> None:
-        # Rows that have closed their rationale go on choosing until they leave: the last column takes what is too long.
+        # Rows that have closed their rationale continue to choose tokens until they leave the cache. The last column
+        # takes the tokens beyond the width.
         self.actions = torch.zeros(0, longest + 2, dtype=torch.int64, device=device)
         self.log_prob = torch.zeros(0, longest + 2, device=device)
         self.count = torch.zeros(0, dtype=torch.int64, device=device)
@@ -270,7 +289,7 @@ class _Kept:
         self.width = width
 
     def add(self, rows: int) -> Tensor:
-        """Makes room for further rows; their indices."""
+        """Makes room for more rows and returns their indices."""
         first = len(self.count)
         for name in ("actions", "log_prob", "count", "ended"):
             old = getattr(self, name)
@@ -278,7 +297,7 @@ class _Kept:
         return torch.arange(first, first + rows, device=self.count.device)
 
     def place(self, rows: _Rows) -> None:
-        """Puts everything of rows in place, before some of them leave the cache or others join."""
+        """Stores everything that the rows wrote, before some of them leave the cache or others join."""
         if rows.tokens:
             steps = torch.arange(len(rows.tokens), device=rows.column.device)
             columns = (rows.column[:, None] + steps).clamp_(max=self.actions.shape[1] - 1)
@@ -296,7 +315,7 @@ class _Kept:
         self.hidden[rows.index] = rows.states
 
     def written(self, *, embed: bool, log_probs: bool) -> Written:
-        """The rationales; what stands behind a row's last action is cleared."""
+        """Returns the rationales. Entries after the last action of a row are zero."""
         columns = self.actions.shape[1] - 1
         real = torch.arange(columns, device=self.actions.device) < (self.count + self.ended)[:, None]
         actions = self.actions[:, :columns] * real

@@ -1,9 +1,11 @@
-"""Embeddings on disk, and exact search among them.
+"""Reads embeddings from disk and searches them exactly.
 
-A file is Parquet, one row an item: ``id``, ``text`` (a preview), ``images`` (paths or ``bundled:`` names),
-``embedding`` (fixed-size list of float32), ``rationale``, ``tokens``; its metadata names the model and its weights, so
-that a query of another one, or of another checkpoint of it, is refused. Search is one matrix product over all rows:
-right up to some millions; beyond, feed a vector database from the same file.
+A file is Parquet with one row per item. Its columns are ``id``, ``text`` (a preview), ``images`` (paths or ``bundled:``
+names), ``embedding`` (fixed-size list of float32), ``rationale`` and ``tokens``. The metadata names the model and its
+weights. Queries of another model, or of another checkpoint of the same model, are refused.
+
+Search is one matrix product over all rows. It suits up to a few million rows. For more, load the same file into a
+vector database.
 
 Shape legend: B queries, M embedded items, D embedding width.
 """
@@ -32,10 +34,10 @@ class Hit:
     """One result of a search.
 
     Attributes:
-        row: its row in the index.
+        row: the item's row in the index.
         id: the item's id.
         score: cosine with the query.
-        item: the item as far as it was kept: text preview and pictures, without instruction.
+        item: the part of the item that the file keeps: text preview and pictures, without the instruction.
     """
 
     row: int
@@ -53,9 +55,9 @@ class EmbeddingIndex:
         texts: M previews.
         images: M lists of picture sources.
         embeddings: [M, D] float32, normalised.
-        rationales: M texts, empty where the item was embedded directly.
+        rationales: M texts, empty for items that were embedded directly.
         tokens: [M] int32, rationale tokens.
-        model: identity of the model that made them; empty if unknown.
+        model: identity of the model that made the embeddings. Empty if unknown.
     """
 
     ids: list[str]
@@ -70,25 +72,25 @@ class EmbeddingIndex:
         return len(self.ids)
 
     def item(self, row: int) -> Item:
-        """The item of a row, as far as it was kept."""
+        """Returns the item of a row, as far as the file keeps it."""
         parts: list[Part] = [Image(source) for source in self.images[row]]
         return Item("", (*parts, Text(self.texts[row])) if self.texts[row] or not parts else tuple(parts))
 
     def search(self, query: Tensor, *, k: int = 5) -> list[list[Hit]]:
-        """The k nearest items of every query, best first; equal scores in the order of the file.
+        """Finds the k nearest items for every query, best first. Items with equal scores keep the order of the file.
 
         Args:
-            query: [B, D] or [D] normalised embeddings.
-            k: results a query; fewer where the index is smaller.
+            query: normalised embeddings of shape ``[B, D]`` or ``[D]``.
+            k: number of results per query. A smaller index gives fewer.
 
         Raises:
-            ValueError: ``k`` below one, or a query of another width.
+            ValueError: ``k`` is below 1, or the queries have another width than the index.
         """
         query = torch.atleast_2d(query).float().cpu()
         check_numbers("search", at_least=1, k=k)
         if query.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
-                f"search: the query has {query.shape[1]} dimensions, the index {self.embeddings.shape[1]}; "
+                f"search: the query has {query.shape[1]} dimensions, but the index has {self.embeddings.shape[1]}; "
                 "embed both with the same model"
             )
         scores = query @ self.embeddings.T
@@ -101,33 +103,33 @@ class EmbeddingIndex:
 
 
 def read_embeddings(path: str | Path, *, model: str | None = None) -> EmbeddingIndex:
-    """Reads what `write_embeddings` wrote.
+    """Reads a file that `write_embeddings` wrote.
 
     Args:
         path: the Parquet file.
-        model: identity that the queries will have; None leaves it unchecked.
+        model: identity of the model that embeds the queries. None skips the check.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no Parquet, lacks a column, or is of another model.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not Parquet, lacks a column, or was made by another model.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; make it with `mmemb embed`")
-    with named_damage(path, "make it anew with `mmemb embed`"):
+        raise FileNotFoundError(f"{path}: there is no such file; create it with `mmemb embed`")
+    with named_damage(path, "create it again with `mmemb embed`"):
         table = pq.read_table(path)
-        table.validate(full=True)  # a damaged byte of a text may pass the decompressor, and would fail below
+        table.validate(full=True)  # a damaged byte in a text can pass the decompressor and would fail below
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing or not pa.types.is_fixed_size_list(table.schema.field("embedding").type):
-        what = f"no column {missing[0]!r}" if missing else "embeddings of varying length"
-        raise ValueError(f"{path}: {what}; expected a file made by `mmemb embed`")
+        what = f"column {missing[0]!r} is missing" if missing else "the embeddings vary in length"
+        raise ValueError(f"{path}: {what}; give a file that `mmemb embed` wrote")
     written = (table.schema.metadata or {}).get(MODEL_KEY, b"").decode()
     if model is not None and written and written != model:
         architectures = {name.rpartition("+")[0] or name for name in (written, model)}
         what = "another checkpoint of the same architecture" if len(architectures) == 1 else "another model"
         raise ValueError(
-            f"{path}: embedded by {what} ({written}), but the query's model is {model}; give the checkpoint it was "
-            "embedded with, or embed it anew"
+            f"{path}: embedded by {what} ({written}), but the query's model is {model}; give the checkpoint that made "
+            "this file, or embed the items again"
         )
     width = table.schema.field("embedding").type.list_size
     flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -1,4 +1,4 @@
-"""The tiny models of every family, for the decode engine too."""
+"""Makes the tiny models of every family available to the tests of decoding."""
 
 from tests.unit.components.conftest import make_backbone, model_folder, picture
 

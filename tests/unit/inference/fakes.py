@@ -1,4 +1,4 @@
-"""A small backbone that keeps the whole contract: word tokens, two causal attention layers, a real cache."""
+"""Provides a small backbone with the whole interface: word tokens, two causal attention layers and a real cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SPECIALS = ("<pad>", THINK, END_THINK, EMB)
 
 
 class FakeBackbone(Backbone):
-    """Random weights from a seed; ``calls`` names what was called, ``cells`` counts the tokens computed."""
+    """A backbone with random weights from a seed.
+
+    ``calls`` lists the methods that were called, and ``cells`` counts the tokens computed.
+    """
 
     special_ids = (0,)
 
@@ -71,7 +74,7 @@ class FakeBackbone(Backbone):
         return self.prepare(items, rationales=responses)
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """New columns ids [B, L] after a cache; mask [B, T + L] covers both."""
+        """Computes new columns ids [B, L] after a cache. The mask [B, T + L] covers both."""
         self.cells += ids.numel()
         angle = positions[..., None] / (10.0 ** (torch.arange(self.hidden_size) / self.hidden_size))
         x = self.token(ids) + angle.sin()
@@ -155,7 +158,7 @@ class FakeBackbone(Backbone):
 
 
 class FakePooler(Pooler):
-    """The state at ``<emb>``, normalised."""
+    """Reads the state at ``<emb>``, normalised."""
 
     def setup(self, context: SetupContext) -> None:
         self._size = context.hidden_size
@@ -169,7 +172,7 @@ class FakePooler(Pooler):
 
 
 class FakeMeanPooler(FakePooler):
-    """The mean of every real state: a pooler that needs them all."""
+    """Averages every real state, as an example of a pooler that needs all states."""
 
     needs_all_states = True
 

@@ -1,4 +1,4 @@
-"""Adaptive decoding: the cache path equals re-encoding, rows do not see their neighbours, budgets hold."""
+"""Tests of adaptive decoding: the cache path equals encoding again, rows are independent, and budgets hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def items(count: int = 11) -> list[Item]:
 
 
 class Rows(Controller):
-    """Thinks for the rows named, with a budget each; records what it was shown."""
+    """Reasons for the given rows, each with its own budget, and records the state that it received."""
 
     def __init__(self, budgets: dict[int, int]) -> None:
         self.budgets = budgets
@@ -53,7 +53,7 @@ def test_both_paths_equal_encoding_the_whole_text_again(pooler: Pooler, temperat
     assert "".join(out.rationale) != ""
 
 
-def test_the_prompt_is_encoded_once_and_only_thinking_rows_go_on() -> None:
+def test_the_prompt_is_encoded_once_and_only_rows_that_reason_continue() -> None:
     backbone, queries = FakeBackbone(), items()
     out = adaptive_paths(Model(backbone, built(FakePooler())), queries, Rows({2: 3, 7: 3}), budget=48)
     assert Counter(backbone.calls)["prefill"] == 1
@@ -64,12 +64,13 @@ def test_the_prompt_is_encoded_once_and_only_thinking_rows_go_on() -> None:
     assert out.tokens.tolist() == [5 if row in (2, 7) else 0 for row in range(len(queries))]
 
 
-def test_a_budget_ends_a_rationale_and_says_so() -> None:
+def test_a_rationale_that_its_budget_ends_is_marked_as_truncated() -> None:
     backbone = FakeBackbone()
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -100.0
     paths = adaptive_paths(Model(backbone, built(FakePooler())), items(3), Rows({0: 2, 1: 5, 2: 30}), budget=6)
-    assert paths.tokens.tolist() == [4, 7, 8]  # two brackets each; the encoder's budget of 6 caps the third
+    # The counts include <think> and </think>. The encoder's budget of 6 limits the third.
+    assert paths.tokens.tolist() == [4, 7, 8]
     assert paths.truncated.tolist() == [True, True, True]
     assert paths.decision.budget.tolist() == [2, 5, 6]
 
@@ -84,7 +85,7 @@ def test_a_rationale_that_closes_exactly_at_its_budget_is_not_truncated() -> Non
     assert paths.token_ids == [(), ()]
 
 
-def test_the_backbones_own_limit_caps_every_budget() -> None:
+def test_the_limit_of_the_backbone_applies_to_every_budget() -> None:
     backbone = FakeBackbone(max_rationale_tokens=3)
     with torch.no_grad():
         backbone.head.bias[backbone.token_id(END_THINK)] = -100.0
@@ -94,12 +95,12 @@ def test_the_backbones_own_limit_caps_every_budget() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_neighbours(temperature: float) -> None:
+def test_a_row_does_not_depend_on_other_rows(temperature: float) -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items()
     seeds = list(range(50, 61))
     options = {"budget": 12, "temperature": temperature}
     together = adaptive_paths(Model(backbone, pooler), queries, AlwaysReason(12), seed=seeds, **options)
-    assert len(set(together.tokens.tolist())) > 1, "rows should end at different steps, or compaction is not tested"
+    assert len(set(together.tokens.tolist())) > 1, "rows must end at different steps to test compaction"
     for row in range(len(queries)):
         alone = adaptive_paths(Model(backbone, pooler), [queries[row]], AlwaysReason(12), seed=[seeds[row]], **options)
         assert alone.token_ids[0] == together.token_ids[row]
@@ -108,7 +109,7 @@ def test_a_row_does_not_depend_on_its_neighbours(temperature: float) -> None:
 
 
 class InTurn(Controller):
-    """Budgets of the rows in the order in which they come; 0 does not think."""
+    """Gives each row the next budget of a list. A budget of 0 skips reasoning."""
 
     def __init__(self, *budgets: int) -> None:
         self.budgets = list(budgets)
@@ -120,7 +121,7 @@ class InTurn(Controller):
 
 @pytest.mark.parametrize("pooler", [FakePooler(), FakeMeanPooler()], ids=["emb", "mean"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
+def test_the_last_rows_of_a_batch_continue_with_the_next_batch(
     pooler: Pooler, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, pooler, queries = FakeBackbone(), built(pooler), items()
@@ -144,7 +145,7 @@ def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
     monkeypatch.setattr(FakeBackbone, "joins_prefixes", False)
     apart = paths(4)
     assert Counter(backbone.calls)["join"] == 0
-    assert Counter(backbone.calls)["extend"] > joined["extend"], "waiting for every batch takes more steps"
+    assert Counter(backbone.calls)["extend"] > joined["extend"], "waiting for every batch should take more steps"
     for other in (batched, apart):
         assert other.token_ids == whole.token_ids
         assert other.rationale == whole.rationale
@@ -154,7 +155,7 @@ def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
         torch.testing.assert_close(other.state.direct, whole.state.direct, atol=1e-5, rtol=0)
 
 
-def test_a_backbone_that_does_not_join_prefixes_says_so() -> None:
+def test_a_backbone_that_does_not_join_prefixes_raises() -> None:
     backbone = FakeBackbone()
     prefix = backbone.prefill(backbone.prepare(items(2), embed=False))
     assert not Backbone.joins_prefixes.fget(backbone)
@@ -162,7 +163,7 @@ def test_a_backbone_that_does_not_join_prefixes_says_so() -> None:
         Backbone.join(backbone, [prefix, prefix])
 
 
-def test_the_controller_sees_decision_logits_and_confidence() -> None:
+def test_the_controller_receives_decision_logits_and_confidence() -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items(4)
     bank = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     controller = Rows({})
@@ -179,7 +180,7 @@ def test_confidence_of_an_even_bank_is_one_over_its_size() -> None:
     assert confidence_over(direct, torch.tensor([[0.0, 1.0]] * 4), temperature=0.05).item() == pytest.approx(0.25)
 
 
-def test_sampling_is_seeded_and_free_of_batch_size() -> None:
+def test_samples_depend_on_the_seed_and_not_on_the_batch_size() -> None:
     backbone, queries = FakeBackbone(), items()
     options = {"max_new_tokens": 10, "temperature": 1.0}
     one = sample(backbone, queries, seed=5, batch_size=1, **options)
@@ -232,20 +233,20 @@ def test_sampled_tokens_follow_the_softmax() -> None:
     logits = backbone.logits(hidden[0, -1])
     logits[[backbone.token_id(THINK), backbone.token_id(EMB)]] = -torch.inf
     expected = (logits / 2.0).softmax(-1)
-    expected[backbone.token_id(END_THINK)] += expected[0].item()  # the padding token ends a rationale, too
+    expected[backbone.token_id(END_THINK)] += expected[0].item()  # the padding token ends a rationale too
     expected[0] = 0
     counts = torch.zeros(len(expected))
     for each in draws:
         counts[each.token_ids[0] if each.token_ids else backbone.token_id(END_THINK)] += 1
-    # Standard error of a share at 4000 draws is at most 0.008.
+    # The standard error of a share over 4000 draws is at most 0.008.
     torch.testing.assert_close(counts / 4000, expected, atol=0.03, rtol=0)
 
 
-def test_sample_refuses_senseless_arguments() -> None:
+def test_sample_refuses_wrong_arguments() -> None:
     backbone = FakeBackbone()
     with pytest.raises(ValueError, match=r"sample\.temperature is -1"):
         sample(backbone, items(1), max_new_tokens=4, temperature=-1, seed=0, batch_size=1)
-    with pytest.raises(ValueError, match="2 seeds for 1 items"):
+    with pytest.raises(ValueError, match="seed has length 2 for 1 items"):
         sample(backbone, items(1), max_new_tokens=4, temperature=1, seed=[1, 2], batch_size=1)
 
 

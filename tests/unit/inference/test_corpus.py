@@ -1,4 +1,4 @@
-"""Embedding a corpus by parts: any number of processes, an interruption anywhere, one and the same file."""
+"""Tests of embedding a corpus in parts: any number of processes and any interruption give the same file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ITEMS = [Item("what is", (Text(" ".join(WORDS[i % 7 : i % 7 + 1 + i % 4])),), {"
 
 
 class Dying(FakeBackbone):
-    """Stops, as a killed process would, after so many passes."""
+    """Stops after a number of passes, as a killed process would."""
 
     passes = 1000
 
@@ -48,7 +48,7 @@ def embed(path: Path, rank: int = 0, world_size: int = 1, items: list[Item] = IT
     )
 
 
-def test_any_number_of_processes_writes_the_same_file(tmp_path: Path) -> None:
+def test_any_number_of_processes_write_the_same_file(tmp_path: Path) -> None:
     alone = embed(tmp_path / "one.parquet")
     assert (alone.embedded, alone.found, alone.joined) == (11, 0, True)
     shares = [embed(tmp_path / "two.parquet", rank, 2) for rank in (1, 0)]
@@ -60,7 +60,7 @@ def test_any_number_of_processes_writes_the_same_file(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one.parquet", "two.parquet"]
 
 
-def test_an_interrupted_run_goes_on_under_another_number_of_processes(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_with_another_number_of_processes(tmp_path: Path) -> None:
     model, path = embedder(), tmp_path / "all.parquet"
     model.backbone.passes = 2
     with pytest.raises(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_under_another_number_of_processes(tmp_path: 
     assert pq.read_table(path).equals(pq.read_table(tmp_path / "whole.parquet"))
 
 
-def test_a_part_that_was_being_written_is_written_again(tmp_path: Path) -> None:
+def test_an_incomplete_part_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "all.parquet"
     embed(path, 0, 2)
     (tmp_path / "all.parquet.parts" / ".0000001.4711").write_bytes(b"half a part")
@@ -82,7 +82,7 @@ def test_a_part_that_was_being_written_is_written_again(tmp_path: Path) -> None:
     assert not (tmp_path / "all.parquet.parts").exists()
 
 
-def test_a_process_without_a_part_leaves_the_folder_alone(tmp_path: Path) -> None:
+def test_a_process_without_a_part_does_not_create_the_folder(tmp_path: Path) -> None:
     path = tmp_path / "all.parquet"
     assert embed(path).joined
     assert embed(path, 7, 8) == Share(0, 0, 0, True)
@@ -104,7 +104,7 @@ def test_parts_of_another_job_are_refused(tmp_path: Path) -> None:
     assert job["rows"] == 11
 
 
-def test_a_failure_before_the_first_part_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_before_the_first_part_leaves_no_files(tmp_path: Path) -> None:
     model = embedder()
     model.backbone.passes = 0
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The public embedder: anything in, embeddings out; checkpoints and saved folders come back as they were."""
+"""Tests of the public embedder: what it accepts, and that checkpoints and saved folders load unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def embedder(**options: Any) -> Embedder:
     return Embedder(FakeBackbone(), pooler, **options)
 
 
-def test_strings_pictures_paths_items_and_lists_are_taken(tmp_path: Path) -> None:
+def test_strings_pictures_paths_items_and_lists_are_accepted(tmp_path: Path) -> None:
     picture = PILImage.new("RGB", (4, 4))
     picture.save(tmp_path / "a.png")
     item = Item("own", (Text("red"),))
@@ -42,8 +42,8 @@ def test_strings_pictures_paths_items_and_lists_are_taken(tmp_path: Path) -> Non
     torch.testing.assert_close(single.embedding, out.embedding[:1], atol=1e-5, rtol=0)
 
 
-def test_what_cannot_be_embedded_is_named() -> None:
-    with pytest.raises(ValueError, match=r"items\[1\]: a int cannot be embedded"):
+def test_errors_name_inputs_that_cannot_be_embedded() -> None:
+    with pytest.raises(ValueError, match=r"items\[1\]: type int cannot be embedded"):
         embedder().encode(["red", 3], reason="never")
     with pytest.raises(FileNotFoundError, match=r"items\[0\]: there is no picture /gone\.png"):
         embedder().encode(Path("/gone.png"), reason="never")
@@ -53,7 +53,7 @@ def test_what_cannot_be_embedded_is_named() -> None:
         embedder().encode("red", reason="maybe")  # type: ignore[arg-type]
 
 
-def test_reason_decides_who_thinks() -> None:
+def test_reason_decides_which_queries_reason() -> None:
     both = embedder(budget=5)
     texts = ["red apple", "what is the capital of chile", "left"]
     assert not both.encode(texts, reason="never").thought.any()
@@ -66,7 +66,7 @@ def test_reason_decides_who_thinks() -> None:
     assert given.encode(texts).thought.all()
 
 
-def test_dicts_are_items_as_data_files_have_them(tmp_path: Path) -> None:
+def test_dicts_are_items_as_in_data_files(tmp_path: Path) -> None:
     picture = PILImage.new("RGB", (4, 4))
     picture.save(tmp_path / "a.png")
     assert as_item({"text": "red"}, instruction="find") == Item("find", (Text("red"),))
@@ -81,7 +81,7 @@ def test_dicts_are_items_as_data_files_have_them(tmp_path: Path) -> None:
         embedder().encode({"image": "gone.png"})
 
 
-def test_targets_do_not_think_unless_told_to() -> None:
+def test_targets_skip_reasoning_unless_requested() -> None:
     eager = embedder(controller=create("controller", "always_reason", budget=2), budget=4)
     assert eager.encode(["red apple"]).thought.all()
     assert not eager.encode(["red apple"], side="target").thought.any()
@@ -90,7 +90,7 @@ def test_targets_do_not_think_unless_told_to() -> None:
         eager.encode("red", side="document")  # type: ignore[arg-type]
 
 
-def test_budget_and_rationales_are_asked_for() -> None:
+def test_a_call_chooses_the_budget_and_whether_to_return_rationales() -> None:
     model = embedder(budget=9)
     texts = ["red apple", "what is the capital of chile", "left"]
     assert model.encode(texts, reason="always", budget=2).tokens.max() <= 4
@@ -101,19 +101,19 @@ def test_budget_and_rationales_are_asked_for() -> None:
         model.encode(texts, budget=0)
 
 
-def test_a_call_may_raise_the_budget_of_whoever_thinks_by_itself() -> None:
+def test_a_call_may_raise_the_budget_unless_the_controller_has_its_own() -> None:
     texts = ["red apple", "what is the capital of chile", "left"]
     eager = embedder(controller=create("controller", "always_reason"), budget=2)
     assert eager.encode(texts).tokens.max() <= 4
     assert eager.encode(texts, budget=30).tokens.max() > 11
     by_default = embedder(budget=2)
-    by_default.controller.offset = 100.0  # type: ignore[attr-defined]  # everybody thinks
+    by_default.controller.offset = 100.0  # type: ignore[attr-defined]  # all queries reason
     assert by_default.encode(texts, budget=30).tokens.max() > 11
     bound = embedder(controller=create("controller", "always_reason", budget=2), budget=2)
     assert bound.encode(texts, budget=30).tokens.max() <= 4
 
 
-def test_embeddings_are_tensors_and_arrays_of_any_smaller_width() -> None:
+def test_embeddings_are_tensors_and_arrays_and_can_be_truncated() -> None:
     model = embedder()
     whole = model.encode(["red apple", "blue", "dog"])
     half = model.encode(["red apple", "blue", "dog"], dim=8)
@@ -132,7 +132,7 @@ def test_embeddings_are_tensors_and_arrays_of_any_smaller_width() -> None:
 
 
 class Narrow(FakeBackbone):
-    """Has memory for three rows."""
+    """A backbone that has memory for three rows."""
 
     def prefill(self, inputs: ModelInputs) -> Prefix:
         if len(inputs) > 3:
@@ -140,16 +140,16 @@ class Narrow(FakeBackbone):
         return super().prefill(inputs)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
+def test_halving_a_batch_that_does_not_fit_into_memory_changes_no_result() -> None:
     pooler = FakePooler()
     pooler.setup(SetupContext(hidden_size=16))
     texts = [" ".join([["red", "apple", "dog", "peso"][i % 4]] * (1 + i)) for i in range(13)]
     narrow = Embedder(Narrow(), pooler, batch_size=12, budget=6)
-    with pytest.warns(UserWarning, match="do not fit the memory") as told:
+    with pytest.warns(UserWarning, match="do not fit into memory") as told:
         halved = narrow.encode(texts, reason="always", return_rationales=True)
     assert [str(each.message).partition(";")[0] for each in told] == [
-        "12 rows do not fit the memory",
-        "6 rows do not fit the memory",
+        "12 rows do not fit into memory",
+        "6 rows do not fit into memory",
     ]
     wide = Embedder(FakeBackbone(), pooler, batch_size=12, budget=6)
     expected = wide.encode(texts, reason="always", return_rationales=True)
@@ -157,7 +157,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes() -> None:
     torch.testing.assert_close(halved.embedding, expected.embedding, atol=1e-5, rtol=0)
 
 
-def test_a_row_that_does_not_fit_alone_is_an_error() -> None:
+def test_a_single_row_that_does_not_fit_into_memory_is_an_error() -> None:
     class None_(FakeBackbone):
         def prefill(self, inputs: ModelInputs) -> Prefix:
             raise torch.OutOfMemoryError("no more")
@@ -179,7 +179,10 @@ def parts() -> tuple[Backbone, Pooler]:
 
 
 def checkpoint(parts: tuple[Backbone, Pooler]) -> dict[str, Any]:
-    """As `mmemb fit` writes it: settings by class path, weights by part. Another seed: only the weights can explain."""
+    """Writes a checkpoint as `mmemb fit` does: settings by class path, weights by component.
+
+    The settings have another seed, so equal outputs can only come from the weights.
+    """
     backbone, pooler = parts
     base = "mmemb.components"
     return {
@@ -202,7 +205,7 @@ def checkpoint(parts: tuple[Backbone, Pooler]) -> dict[str, Any]:
     }
 
 
-def test_a_checkpoint_gives_the_model_that_wrote_it(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+def test_a_checkpoint_loads_the_model_that_wrote_it(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     write_checkpoint(checkpoint(parts), path)
     expected = Embedder(*parts, budget=3).encode(["red apple", "dog"], reason="always", return_rationales=True)
@@ -213,8 +216,8 @@ def test_a_checkpoint_gives_the_model_that_wrote_it(parts: tuple[Backbone, Poole
         torch.testing.assert_close(out.embedding, expected.embedding, atol=1e-6, rtol=0)
 
 
-def test_the_decision_comes_with_the_model(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
-    """As the evaluation of that very step calibrated it, else as the control phase learned it, else by the logits."""
+def test_the_decision_settings_are_loaded_with_the_model(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    """They come from the evaluation of the same step, otherwise from the control phase, otherwise from the logits."""
 
     def decision(source: Path) -> tuple[float, float]:
         controller: Any = Embedder.from_checkpoint(source, device="cpu").controller
@@ -235,7 +238,7 @@ def test_the_decision_comes_with_the_model(parts: tuple[Backbone, Pooler], tmp_p
     assert decision(own.save(tmp_path / "model")) == (0.5, 3.0)
 
 
-def test_a_saved_folder_comes_back(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+def test_a_saved_folder_loads_the_same_model(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
     own = Embedder(*parts, budget=3)
     own.save(tmp_path / "model")
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
@@ -283,11 +286,11 @@ def test_a_hub_id_is_read_from_the_cache(
     for identity in ("someone/embedder", "someone/embedder@v1"):
         loaded = Embedder.from_checkpoint(identity, device="cpu")
         assert loaded.identity == Embedder(*parts).identity
-    with pytest.raises(FileNotFoundError, match="someone/other: neither a path here nor a model of the hub"):
+    with pytest.raises(FileNotFoundError, match="someone/other: this is neither a local path nor a hub model"):
         Embedder.from_checkpoint("someone/other")
 
 
-def test_identity_tells_checkpoints_of_one_architecture_apart(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+def test_identity_distinguishes_checkpoints_of_one_architecture(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
     own = Embedder(*parts)
     assert Embedder(*parts).identity == own.identity
     assert Embedder.from_checkpoint(own.save(tmp_path / "m"), device="cpu").identity == own.identity
@@ -296,8 +299,8 @@ def test_identity_tells_checkpoints_of_one_architecture_apart(parts: tuple[Backb
     assert Embedder(other, parts[1]).identity != own.identity
 
 
-def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"give a run's folder or a \.ckpt file"):
+def test_errors_name_bad_checkpoints(parts: tuple[Backbone, Pooler], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"give the folder of a run or a \.ckpt file"):
         Embedder.from_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         Embedder.from_checkpoint(tmp_path / "none.ckpt")
@@ -310,7 +313,7 @@ def test_bad_checkpoints_are_named(parts: tuple[Backbone, Pooler], tmp_path: Pat
         Embedder.from_checkpoint(tmp_path / "runs")
     path, whole = tmp_path / "a.ckpt", checkpoint(parts)
     write_checkpoint({**whole, "hyper_parameters": {}}, path)
-    with pytest.raises(ValueError, match="settings of backbone and pooler are not in it"):
+    with pytest.raises(ValueError, match="settings of backbone and pooler are missing"):
         Embedder.from_checkpoint(path)
     write_checkpoint({**whole, "backbone_identity": "other@1#2"}, path)
     with pytest.raises(ValueError, match=r"written by the backbone 'other@1#2'"):
@@ -325,11 +328,11 @@ def test_a_checkpoint_cannot_name_another_class(parts: tuple[Backbone, Pooler], 
     settings = checkpoint(parts)
     settings["hyper_parameters"]["pooler"] = {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}
     write_checkpoint(settings, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="its settings do not build a model here"):
+    with pytest.raises(ValueError, match="no model can be built from its settings"):
         Embedder.from_checkpoint(tmp_path / "a.ckpt")
 
 
-def test_a_part_that_hides_an_argument_cannot_be_saved(tmp_path: Path) -> None:
+def test_a_component_that_does_not_keep_an_argument_cannot_be_saved(tmp_path: Path) -> None:
     class Hiding(FakePooler):
         def __init__(self, secret: int = 1) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder batches without changing a result, and leaves the model as it found it."""
+"""Tests of the encoder: batching does not change results, and the model keeps its state."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def encoder(**options: object) -> Encoder:
 
 
 class Even(Controller):
-    """Thinks where the third coordinate of the direct embedding is positive."""
+    """Reasons if the third coordinate of the direct embedding is positive."""
 
     def decide(self, state: PrefillState) -> Decision:
         think = state.direct[:, 2] > 0
         return Decision(think, think.float(), torch.where(think, 8, 0))
 
 
-def test_batches_come_back_in_the_order_given() -> None:
+def test_results_come_back_in_the_order_given() -> None:
     one, many = encoder(batch_size=64), encoder(batch_size=2)
     texts = ["red apple" if row % 3 == 0 else None for row in range(9)]
     torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_batches_come_back_in_the_order_given() -> None:
     assert 0 < first.thought.sum() < 9
 
 
-def test_direct_rows_of_the_adaptive_path_equal_the_plain_path() -> None:
+def test_direct_rows_of_an_adaptive_pass_equal_the_plain_path() -> None:
     both = encoder()
     out = both.encode(items(), Even())
     direct = both.encode_queries(items())
@@ -83,13 +83,13 @@ def test_no_items_give_no_rows() -> None:
     assert out.rationale == []
 
 
-def test_a_bar_gives_way_to_one_that_is_already_there() -> None:
+def test_a_progress_bar_is_not_shown_inside_another_one() -> None:
     with Progress():
         assert encoder(progress=True).encode_queries(items(2)).shape == (2, 16)
 
 
-def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="1 rationales for 2 items"):
+def test_errors_name_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="rationales has length 1 for 2 items"):
         encoder().encode_queries(items(2), ["x"])
     with pytest.raises(ValueError, match=r"Encoder\.batch_size is 0; give 1 or more"):
         encoder(batch_size=0)

@@ -1,7 +1,7 @@
-"""The decode engine on every family: rows do not see their neighbours, and the cache path equals encoding again.
+"""Tests decoding with every model family: rows are independent, and the cache path equals encoding again.
 
-The batch is as mixed as one gets: a picture, several pictures, text alone, the frames of a video; rows that think
-beside rows that do not; rationales of several lengths.
+The batch mixes a picture, several pictures, text alone and the frames of a video. Some rows reason and others do not,
+and the rationales have several lengths.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmemb.interfaces import Backbone, Controller, Model, Pooler, SetupContext
 from mmemb.registry import create
 from mmemb.types import EMB, END_THINK, THINK, Decision, Image, Item, PrefillState, Text, Video
 
-TOLERANCE = 1e-4  # float32: sums in another order
+TOLERANCE = 1e-4  # float32: sums run in another order
 BUDGETS = (7, 0, 3, 9, 0)
 
 
 class Given(Controller):
-    """Budgets by row; 0 does not think."""
+    """Gives each row its budget. A budget of 0 skips reasoning."""
 
     def __init__(self, *budgets: int) -> None:
         self.budgets = budgets
@@ -84,7 +84,7 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(
             torch.testing.assert_close(mine[0], batched[row], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
+def test_the_last_rows_of_a_batch_continue_with_the_next_batch(
     backbone: Backbone, pooler: Pooler, items: list[Item]
 ) -> None:
     assert backbone.joins_prefixes
@@ -106,7 +106,7 @@ def test_the_last_rows_of_a_batch_go_on_with_those_of_the_next(
     torch.testing.assert_close(batched.embedding, whole.embedding, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_caches_that_keep_a_window_of_columns_join_as_well(make_backbone: Callable[..., Backbone]) -> None:
+def test_sliding_window_caches_join_too(make_backbone: Callable[..., Backbone]) -> None:
     window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "layer_types": None}
     backbone = make_backbone("qwen2_5_vl", config_overrides={"text_config": window})
     pooler = create("pooler", "embed_token")
@@ -125,10 +125,12 @@ def test_caches_that_keep_a_window_of_columns_join_as_well(make_backbone: Callab
     torch.testing.assert_close(batched.embedding, whole.embedding, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_the_cache_path_equals_encoding_the_whole_again(backbone: Backbone, pooler: Pooler, items: list[Item]) -> None:
+def test_the_cache_path_equals_encoding_the_whole_text_again(
+    backbone: Backbone, pooler: Pooler, items: list[Item]
+) -> None:
     paths = run(backbone, pooler, items, BUDGETS, temperature=1.0, seed=1)
     think, end, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
-    # Random weights write what a tokenizer would cut otherwise, so the same ids are put behind the prompt.
+    # A tokenizer would split the text of random weights in another way, so the same ids are put after the prompt.
     for row, item in enumerate(items):
         inputs = backbone.prepare([item], embed=False)
         rest = [think, *paths.token_ids[row], end, emb] if BUDGETS[row] else [emb]
@@ -149,9 +151,7 @@ def test_the_cache_path_equals_encoding_the_whole_again(backbone: Backbone, pool
         torch.testing.assert_close(again[0], paths.embedding[row], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_rollouts_are_what_a_pass_with_gradients_says_they_are(
-    backbone: Backbone, pooler: Pooler, items: list[Item]
-) -> None:
+def test_rollouts_agree_with_a_pass_with_gradients(backbone: Backbone, pooler: Pooler, items: list[Item]) -> None:
     drawn = rollout(
         Model(backbone, pooler),
         items,

@@ -1,4 +1,4 @@
-"""Rollouts: what was drawn is kept as it was drawn, prompts are encoded once, groups get their share of decisions."""
+"""Tests of rollouts: they keep what was drawn, encode prompts once, and give each group its share of decisions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sample(backbone: Backbone, pooler: Pooler, queries: list[Item], **options: o
 
 
 def again(backbone: Backbone, queries: list[Item], drawn: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [R, L] and states at ``<emb>`` [R, H] by one pass over prompts and continuations."""
+    """Computes log-probabilities [R, L] and states at ``<emb>`` [R, H] in one pass over prompts and continuations."""
     prefix = backbone.prefill(backbone.prepare(queries, embed=False))
     source = torch.arange(len(drawn)) // drawn.group_size
     rest = rollout_tokens(backbone, drawn)
@@ -42,11 +42,11 @@ def again(backbone: Backbone, queries: list[Item], drawn: Rollouts) -> tuple[tor
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_one_pass_over_what_was_drawn_gives_its_log_probabilities_and_embeddings(temperature: float) -> None:
+def test_one_pass_over_the_rollouts_gives_their_log_probabilities_and_embeddings(temperature: float) -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items()
     drawn = sample(backbone, pooler, queries, temperature=temperature, exploration=0.6)
     assert 0 < drawn.think.sum() < len(drawn)
-    assert 0 < drawn.truncated.sum() < drawn.think.sum(), "rollouts should end both ways"
+    assert 0 < drawn.truncated.sum() < drawn.think.sum(), "some rollouts should be truncated and some should not"
     log_prob, states = again(backbone, queries, drawn)
     torch.testing.assert_close(log_prob, drawn.log_prob, atol=1e-5, rtol=0)
     embedding = pooler(states[:, None], torch.ones(len(drawn), 1), torch.zeros(len(drawn), dtype=torch.int64))
@@ -54,7 +54,7 @@ def test_one_pass_over_what_was_drawn_gives_its_log_probabilities_and_embeddings
     assert states.requires_grad
 
 
-def test_prompts_are_encoded_once_and_forked_for_the_rollouts_that_think() -> None:
+def test_prompts_are_encoded_once_and_forked_for_the_rollouts_that_reason() -> None:
     backbone, queries = FakeBackbone(), items()
     prompts = backbone.prepare(queries, embed=False).tensors["input_ids"].numel()
     decision = torch.tensor([[1, 1, 0, 0]] * 5)
@@ -67,7 +67,7 @@ def test_prompts_are_encoded_once_and_forked_for_the_rollouts_that_think() -> No
     assert (drawn.embedding - direct)[drawn.think].abs().amax(dim=1).min() > 0
 
 
-def test_given_decisions_hold_and_cost_no_probability() -> None:
+def test_given_decisions_are_kept_and_have_no_log_probability() -> None:
     backbone, pooler = FakeBackbone(), built(FakePooler())
     decision = torch.tensor([[1, 0, SAMPLED, SAMPLED]] * 5)
     drawn = sample(backbone, pooler, items(), decision=decision)
@@ -95,14 +95,14 @@ def test_every_group_has_its_share_of_decisions() -> None:
     torch.testing.assert_close(drawn.think_probability, 0.25 + 0.5 * own)
 
 
-def test_decisions_have_their_probability_on_average() -> None:
+def test_decisions_have_the_right_probability_on_average() -> None:
     backbone, pooler, query = FakeBackbone(), built(FakePooler()), items(1)
     drawn = sample(backbone, pooler, query * 200, group_size=3, max_new_tokens=1, temperature=2.0)
     share, expected = drawn.think.float().view(200, 3).mean(dim=0), drawn.think_probability[0].expand(3)
-    torch.testing.assert_close(share, expected, atol=0.12, rtol=0)  # 3.4 deviations of 200 tosses
+    torch.testing.assert_close(share, expected, atol=0.12, rtol=0)  # 3.4 standard deviations of 200 draws
 
 
-def test_a_querys_rollouts_depend_on_its_seed_alone() -> None:
+def test_the_rollouts_of_a_query_depend_only_on_its_seed() -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakePooler()), items()
     together = sample(backbone, pooler, queries, seed=[4, 5, 6, 7, 8])
     parts = sample(backbone, pooler, queries, seed=[4, 5, 6, 7, 8], batch_size=8)
@@ -113,14 +113,14 @@ def test_a_querys_rollouts_depend_on_its_seed_alone() -> None:
     assert sample(backbone, pooler, queries, seed=1).rationale != together.rationale
 
 
-def test_a_pooler_of_all_states_is_served_too() -> None:
+def test_a_pooler_that_needs_all_states_works_too() -> None:
     backbone, pooler, queries = FakeBackbone(), built(FakeMeanPooler()), items()
     drawn = sample(backbone, pooler, queries, decision=torch.ones(5, 4))
     texts = Encoder(backbone, pooler).encode_queries([query for query in queries for _ in range(4)], drawn.rationale)
     torch.testing.assert_close(drawn.embedding, texts, atol=1e-4, rtol=0)
 
 
-def test_modes_are_restored_and_nobody_thinking_is_fine() -> None:
+def test_modes_are_restored_and_no_rollout_needs_to_reason() -> None:
     backbone, pooler = FakeBackbone().train(), built(FakePooler())
     drawn = sample(backbone, pooler, items(), decision=torch.zeros(5, 4))
     assert backbone.training
@@ -135,11 +135,11 @@ def test_modes_are_restored_and_nobody_thinking_is_fine() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"group_size": 0}, "group_size is 0"),
         ({"exploration": 1.5}, "exploration is 1.5"),
-        ({"seed": [1]}, "1 seeds for 5 queries"),
-        ({"decision": torch.ones(4, 5)}, r"shape \(4, 5\); expected \(5, 4\)"),
-        ({"decision": torch.full((5, 4), 2)}, "a decision is 1"),
+        ({"seed": [1]}, "seed has length 1 for 5 queries"),
+        ({"decision": torch.ones(4, 5)}, r"decision has the shape \(4, 5\); give \(5, 4\)"),
+        ({"decision": torch.full((5, 4), 2)}, "decision has other values than 1"),
     ],
 )
-def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
+def test_errors_name_wrong_arguments(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(FakeBackbone(), built(FakePooler()), items(), **options)

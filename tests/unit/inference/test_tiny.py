@@ -1,4 +1,4 @@
-"""The decode engine on a real family: the bundled model, random weights; texts, pictures and scenes in a batch."""
+"""Tests decoding with the bundled model and random weights. A batch mixes texts, pictures and scenes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def items() -> list[Item]:
 
 
 class Every(Controller):
-    """Every second row thinks."""
+    """Reasons for every second row."""
 
     def decide(self, state: PrefillState) -> Decision:
         think = torch.arange(len(state.direct)) % 2 == 0
@@ -38,7 +38,7 @@ class Every(Controller):
 def test_cache_and_plain_encoding_agree(
     backbone: Backbone, items: list[Item], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Random weights write bytes that a tokenizer would cut otherwise; words come back as the tokens they were.
+    # A tokenizer would split the bytes that random weights write in another way. Words give the same tokens again.
     words = backbone.prepare([items[0]], rationales=["the currency of chile is the chilean peso"])
     allowed = torch.zeros(backbone.logits(torch.zeros(1, backbone.hidden_size)).shape[-1], dtype=torch.bool)
     allowed[words.labels[0][words.labels[0] >= 0]] = True
@@ -58,7 +58,7 @@ def test_cache_and_plain_encoding_agree(
     torch.testing.assert_close(paths.state.direct, encoder.encode_queries(items), atol=1e-4, rtol=0)
 
 
-def test_rows_do_not_see_their_neighbours(backbone: Backbone, items: list[Item]) -> None:
+def test_rows_do_not_depend_on_other_rows(backbone: Backbone, items: list[Item]) -> None:
     pooler = create("pooler", "embed_token")
     pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
     one, many = Encoder(backbone, pooler, batch_size=1, budget=6), Encoder(backbone, pooler, batch_size=9, budget=6)
@@ -68,7 +68,7 @@ def test_rows_do_not_see_their_neighbours(backbone: Backbone, items: list[Item])
     torch.testing.assert_close(alone.state.decision_logits, together.state.decision_logits, atol=1e-4, rtol=0)
 
 
-def test_sampling_is_free_of_batch_size(backbone: Backbone, items: list[Item]) -> None:
+def test_samples_do_not_depend_on_the_batch_size(backbone: Backbone, items: list[Item]) -> None:
     with evaluating(backbone):
         one, many = (
             sample(backbone, items * 2, max_new_tokens=5, temperature=1.0, seed=2, batch_size=size) for size in (1, 7)
@@ -77,7 +77,7 @@ def test_sampling_is_free_of_batch_size(backbone: Backbone, items: list[Item]) -
     assert len({each.text for each in one}) > len(items)
 
 
-def test_several_pictures_are_taken(backbone: Backbone, items: list[Item]) -> None:
+def test_an_item_may_have_several_pictures(backbone: Backbone, items: list[Item]) -> None:
     picture = next(part for item in items for part in item.parts if isinstance(part, Image))
     pooler = create("pooler", "embed_token")
     pooler.setup(SetupContext(hidden_size=backbone.hidden_size))
