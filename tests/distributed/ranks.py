@@ -229,6 +229,8 @@ def losses(world: int, rank: int, device: str = "cpu") -> dict[str, Any]:
     result["errors"].append(refusal(lambda: distributed_grads(**short, temperature=0.1)))
     unknown = torch.nan if rank == 0 else 0.1
     result["errors"].append(refusal(lambda: distributed_grads(**local, temperature=unknown)))
+    nothing = {name: value[:0] for name, value in local.items()}
+    result["errors"].append(refusal(lambda: distributed_grads(**nothing, temperature=0.1)))
     nowhere = {name: value.to("meta") for name, value in local.items()} if rank == 0 else local
     result["nowhere"] = refusal(lambda: distributed_grads(**nowhere, temperature=0.1))
     # Neighbours are within the tolerance, the first and the third of three ranks are not.

@@ -188,6 +188,10 @@ def test_what_one_rank_refuses_ends_every_rank(ranks: list[dict[str, Any]], numb
     assert set(others) == {ANOTHER_REFUSED}
 
 
+def test_ranks_without_any_candidate_are_refused_together(ranks: list[dict[str, Any]]) -> None:
+    assert {rank["errors"][6] for rank in ranks} == {"no rank has a candidate; at least one rank needs one"}
+
+
 def test_a_query_that_the_group_does_not_serve_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     first, *others = (rank["nowhere"] for rank in ranks)
     assert first == "query is on meta; the process group serves cpu and cuda alone"
