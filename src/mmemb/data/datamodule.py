@@ -178,7 +178,7 @@ class PairDataModule(L.LightningDataModule):
         return self._tasks[split]
 
     def use_phases(self, phases: Sequence[PhaseBatches]) -> None:
-        """Sets which batches of the run come from which stream. Until then, loaders yield lists of pairs.
+        """Sets which stream each batch of the run comes from. Until then, loaders yield lists of pairs.
 
         Args:
             phases: the phases in order. The first one starts at batch 0.
@@ -192,7 +192,7 @@ class PairDataModule(L.LightningDataModule):
             shared = len(self._ids(phase.stream) & set().union(*map(self._ids, earlier))) if earlier else 0
             if shared:
                 rank_zero_warn(
-                    f"{shared} of the {len(rows)} pairs of {phase.stream!r} were used for training in an earlier phase. "
+                    f"{shared} of the {len(rows)} pairs of {phase.stream!r} were trained on in an earlier phase. "
                     "A model that has memorised their answers does not learn when reasoning helps."
                 )
         self._phases = list(phases)

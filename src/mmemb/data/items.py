@@ -151,7 +151,7 @@ def _parts(value: Any, field: str, find: mmeb.Find) -> tuple[Part, ...]:
 def _part(key: str, value: Any, field: str, find: mmeb.Find) -> Part:
     if key == "video":
         if not isinstance(value, list) or not value:
-            raise FieldError(field, f"expected a list of frame pictures in order, got {kind_of(value)}")
+            raise FieldError(field, f"expected a non-empty list of frame pictures in order, got {kind_of(value)}")
         return Video(tuple(find(f"{field}[{index}]", frame) for index, frame in enumerate(value)))
     if key == "text":
         return Text(checked_text(value, field))

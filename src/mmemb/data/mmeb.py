@@ -107,7 +107,7 @@ def read_evaluation_row(
     texts, paths = row.get("tgt_text"), row.get("tgt_img_path")
     for field, value in (("tgt_text", texts), ("tgt_img_path", paths)):
         if not isinstance(value, list) or not value:
-            raise FieldError(field, f"expected a list with the ground truth first, got {kind_of(value)}")
+            raise FieldError(field, f"expected a non-empty list with the ground truth first, got {kind_of(value)}")
     assert isinstance(texts, list)
     assert isinstance(paths, list)
     if len(texts) != len(paths):
