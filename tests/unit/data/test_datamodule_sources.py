@@ -87,7 +87,7 @@ def test_a_number_out_of_range_is_named(name: str, value: int) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("sub_batch_size", -8)])
 def test_a_streams_number_out_of_range_is_named(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.streams\.more\.{name}: expected 1 or more, got {value}"):
+    with pytest.raises(ValueError, match=rf"^data\.streams\.more\.{name} is {value}; give 1 or more"):
         PairDataModule(streams={"more": Stream([], **{name: value})})
 
 
@@ -119,8 +119,8 @@ def test_the_signature_is_the_configuration(source: Source, capsys: pytest.Captu
     config = parser.parse_args([f"--data.train={train}", "--data.task_weights={odd: 2}", "--data.batch_size=4"])
     data = parser.instantiate_classes(config).data
     assert data.sources["train"] == [replace(source, tasks=["odd"], weight=0.5)]
-    assert (data.task_weights, data.batch_size) == ({"odd": 2.0}, 4)
+    assert (data.streams["train"].task_weights, data.batch_size) == ({"odd": 2.0}, 4)
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "rows that share a task, so that in-batch negatives are of the query's own kind" in words
+    assert "rows that share a task, so that in-batch negatives are of the same kind" in words
