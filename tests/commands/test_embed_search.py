@@ -175,7 +175,7 @@ def test_two_processes_one_of_them_killed(
         (["--input", "pictures", "--inputs", "x"], "there is no option '--inputs'; did you mean '--input'?"),
         (["--input", "pictures", "--device", "gpu"], "device 'gpu' cannot be used on this machine"),
         (["--input", "pictures", "--output", "deep.parquet"], "--output deep.parquet: is a folder"),
-        (["--input", "empty"], "holds nothing to embed"),
+        (["--input", "empty"], "has nothing to embed"),
         (["--input", "broken"], "broken.png"),
         (["--input", "rows.jsonl"], "rows.jsonl, line 1"),
         (["--input", "out.jsonl"], "outside"),

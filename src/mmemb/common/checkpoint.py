@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent, hold no code, and fit the backbone they are loaded into.
+"""Writes checkpoints that are whole or absent, and reads them without running code from them.
 
-A checkpoint is streamed into a temporary file, forced to the disk and renamed. A reader never meets half a checkpoint,
+A checkpoint is written into a temporary file, forced to the disk and renamed. A reader never sees half a checkpoint,
 and a full disk costs the new checkpoint, never the old one. Reading accepts tensors and plain containers only
-(``weights_only=True``), so a checkpoint from elsewhere cannot run code.
+(``weights_only=True``), so a checkpoint from elsewhere cannot run code. A checkpoint of another backbone is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from mmemb.common.files import whole_file
 
 IDENTITY_KEY = "backbone_identity"
-"""Key of a checkpoint that holds `Backbone.identity` of the model that wrote it."""
+"""Key in a checkpoint for the `Backbone.identity` of the model that wrote it."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Recorder:
-    """A binary file that remembers the first error of `write`, which torch's zip writer replaces by its own."""
+    """A binary file that keeps the first error of `write`. The zip writer of torch replaces it with its own error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -48,11 +48,11 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
 
     Args:
         checkpoint: tensors and plain containers.
-        path: target file; its folder is made.
+        path: target file. Its folder is made if necessary.
 
     Raises:
-        OSError: it cannot be written (disk full, quota, file size limit, permission). Nothing is left behind, and an
-            older checkpoint at the path is as it was.
+        OSError: the file cannot be written (disk full, quota, file size limit, permission). Nothing is left behind, and
+            an older checkpoint at the path is unchanged.
     """
     target = Path(path)
     recorder: _Recorder | None = None
@@ -70,17 +70,15 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
 def _explained(error: OSError, target: Path) -> OSError:
     remedy = "free some space or point the run at another disk" if error.errno in _NO_ROOM else "check the folder"
     reason = error.strerror or str(error)
-    return OSError(
-        error.errno, f"cannot write the checkpoint {target}: {reason}; nothing half-written is left, {remedy}"
-    )
+    return OSError(error.errno, f"cannot write the checkpoint {target}: {reason}; no partial file is left; {remedy}")
 
 
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
-    OSError,  # a file that was cut short: EINVAL
-    # A file of another kind, such as a text whose first letter is a pickle instruction:
+    OSError,  # a truncated file: EINVAL
+    # A file of another kind, such as a text whose first letter is a pickle opcode:
     LookupError,
     ValueError,
     struct.error,
@@ -94,12 +92,12 @@ def read_checkpoint(
 
     Args:
         path: the file.
-        map_location: as `torch.load` takes it.
-        identity: `Backbone.identity` of the model that will take the weights; None leaves it unchecked.
+        map_location: passed to `torch.load`.
+        identity: `Backbone.identity` of the model that will load the weights. None skips the check.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, is damaged, holds more than tensors and plain containers, or comes
+        ValueError: the file is not a checkpoint, is damaged, contains more than tensors and plain containers, or comes
             from another backbone.
     """
     if not Path(path).is_file():
@@ -109,15 +107,15 @@ def read_checkpoint(
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        # Torch's message for this error advises to load the file unsafely.
+        # The message of torch is left out for this error: it recommends loading the file unsafely.
         refused = isinstance(error, pickle.UnpicklingError)
         reason = "" if refused else f" ({str(error).strip().split(chr(10), 1)[0]})"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain containers{reason}; it was cut short, holds "
-            "other objects too, or was written by another program: give another file"
+            f"{path} cannot be read as a checkpoint of tensors and plain containers{reason}; the file is truncated, "
+            "contains other objects too, or comes from another program; give another file"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise ValueError(f"{path} contains a {type(checkpoint).__name__} and no checkpoint; give another file")
     if identity is not None:
         refuse_other_backbone(checkpoint, identity=identity, path=path)
     return checkpoint
@@ -126,21 +124,23 @@ def read_checkpoint(
 def refuse_other_backbone(
     checkpoint: Mapping[str, Any], *, identity: str, path: str | os.PathLike[str] = "the checkpoint"
 ) -> None:
-    """Raises for a checkpoint that another backbone or another program wrote.
+    """Refuses a checkpoint that another backbone or another program wrote.
 
     Args:
-        checkpoint: as read.
-        identity: `Backbone.identity` of the model that will take the weights.
-        path: where the checkpoint comes from, for the message.
+        checkpoint: the checkpoint as read.
+        identity: `Backbone.identity` of the model that will load the weights.
+        path: where the checkpoint comes from. Part of the message.
 
     Raises:
         ValueError: the checkpoint has no identity, or another one. The message gives both.
     """
     written = checkpoint.get(IDENTITY_KEY)
     if written is None:
-        raise ValueError(f"{path} has no {IDENTITY_KEY!r}, so another program wrote it; give one of an mmemb training")
+        raise ValueError(
+            f"{path} has no {IDENTITY_KEY!r}, so another program wrote it; give a checkpoint that mmemb wrote"
+        )
     if written != identity:
         raise ValueError(
-            f"{path} was written by the backbone {written!r}, but this run has {identity!r}; give the config that the "
-            "checkpoint was trained with (config.yaml in its run folder), or another checkpoint"
+            f"{path} was written by the backbone {written!r}, but this run has {identity!r}; give the config of the "
+            "checkpoint's training run (config.yaml in its run folder), or another checkpoint"
         )

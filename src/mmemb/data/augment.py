@@ -1,4 +1,4 @@
-"""Picture augmentation: one affine transform and one colour matrix, about 0.2 ms for a 64 x 64 picture."""
+"""Augments pictures by one affine transform and one colour matrix. Takes about 0.2 ms for a 64 x 64 picture."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mmemb.common.checks import check_numbers
 from mmemb.registry import Component
 
 _LUMA = (0.299, 0.587, 0.114)
-"""ITU-R BT.601 weights, as Pillow's own conversion to grey."""
+"""ITU-R BT.601 weights, as in Pillow's own conversion to grey."""
 
 
 class PictureAugment(Component, kind="augmentation", name="jitter"):
-    """Shifts, scales, rotates and re-colours a picture a little; same size, white where nothing was.
+    """Shifts, scales, rotates and recolours a picture a little. Keeps its size and fills the border with white.
 
-    Small and global on purpose: a picture of several things keeps every thing in its place. The seed alone decides:
-    the same (picture, seed) gives the same result in any process.
+    The changes are small and apply to the whole picture, so that each of several things in it keeps its place. The
+    same picture and seed give the same result in any process.
 
     Args:
-        shift: largest shift along each axis, in pixels.
-        scale: smallest and largest zoom.
-        rotate: largest turn either way, in degrees.
-        brightness: largest relative change of brightness.
-        contrast: largest relative change of contrast (about mid-grey).
-        saturation: largest relative change of saturation.
+        shift: maximum shift along each axis, in pixels.
+        scale: minimum and maximum zoom factor.
+        rotate: maximum rotation in either direction, in degrees.
+        brightness: maximum relative change of brightness.
+        contrast: maximum relative change of contrast (around mid-grey).
+        saturation: maximum relative change of saturation.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PictureAugment(Component, kind="augmentation", name="jitter"):
         self.saturation = saturation
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
-        """The augmented RGB picture; the given one stays as it was."""
+        """Returns the augmented picture in RGB. Does not change the given one."""
         draw = random.Random(seed).uniform
         image = image.convert("RGB")
         moved = image.transform(
@@ -73,7 +73,7 @@ class PictureAugment(Component, kind="augmentation", name="jitter"):
 
 
 def _affine(size: tuple[int, int], *, shift: tuple[float, float], scale: float, angle: float) -> tuple[float, ...]:
-    """Pillow's six coefficients: where each output pixel comes from (the inverse map, about the centre)."""
+    """Returns the six coefficients for Pillow: the inverse map from output pixel to input pixel, about the centre."""
     x, y = size[0] / 2, size[1] / 2
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     to_x, to_y = x + shift[0], y + shift[1]
@@ -81,7 +81,7 @@ def _affine(size: tuple[int, int], *, shift: tuple[float, float], scale: float, 
 
 
 def _colour(*, brightness: float, contrast: float, saturation: float) -> tuple[float, ...]:
-    """Saturation, then brightness, then contrast about 128, as one 3 x 4 matrix (rows: red, green, blue)."""
+    """Returns a 3 x 4 matrix (rows red, green, blue): saturation, then brightness, then contrast around 128."""
     gain, offset = brightness * contrast, 128 * (1 - contrast)
     rows: list[float] = []
     for row in range(3):

@@ -1,4 +1,4 @@
-"""From pairs to the identities a contrastive loss needs. Nothing here knows a model."""
+"""Turns pairs into the identities that a contrastive loss needs. Independent of the model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmemb.types import Pair
 
 @dataclass(frozen=True)
 class Layout:
-    """Who is whose positive, for N queries and M candidates.
+    """Says which candidate is the positive of which query, for N queries and M candidates.
 
     Attributes:
-        query_id: N integers below 2**63, identity of each query's positive.
-        candidate_id: M integers, identity of each candidate. One equal to a query's `query_id` in a row that is not
-            its positive's is the same target again, to be masked.
-        positive: N row numbers of each query's positive among the candidates.
+        query_id: N integers below 2**63, the identity of each query's positive.
+        candidate_id: M integers, the identity of each candidate. A candidate that has the `query_id` of a query but is
+            not in the row of its positive is the same target again. The loss must mask it.
+        positive: N row numbers, the row of each query's positive among the candidates.
     """
 
     query_id: list[int]
@@ -26,18 +26,18 @@ class Layout:
 
 
 def identity(text_id: str) -> int:
-    """A text identity as a number in [0, 2**63), the same in every process (BLAKE2b)."""
+    """Turns a text identity into a number in [0, 2**63). It is the same in every process (BLAKE2b)."""
     return number_of(text_id) >> 1
 
 
 def candidate_layout(pairs: Sequence[Pair], *, chunk_size: int) -> Layout:
-    """Identities of a batch cut into chunks, the rows of one backward pass.
+    """Computes the identities of a batch that is cut into chunks, the rows of one backward pass.
 
-    Candidates stand chunk after chunk: the chunk's positives, then its hard negatives in row order.
+    The candidates come chunk by chunk: first the chunk's positives, then its hard negatives in the order of the rows.
 
     Args:
-        pairs: N rows.
-        chunk_size: rows of a chunk; the last one may be shorter.
+        pairs: the N pairs of the batch.
+        chunk_size: pairs per chunk. The last chunk may have fewer.
     """
     layout = Layout([], [], [])
     for start in range(0, len(pairs), chunk_size):

@@ -1,9 +1,11 @@
-"""Sources to batches, for any Lightning trainer.
+"""Turns sources into batches for any Lightning trainer.
 
-Training is one endless, numbered stream of batches (`mmemb.data.sampler`); a loader starts at the number of batches
-that the trainer has trained, whatever workers had fetched ahead. So a run that was killed and resumed sees exactly the
-batches of an uninterrupted one, in the middle of an epoch too. Loaders are plain iterables, not torch DataLoaders:
-Lightning therefore puts no sampler of its own into them, and each rank's share is decided here.
+Training data is one endless stream of numbered batches (`mmemb.data.sampler`). A loader starts at the number of batches
+that the trainer has trained, even if data-loader workers have prepared further ones. So a run that was killed and
+resumed sees exactly the batches of an uninterrupted run, even if it stopped in the middle of an epoch.
+
+Loaders are plain iterables and not torch DataLoaders. Lightning therefore does not add a sampler of its own, and this
+module decides which batches each rank gets.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ _SPLITS = ("train", "validation", "test", "predict")
 
 @dataclass(frozen=True)
 class PhaseBatches:
-    """Which batches of a run a phase takes.
+    """The batches of a run that belong to a phase.
 
     Attributes:
-        first: number of its first batch within the run.
-        stream: where its pairs come from.
-        collate: turns the pairs of a batch into the module's batch.
-        reads_rationales: whether its pairs are trained with candidates of the rationale pool.
+        first: number of the phase's first batch within the run.
+        stream: name of the stream that its pairs come from.
+        collate: turns the pairs of a batch into the batch that the module trains on.
+        reads_rationales: whether the phase trains its pairs with candidates of the rationale pool.
     """
 
     first: int
@@ -48,23 +50,23 @@ class PhaseBatches:
 
 
 class PairDataModule(L.LightningDataModule):
-    """Pairs for training, retrieval tasks for validation and test, items for predict.
+    """Loads pairs for training, retrieval tasks for validation and test, and items for predict.
 
     Args:
         train: sources of training pairs, mixed by their weights.
-        validation: sources of retrieval tasks scored during training.
-        test: sources of retrieval tasks scored at the end.
+        validation: sources of the retrieval tasks that are scored during training.
+        test: sources of the retrieval tasks that are scored at the end.
         predict: sources of items to embed: files of items or folders of pictures.
         streams: further training data by name, for phases that train on other pairs than ``train``.
-        batch_size: rows of one rank's batch.
-        sub_batch_size: rows that share a task, so that in-batch negatives are of the query's own kind; divides
-            `batch_size`.
-        steps_per_epoch: batches of an epoch; by default as many as the training rows fill once.
-        task_weights: how often each task is drawn, relative to the others; a task not named keeps the weight of its
-            source, 0 leaves a task out.
-        num_workers: processes that prepare training batches; 0 prepares them in the training process.
-        seed: of the order of training rows, and of all that the collate function draws.
-        bundled_seed: of the scenes that the bundled data composes.
+        batch_size: rows per batch of one rank.
+        sub_batch_size: rows that share a task, so that in-batch negatives are of the same kind as the query's positive.
+            Must divide `batch_size`.
+        steps_per_epoch: batches per epoch. By default, enough to cover the training rows once.
+        task_weights: how often each task is drawn, relative to the others. A task that is not named keeps the weight of
+            its source. 0 leaves a task out.
+        num_workers: number of processes that prepare training batches. 0 prepares them in the training process.
+        seed: seed of the order of training rows, and of all random choices of the collate function.
+        bundled_seed: seed of the scenes that the bundled data composes.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class PairDataModule(L.LightningDataModule):
         self.streams: dict[str, Stream] = {"train": Stream(train or [], batch_size, sub_batch_size, task_weights)}
         for name, stream in (streams or {}).items():
             if name in _SPLITS:
-                raise ValueError(f"data.streams.{name}: that name is taken by data.{name}; give the stream another one")
+                raise ValueError(f"data.streams.{name}: this name belongs to data.{name}; give the stream another name")
             stream.check(f"data.streams.{name}")
             self.streams[name] = stream
             self.sources[name] = stream.sources
@@ -118,14 +120,14 @@ class PairDataModule(L.LightningDataModule):
         self._loader: TrainLoader | None = None
         self._restored: dict[str, Any] = {"batches": 0}
 
-    # -- what there is -----------------------------------------------------------------------------------------------
+    # -- sources -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Reads and checks the sources of a stage.
 
         Raises:
             FileNotFoundError: a file or picture does not exist.
-            ValueError: the stage has no source, or a row is wrong.
+            ValueError: the stage has no source, or a row is invalid.
         """
         if stage == "fit":
             self._named("train")
@@ -142,7 +144,7 @@ class PairDataModule(L.LightningDataModule):
             self._items = [item for source in self._named("predict") for item in self._read_items(source)]
 
     def stream_pairs(self, name: str) -> Sequence[Pair]:
-        """All rows of a stream (``train``, or a name in ``streams``), read once.
+        """Returns all pairs of a stream (``train`` or a name in ``streams``). Reads them once.
 
         Raises:
             ValueError: there is no such stream, or it has no source.
@@ -152,12 +154,13 @@ class PairDataModule(L.LightningDataModule):
         return self._rows[name]
 
     def evaluation_tasks(self, split: str) -> list[EvaluationTask]:
-        """All retrieval tasks of a split (``validation``, ``test``) or a stream, not only this rank's.
+        """Returns all retrieval tasks of a split (``validation``, ``test``) or a stream, not only those of this rank.
 
-        Empty where there is no source.
+        Empty if there is no source.
 
         Raises:
-            ValueError: two sources have a task of one name: its queries would be ranked against half of the candidates.
+            ValueError: two sources have a task of the same name. Each query would be ranked against the candidates of
+                one source only.
         """
         if split not in self._tasks:
             owners: dict[str, str] = {}
@@ -166,8 +169,8 @@ class PairDataModule(L.LightningDataModule):
                 for task in read_tasks(source):
                     if task.name in owners:
                         raise ValueError(
-                            f"data.{split}: the task {task.name!r} stands in {owners[task.name]} and in {source.path}, "
-                            "and results are kept by task; give one another name (task: ...), or join the files"
+                            f"data.{split}: the task {task.name!r} is in {owners[task.name]} and in {source.path}, "
+                            "but results are stored by task; give one task another name (task: ...), or join the files"
                         )
                     owners[task.name] = source.path
                     found.append(task)
@@ -175,10 +178,10 @@ class PairDataModule(L.LightningDataModule):
         return self._tasks[split]
 
     def use_phases(self, phases: Sequence[PhaseBatches]) -> None:
-        """Sets which batches of the run come from which stream; until then loaders yield lists of training pairs.
+        """Sets which stream each batch of the run comes from. Until then, loaders yield lists of pairs.
 
         Args:
-            phases: in order; the first one starts at batch 0.
+            phases: the phases in order. The first one starts at batch 0.
 
         Raises:
             ValueError: a stream has no source.
@@ -189,8 +192,8 @@ class PairDataModule(L.LightningDataModule):
             shared = len(self._ids(phase.stream) & set().union(*map(self._ids, earlier))) if earlier else 0
             if shared:
                 rank_zero_warn(
-                    f"{shared} of the {len(rows)} pairs of {phase.stream!r} were trained on in an earlier phase: a "
-                    "model that has memorised their answers does not learn when thinking helps."
+                    f"{shared} of the {len(rows)} pairs of {phase.stream!r} were trained on in an earlier phase. "
+                    "A model that has memorised their answers does not learn when reasoning helps."
                 )
         self._phases = list(phases)
 
@@ -199,8 +202,8 @@ class PairDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         if self._restored.get("stream", self._stream()) != self._stream():
             rank_zero_warn(
-                "The checkpoint was trained on other data, seed or batch size: training continues at the same batch "
-                "number, but not with the batches of an uninterrupted run."
+                "The checkpoint was trained with other data, another seed or another batch size. Training continues at "
+                "the same batch number, but not with the batches of an uninterrupted run."
             )
         keep = in_list if self.trainer is None else in_box
         phases = self._phases or [PhaseBatches(0, "train", keep)]
@@ -224,7 +227,7 @@ class PairDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> InMemoryLoader | list[Any]:
         tasks = self.evaluation_tasks("validation")
-        return self._boxed(tasks) if tasks else []  # the empty list is how Lightning is told that there is nothing
+        return self._boxed(tasks) if tasks else []  # for Lightning, an empty list means no validation
 
     def test_dataloader(self) -> InMemoryLoader:
         return self._boxed(self.evaluation_tasks("test"))
@@ -236,7 +239,7 @@ class PairDataModule(L.LightningDataModule):
         return self._boxed(batches[rank::world_size])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves tensors; pairs, items and retrieval tasks have none and come through as they are."""
+        """Moves tensors to the device. Pairs, items and retrieval tasks have no tensors and pass unchanged."""
         if isinstance(batch, Box):
             return batch.value
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -251,10 +254,10 @@ class PairDataModule(L.LightningDataModule):
         self.teardown("fit")
 
     def coming_pairs(self, batches: int) -> list[Pair]:
-        """The distinct pairs with rationales of this rank's next batches, in order.
+        """Returns the distinct pairs of this rank's next batches that train with rationales, in order.
 
         Args:
-            batches: how many batches to look ahead; those of phases that read no rationales are left out.
+            batches: number of batches to look ahead. Batches of phases that read no rationales are left out.
         """
         now = self.batches_trained
         ends = [phase.first for phase in self._phases[1:]] + [now + batches]
@@ -267,7 +270,7 @@ class PairDataModule(L.LightningDataModule):
         return [self.stream_pairs(stream)[row] for stream, row in found]
 
     def restart(self) -> None:
-        """Drops the training batches prepared ahead: what the collate function reads from has changed."""
+        """Drops the prepared training batches. Call it when the data that the collate function reads has changed."""
         if self._loader is not None:
             self._loader.restart()
 
@@ -275,18 +278,18 @@ class PairDataModule(L.LightningDataModule):
 
     @property
     def batches_trained(self) -> int:
-        """Batches that the trainer has finished since the beginning of the run (over all epochs and resumes)."""
+        """Number of batches that the trainer has finished since the run began, over all epochs and resumes."""
         if self.trainer is None:
             return int(self._restored["batches"])
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         return int(progress.total.processed)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the stream was trained, and what makes the stream what it is."""
+        """Returns the number of trained batches, and the settings that determine the stream."""
         return {"batches": self.batches_trained, "stream": self._stream()} if self._rows else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a stream; with a trainer the trainer's own restored progress says the position."""
+        """Restores the position in the stream. With a trainer, the trainer's restored progress gives the position."""
         self._restored = state_dict or {"batches": 0}
 
     # -- details -----------------------------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ class PairDataModule(L.LightningDataModule):
     def _named(self, name: str) -> list[Source]:
         if not self.sources.get(name):
             place = f"data.{name}" if name in _SPLITS else f"data.streams.{name}.sources"
-            raise ValueError(f"there is no {name} source; give {place} a list such as [{{path: pairs.jsonl}}]")
+            raise ValueError(f"there is no {name} source; set {place} to a list such as [{{path: pairs.jsonl}}]")
         return self.sources[name]
 
     def _read_items(self, source: Source) -> Sequence[Item]:
@@ -325,7 +328,7 @@ class PairDataModule(L.LightningDataModule):
         )
 
     def _stream(self) -> list[dict[str, Any]]:
-        """All that decides the order of the batches but the rows' content, phase by phase."""
+        """Returns what determines the order of the batches, per phase. The content of the rows is not part of it."""
         found = []
         for phase in self._phases or [PhaseBatches(0, "train", in_list)]:
             self.stream_pairs(phase.stream)

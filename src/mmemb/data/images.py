@@ -1,7 +1,8 @@
-"""Pictures: from a source to RGB, safely.
+"""Finds and decodes pictures safely.
 
-A source is an absolute path, a ``bundled:`` name or a PIL image (see `mmemb.types.Image`). Records only name pictures
-(`resolve_image`: one `lstat` a picture); they are decoded when a backbone asks (`load_image`).
+A source is an absolute path, a ``bundled:`` name or a PIL image (see `mmemb.types.Image`). Reading a record only
+resolves the paths of its pictures (`resolve_image`, one `lstat` per picture). A picture is decoded when a backbone
+needs it (`load_image`).
 """
 
 from __future__ import annotations
@@ -16,26 +17,28 @@ BUNDLED = "bundled:"
 """Prefix of pictures (and data sets) that come with the package."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What a picture file may hold, whatever its name. Other decoders of PIL stay shut: that of ICO decodes before a size
-can be checked, that of EPS starts Ghostscript."""
+"""Formats that a picture file may have, independent of its name. Other decoders of PIL are not used. The one for ICO
+decodes before the size can be checked, and the one for EPS starts Ghostscript."""
 
 _ORIENTATION = 0x0112
 
 MOST_ELONGATED = 200
-"""Largest ratio of a picture's sides: what image processors of vision-language models take."""
+"""Maximum ratio of a picture's sides that image processors of vision-language models accept."""
 
 
 def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Decodes a picture to RGB, upright (EXIF), transparency flattened on white; of an animation the first frame.
+    """Decodes a picture to RGB.
+
+    Turns it upright (EXIF) and puts transparent parts on white. Takes the first frame of an animation.
 
     Args:
         source: an absolute path, a ``bundled:`` name or a PIL image.
-        max_pixels: largest width x height accepted; checked from the header, before anything is decoded.
+        max_pixels: maximum width x height. It is checked in the header, before anything is decoded.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, is damaged, has more than `max_pixels` pixels, or one side is more than
-            `MOST_ELONGATED` times the other.
+        ValueError: the file is no picture, is damaged or has more than `max_pixels` pixels, or one side is more than
+            `MOST_ELONGATED` times as long as the other.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source)
@@ -57,43 +60,45 @@ def load_image(source: str | Image.Image, *, max_pixels: int = 50_000_000) -> Im
     except UnidentifiedImageError:
         raise ValueError(
             f"picture {source}: cannot be read as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; "
-            "convert it to one of them or leave its row out"
+            "convert it to one of these formats or remove its row"
         ) from None
     except Image.DecompressionBombError:
         raise ValueError(
-            f"picture {source}: header declares far more than the {max_pixels:,} pixels allowed; shrink or drop it"
+            f"picture {source}: the header declares far more than the maximum of {max_pixels:,} pixels; "
+            "shrink the picture or remove its row"
         ) from None
-    except Exception as error:  # decoders of damaged files raise nearly anything, SyntaxError and struct.error included
+    except Exception as error:  # on damaged files, decoders raise nearly anything, even SyntaxError and struct.error
         raise ValueError(
-            f"picture {source}: cannot be read ({_one_line(error)}); replace it or leave its row out"
+            f"picture {source}: cannot be read ({_one_line(error)}); replace the picture or remove its row"
         ) from error
     if elongated:
         raise ValueError(
-            f"picture {source}: {width} x {height} pixels, one side more than {MOST_ELONGATED} times the other; "
-            "crop it or leave its row out"
+            f"picture {source}: {width} x {height} pixels, so one side is more than {MOST_ELONGATED} times as long "
+            "as the other; crop the picture or remove its row"
         )
     raise ValueError(
-        f"picture {source}: {width} x {height} pixels, more than the {max_pixels:,} allowed; shrink or drop it"
+        f"picture {source}: {width} x {height} pixels, but the maximum is {max_pixels:,}; "
+        "shrink the picture or remove its row"
     )
 
 
 def resolve_image(path: str, root: str | os.PathLike[str]) -> str:
-    """Absolute path, links resolved, of a picture named relative to a root; ``bundled:`` names pass as they are.
+    """Returns the absolute path of a picture below a root, with links resolved. Returns ``bundled:`` names unchanged.
 
     Args:
-        path: as written in a record; an absolute path is accepted only inside the root.
-        root: the folder no picture may lie outside of.
+        path: the path as written in a record. An absolute path must be inside the root.
+        root: the folder that must contain the picture.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the path leads out of the root (``..``, another absolute path, a symbolic link), or names no file.
+        ValueError: the path leads out of the root (``..``, another absolute path, a symbolic link), or is not a file.
     """
     if path.startswith(BUNDLED):
         return path
     base = _real_folder(os.path.join(os.getcwd(), root))
     joined = os.path.join(base, path)
     target = os.path.join(_real_folder(os.path.dirname(joined)), os.path.basename(joined))
-    if _inside(target, base):  # otherwise nothing is looked up: an outsider learns not even whether a file exists
+    if _inside(target, base):  # outside, nothing is looked up, so that nobody learns whether a file exists
         try:
             mode = os.lstat(target).st_mode
             if stat.S_ISLNK(mode):
@@ -108,11 +113,11 @@ def resolve_image(path: str, root: str | os.PathLike[str]) -> str:
                 f"image {path!r} cannot be looked up in {base} ({_one_line(error)}); correct the path"
             ) from error
         if stat.S_ISDIR(mode):
-            raise ValueError(f"image {path!r} is a folder in {base}; name a picture file")
+            raise ValueError(f"image {path!r} is a folder in {base}; give the path of a picture file")
     if not _inside(target, base):
         raise ValueError(
-            f"image {path!r} leads outside its root {base}; paths must stay inside the root, "
-            f"so move the picture or set image_root to a folder that holds it"
+            f"image {path!r} is outside its root {base}; paths must stay inside the root, "
+            f"so move the picture or set image_root to a folder that contains it"
         )
     return target
 
@@ -123,9 +128,9 @@ def _inside(path: str, folder: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def _real_folder(folder: str) -> str:
-    """Cached: a million pictures of one folder resolve its links once, not a path component at a time.
+    """Resolves the links of a folder. The result is cached, so a million pictures of one folder need one resolution.
 
-    The folder must be absolute: what a relative one means changes with the working directory.
+    The folder must be absolute, because a relative one depends on the working directory.
     """
     return os.path.realpath(folder)
 
@@ -139,7 +144,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16-bit grey: convert() alone would clip at 255 instead of scaling
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")

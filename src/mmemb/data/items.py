@@ -1,6 +1,6 @@
-"""Files to pairs, items and retrieval tasks. Pictures are named, never opened.
+"""Reads items, and checks them without opening their pictures.
 
-One row of a pair file (JSONL, a JSON list, or Parquet with the same columns, nested or as JSON text):
+A row of a pair file (JSONL, a JSON list, or Parquet with the same columns, nested or as JSON text):
 
     {"id"?: str, "task"?: str, "query": ITEM, "positive": ITEM, "positive_id"?: str, "hard_negatives"?: [ITEM, ...]}
 
@@ -8,7 +8,7 @@ One row of a pair file (JSONL, a JSON list, or Parquet with the same columns, ne
         | {"instruction"?: str, "fields"?: {name: value}, "text"?: str, "image"?: path, "page"?: path, "video"?: [path]}
         | {"instruction"?: str, "fields"?: {name: value}, "parts": [{"text" | "image" | "video" | "page": ...}, ...]}
 
-Without ``parts`` pictures come before the text, or where the text has the mark ``<|image_1|>``. MMEB rows are
+Without ``parts``, pictures come before the text, or where the text has the mark ``<|image_1|>``. MMEB rows are
 recognised by their columns (`mmemb.data.mmeb`).
 """
 
@@ -33,19 +33,19 @@ _ITEM = ("instruction", "parts", "fields", *_PARTS)
 
 
 def read_items(path: str | Path, *, image_root: str | None = None, limit: int | None = None) -> list[Item]:
-    """Items to embed: a file with one ITEM a row (and an optional ``id``), or a folder of pictures.
+    """Reads the items to embed from a file with one ITEM (and an optional ``id``) per row, or a folder of pictures.
 
-    ``fields["id"]`` of each item is the row's ``id`` or number, or the picture's path relative to the folder. Pictures
-    are found in sub-folders too and come in the order of their paths.
+    ``fields["id"]`` of each item is the row's ``id`` or number, or the picture's path relative to the folder.
+    Sub-folders are searched too. Pictures come in the order of their paths.
 
     Args:
         path: the file or folder.
         image_root: see `Source`.
-        limit: read at most this many.
+        limit: maximum number of items.
 
     Raises:
         FileNotFoundError: the file, folder or a picture does not exist.
-        ValueError: a row is wrong, or there is nothing to read.
+        ValueError: a row is invalid, or there is nothing to read.
     """
     path = Path(path)
     items: list[Item] = []
@@ -66,12 +66,12 @@ def read_items(path: str | Path, *, image_root: str | None = None, limit: int | 
                 raise located(error, path, number) from None
             items.append(Item(item.instruction, item.parts, {**item.fields, "id": identity}))
     if not items:
-        raise ValueError(f"{path}: holds nothing to embed; give rows, or a folder with {', '.join(PICTURE_SUFFIXES)}")
+        raise ValueError(f"{path}: has nothing to embed; give rows, or a folder with {', '.join(PICTURE_SUFFIXES)}")
     return items
 
 
 def content_identity(item: Item) -> str:
-    """Identity of a target by its content: its text, its picture's path, or a digest where it has several parts."""
+    """Returns the identity of a target by its content: its text, its picture's path, or a digest of several parts."""
     if len(item.parts) == 1:
         part = item.parts[0]
         if isinstance(part, Text):
@@ -82,7 +82,7 @@ def content_identity(item: Item) -> str:
 
 
 def _blocks(item: Item) -> Iterator[bytes]:
-    """Kind, length and content of every text and picture."""
+    """Yields kind, length and content of every text and picture."""
     for part in item.parts:
         content = part.text if isinstance(part, Text) else part.frames if isinstance(part, Video) else (part.source,)
         for value in (content,) if isinstance(content, str) else content:
@@ -92,15 +92,15 @@ def _blocks(item: Item) -> Iterator[bytes]:
 
 
 def parse_item(value: Any, *, field: str, find: mmeb.Find) -> Item:
-    """ITEM of the module's schema -> an item.
+    """Converts a JSON value to an item. `mmemb.data.items` describes the form of ITEM.
 
     Args:
         value: the decoded JSON value.
-        field: its name in messages.
+        field: name of the field in error messages.
         find: resolves picture paths.
 
     Raises:
-        FieldError: names the field within `field` and what was expected.
+        FieldError: the value is invalid. The message names the field within `field` and what was expected.
     """
     if isinstance(value, str):
         value = {"text": value}
@@ -111,11 +111,13 @@ def parse_item(value: Any, *, field: str, find: mmeb.Find) -> Item:
     value = {key: entry for key, entry in value.items() if entry is not None}  # Parquet fills absent fields with nulls
     for key in value:
         if key not in _ITEM:
-            raise FieldError(f"{field}.{key}", f"is unknown; an item has {', '.join(_ITEM)}{did_you_mean(key, _ITEM)}")
+            raise FieldError(
+                f"{field}.{key}", f"is unknown; an item may have {', '.join(_ITEM)}{did_you_mean(key, _ITEM)}"
+            )
     parts: tuple[Part, ...]
     if "parts" in value:
         if extra := [key for key in _PARTS if key in value]:
-            raise FieldError(f"{field}.{extra[0]}", "stands beside parts; move it into parts")
+            raise FieldError(f"{field}.{extra[0]}", "is given together with parts; move it into parts")
         parts = _parts(value["parts"], f"{field}.parts", find)
     else:
         pictures = [
@@ -149,7 +151,7 @@ def _parts(value: Any, field: str, find: mmeb.Find) -> tuple[Part, ...]:
 def _part(key: str, value: Any, field: str, find: mmeb.Find) -> Part:
     if key == "video":
         if not isinstance(value, list) or not value:
-            raise FieldError(field, f"expected a list of frame pictures in order, got {kind_of(value)}")
+            raise FieldError(field, f"expected a non-empty list of frame pictures in order, got {kind_of(value)}")
         return Video(tuple(find(f"{field}[{index}]", frame) for index, frame in enumerate(value)))
     if key == "text":
         return Text(checked_text(value, field))
@@ -157,28 +159,28 @@ def _part(key: str, value: Any, field: str, find: mmeb.Find) -> Part:
 
 
 def checked_text(value: Any, field: str) -> str:
-    """The value, if it is a text that every file and tokenizer can take.
+    """Returns the value if it is a text that can be encoded as UTF-8.
 
     Raises:
-        FieldError: it is not.
+        FieldError: the value is not such a text.
     """
     if not isinstance(value, str):
         raise FieldError(field, f"expected a text, got {kind_of(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can say it, no tokenizer or file can take it
+    except UnicodeEncodeError as error:  # JSON allows it, but no file or tokenizer accepts it
         half, place = value[error.start], error.start + 1
         raise FieldError(
-            field, f"has half a character, {half!a}, at place {place}; write it whole or drop it"
+            field, f"has half a character, {half!a}, at position {place}; write the whole character or remove it"
         ) from None
     return value
 
 
 def checked_name(value: Any, field: str) -> str:
-    """A name given as a text or an integer, as a text.
+    """Returns a name as a text. The value may be a text or an integer.
 
     Raises:
-        FieldError: it is neither.
+        FieldError: the value is neither.
     """
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else checked_text(value, field)
 
@@ -195,15 +197,15 @@ def _fields(value: Any, field: str) -> dict[str, str]:
 
 
 def find_picture(field: str, path: Any, *, root: Path) -> str:
-    """The resolved path of a picture that a row names.
+    """Resolves the path of a picture that a row names.
 
     Args:
-        field: the row's field, for messages.
-        path: what the row says.
-        root: the folder that the path is relative to and must stay inside of.
+        field: name of the row's field in error messages.
+        path: the value in the row.
+        root: the folder that the path is relative to. The picture must be inside it.
 
     Raises:
-        FieldError: it is no path, or leads out of the folder.
+        FieldError: the value is no path, or the path leads out of the folder.
         FileNotFoundError: there is no such picture.
     """
     if not isinstance(path, str) or not path:
@@ -219,6 +221,6 @@ def find_picture(field: str, path: Any, *, root: Path) -> str:
 
 
 def did_you_mean(word: str, options: Sequence[str] | set[str]) -> str:
-    """A hint with the option nearest to a word; empty where none is near."""
+    """Returns a hint with the option most similar to a word. Empty if no option is similar."""
     close = difflib.get_close_matches(word, list(options), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

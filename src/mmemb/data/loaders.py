@@ -1,6 +1,6 @@
-"""What a data module's loaders are made of: rows of several sources, numbered batches, an endless training stream.
+"""Parts of a data module's loaders: rows of several sources, numbered batches, an endless training stream.
 
-Loaders are plain iterables, not torch DataLoaders: Lightning therefore puts no sampler of its own into them.
+Loaders are plain iterables and not torch DataLoaders. Lightning therefore does not add a sampler of its own.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from mmemb.data.sources import Source
 from mmemb.types import Pair
 
 Collate = Callable[[list[Pair], int], Any]
-"""(pairs of a batch, seed) -> what the module trains on; runs in data-loader workers. Row r may use ``seed + r``: seeds
-differ between the rows of a global batch, and do not depend on how many ranks share it."""
+"""(pairs of a batch, seed) -> the batch that the module trains on. Runs in data-loader workers.
+
+Row r may use the seed ``seed + r``. These seeds differ between the rows of a global batch. They do not depend on how
+many ranks share the batch."""
 
 
 class TrainRows(Sequence[Pair]):
-    """Pairs of several sources as one sequence, each source read once and never copied.
+    """Joins the pairs of several sources to one sequence. Each source is read once and not copied.
 
     Attributes:
-        rows: row numbers of each task.
-        weights: draw weight of each task: that of its source, of its sources together where several have it.
+        rows: task -> its row numbers.
+        weights: task -> its draw weight: the sum of the weights of its sources.
 
     Raises:
-        ValueError: an id stands in two sources; and what `read_pairs` raises.
+        FileNotFoundError: for the same reasons as in `read_pairs`.
+        ValueError: two sources have the same pair id, or for the same reasons as in `read_pairs`.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
@@ -43,12 +46,12 @@ class TrainRows(Sequence[Pair]):
         self._length = 0
         owners: dict[str, Source] = {}
         for source, pairs in zip(sources, self._parts, strict=True):
-            stream = source.bundled == "pretrain"  # computed on access: nothing to list, and random in itself
+            stream = source.bundled == "pretrain"  # computed on access: rows are random already and have no listed ids
             for name in (source.path,) if stream else (pair.id for pair in pairs):
                 if (owner := owners.setdefault(name, source)) is not source:
                     raise ValueError(
-                        f"{source.path}: the pair id {name!r} stands in {owner.path} too; rationales are kept by id, "
-                        f"so name each row once, or give rows ids of their own"
+                        f"{source.path}: the pair id {name!r} is in {owner.path} too, but rationales are stored by id; "
+                        f"list each row once, or give each row its own id"
                     )
             found: dict[str, Sequence[int]] = (
                 {"pretrain": range(self._length, self._length + len(pairs))}
@@ -62,7 +65,7 @@ class TrainRows(Sequence[Pair]):
             self._length += len(pairs)
 
     def listed_ids(self) -> set[str]:
-        """Ids of all pairs but those of a source that is computed on access, which are random in themselves."""
+        """Returns the ids of all pairs, without those of sources that are computed on access: these are random."""
         parts = zip(self._parts, self._computed, strict=True)
         return {pair.id for part, computed in parts if not computed for pair in part}
 
@@ -83,7 +86,7 @@ class TrainRows(Sequence[Pair]):
 
 
 class Batches:
-    """Map-style data set of whole batches by number; what workers hold."""
+    """Map-style data set of whole batches by number. Data-loader workers hold it."""
 
     def __init__(self, rows: Sequence[Pair], sampler: TaskBatchSampler, collate: Collate, seed: int) -> None:
         self.rows = rows
@@ -98,12 +101,12 @@ class Batches:
         except (ValueError, FileNotFoundError) as error:
             if get_worker_info() is None:
                 raise
-            # Raised here it would reach the main process wrapped in a traceback of many lines.
+            # If it were raised here, it would reach the main process inside a traceback of many lines.
             return Failure(FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError, str(error))
 
 
 class Streams:
-    """Streams of batches one after the other: which begins at which number."""
+    """Joins streams of batches one after the other. Each stream has the number of its first batch."""
 
     def __init__(self, streams: Sequence[tuple[int, Batches]]) -> None:
         self.streams = streams
@@ -114,7 +117,7 @@ class Streams:
 
 
 class Failure:
-    """A user's mistake found while a batch was made, on its way to the main process."""
+    """Carries an error in the user's data from a data-loader worker to the main process."""
 
     def __init__(self, family: type[Exception], message: str) -> None:
         self.family = family
@@ -122,14 +125,14 @@ class Failure:
 
 
 class Box:
-    """Carries frozen dataclasses past the trainer's precision plugin, which refuses them; opened on transfer."""
+    """Hides a frozen dataclass from the trainer's precision plugin, which refuses it. Opened on transfer."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Window:
-    """Batch numbers of the epoch at hand: the sampler of a DataLoader that outlives epochs (its workers persist)."""
+    """Samples the batch numbers of the current epoch, for a DataLoader whose workers persist over epochs."""
 
     def __init__(self, length: int) -> None:
         self.start = 0
@@ -143,7 +146,7 @@ class Window:
 
 
 class TrainLoader:
-    """An epoch of batches from where the trainer stands; Lightning ends a resumed epoch where it should end."""
+    """Yields an epoch of batches from the trainer's position on. Lightning ends a resumed epoch at its proper end."""
 
     def __init__(
         self, batches: Callable[[], Batches | Streams], *, position: Callable[[], int], length: int, num_workers: int
@@ -159,7 +162,7 @@ class TrainLoader:
         return len(self._window)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing starts before the first batch is asked for, when progress is restored and collate is set.
+        # A generator, so that nothing starts before the first batch: by then progress is restored and collate is set.
         self._window.start = self._position()
         self._running = iter(self._open())
         for _ in range(len(self)):
@@ -169,21 +172,21 @@ class TrainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own: the position is the trainer's. Tells Lightning that the loader resumes."""
+        """Returns an empty state, because the trainer has the position. Shows Lightning that the loader can resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Does nothing, see `state_dict`."""
 
     def restart(self) -> None:
-        """Begins anew at the next batch, in new workers: what these had prepared is out of date."""
+        """Starts again at the next batch, with new workers: the batches prepared by the old ones are out of date."""
         if self._running is not None:
             self._loader = None
             self._window.start = self._position()
             self._running = iter(self._open())
 
     def close(self) -> None:
-        """Forgets the DataLoader and its iterator, which nothing else holds; workers end with them."""
+        """Drops the DataLoader and its iterator. Nothing else refers to them, so their workers end."""
         self._loader = self._running = None
 
     def _open(self) -> DataLoader[Any]:
@@ -195,13 +198,13 @@ class TrainLoader:
                 collate_fn=_unchanged,
                 num_workers=self._num_workers,
                 persistent_workers=self._num_workers > 0,
-                generator=torch.Generator(),  # its own: the global one must not depend on how often an epoch is entered
+                generator=torch.Generator(),  # its own: else each epoch would draw from the global one
             )
         return self._loader
 
 
 class InMemoryLoader:
-    """Something already in memory, one entry a step."""
+    """Yields values that are already in memory, one per step."""
 
     def __init__(self, values: Sequence[Any], *, boxed: bool) -> None:
         self._values = values
@@ -219,10 +222,10 @@ def _unchanged(batch: Any) -> Any:
 
 
 def in_list(pairs: list[Pair], seed: int) -> list[Pair]:
-    """Collates nothing: the pairs as they are."""
+    """Returns the pairs unchanged."""
     return pairs
 
 
 def in_box(pairs: list[Pair], seed: int) -> Box:
-    """Collates nothing, for a trainer."""
+    """Returns the pairs unchanged, in a `Box` for a trainer."""
     return Box(pairs)

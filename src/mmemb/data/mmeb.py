@@ -1,7 +1,7 @@
-"""MMEB's row formats: MMEB-train rows as pairs, image evaluation rows as a retrieval task.
+"""Reads MMEB's row formats: MMEB-train rows as pairs, image evaluation rows as the queries of a retrieval task.
 
-A row is recognised by its columns. In both formats the mark ``<|image_1|>`` in a text says where the picture goes, and
-an empty text or path means that there is none.
+A row is recognised by its columns. In both formats the mark ``<|image_1|>`` in a text is the place of the picture. An
+empty text or path means that there is no text or picture.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _MARK = re.compile(r"<\|image_(\d+)\|>")
 _SPLIT_NAMES = re.compile(r"(original|diverse_instruction|train|test|validation)\b")
 
 Find = Callable[[str, str], str]
-"""(field, path as written) -> absolute path of a picture; raises `FieldError` or FileNotFoundError."""
+"""(field, path as written) -> absolute path of a picture. Raises `FieldError` or FileNotFoundError."""
 
 
 def place_pictures(text: str, pictures: list[Part], *, field: str) -> tuple[Part, ...]:
-    """Cuts a text at its marks ``<|image_n|>`` and puts the n-th picture there; pictures without a mark come first.
+    """Replaces each mark ``<|image_n|>`` in a text by the n-th picture. Pictures without a mark come first.
 
     Raises:
-        FieldError: a mark counts further than there are pictures.
+        FieldError: a mark has a number without a picture.
     """
     parts: list[Part] = []
     placed: set[int] = set()
@@ -41,7 +41,7 @@ def place_pictures(text: str, pictures: list[Part], *, field: str) -> tuple[Part
         if not 1 <= number <= len(pictures):
             raise FieldError(
                 field,
-                f"has the mark <|image_{number}|>, but {len(pictures)} picture(s) are given; add it or drop the mark",
+                f"has the mark <|image_{number}|>, but {len(pictures)} picture(s); add the picture or remove the mark",
             )
         placed.add(number)
         parts.append(pictures[number - 1])
@@ -49,12 +49,14 @@ def place_pictures(text: str, pictures: list[Part], *, field: str) -> tuple[Part
 
 
 def train_task(path: Path) -> str:
-    """Task of an MMEB file: its folder, where the file is named after a split (as on the hub), else its own name."""
+    """Returns the task of an MMEB file: its name, or its folder's if it is named after a split (as on the hub)."""
     return path.parent.name if _SPLIT_NAMES.match(path.stem) and path.parent.name else path.stem
 
 
 def read_train_row(row: Mapping[str, Any], *, id: str, task: str, find: Find, identify: Callable[[Item], str]) -> Pair:
-    """``qry, qry_image_path, pos_text, pos_image_path[, neg_text, neg_image_path]`` -> a pair.
+    """Converts an MMEB-train row to a pair.
+
+    Columns: ``qry, qry_image_path, pos_text, pos_image_path[, neg_text, neg_image_path]``.
 
     Args:
         row: the row.
@@ -64,7 +66,7 @@ def read_train_row(row: Mapping[str, Any], *, id: str, task: str, find: Find, id
         identify: identity of a target by its content.
 
     Raises:
-        FieldError: a field has the wrong type, or query or positive are empty.
+        FieldError: a field has the wrong type, or the query or the positive is empty.
     """
     query = _item(row, "qry", "qry_image_path", find)
     positive = _item(row, "pos_text", "pos_image_path", find)
@@ -85,9 +87,10 @@ def read_train_row(row: Mapping[str, Any], *, id: str, task: str, find: Find, id
 def read_evaluation_row(
     row: Mapping[str, Any], *, id: str, task: str, find: Find, identify: Callable[[Item], str], seen: dict[str, Item]
 ) -> Pair:
-    """``[qry_inst,] qry_text, qry_img_path, [tgt_inst,] tgt_text[], tgt_img_path[]`` -> a query and its candidates.
+    """Converts an image evaluation row to a query and its candidates.
 
-    Index 0 of the target lists is the ground truth and becomes the positive; the others become the hard negatives.
+    Columns: ``[qry_inst,] qry_text, qry_img_path, [tgt_inst,] tgt_text[], tgt_img_path[]``. Index 0 of the target lists
+    is the ground truth and becomes the positive. The others become the hard negatives.
 
     Args:
         row: the row.
@@ -95,20 +98,22 @@ def read_evaluation_row(
         task: its task.
         find: resolves picture paths.
         identify: identity of a target by its content.
-        seen: every candidate so far by identity; grows. One object serves all queries that share a candidate.
+        seen: identity -> candidate, for all rows so far. New candidates are added. Queries share equal candidates.
 
     Raises:
-        FieldError: a field has the wrong type, the lists are empty or their lengths differ.
+        FieldError: a field has the wrong type, a list is empty, or the lists differ in length.
     """
     query = _item(row, "qry_text", "qry_img_path", find, instruction="qry_inst")
     texts, paths = row.get("tgt_text"), row.get("tgt_img_path")
     for field, value in (("tgt_text", texts), ("tgt_img_path", paths)):
         if not isinstance(value, list) or not value:
-            raise FieldError(field, f"expected a list with the ground truth first, got {kind_of(value)}")
+            raise FieldError(field, f"expected a non-empty list with the ground truth first, got {kind_of(value)}")
     assert isinstance(texts, list)
     assert isinstance(paths, list)
     if len(texts) != len(paths):
-        raise FieldError("tgt_img_path", f"has {len(paths)} entries, tgt_text has {len(texts)}; give one a candidate")
+        raise FieldError(
+            "tgt_img_path", f"has {len(paths)} entries, but tgt_text has {len(texts)}; give one per candidate"
+        )
     candidates: dict[str, Item] = {}
     for text, path in zip(texts, paths, strict=True):
         target = {"tgt_text": text, "tgt_img_path": path, "tgt_inst": row.get("tgt_inst")}
@@ -143,7 +148,7 @@ def _item(row: Mapping[str, Any], text: str, image: str, find: Find, *, instruct
     pictures: list[Part] = [Image(find(image, path))] if path else []
     parts = place_pictures(words, pictures, field=text)
     if not parts:
-        raise FieldError(text, f"is empty, and {image} too; give a text, a picture or both")
+        raise FieldError(text, f"is empty, and so is {image}; give a text, a picture or both")
     task = _MARK.sub(" ", _text(row, instruction)) if instruction else ""
     return Item(" ".join(task.split()), parts)
 

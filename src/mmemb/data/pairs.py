@@ -1,10 +1,10 @@
-"""Files to pairs and retrieval tasks. Pictures are named, never opened.
+"""Reads pairs and retrieval tasks, and checks them without opening their pictures.
 
-One row of a pair file (JSONL, a JSON list, or Parquet with the same columns, nested or as JSON text):
+A row of a pair file (JSONL, a JSON list, or Parquet with the same columns, nested or as JSON text):
 
     {"id"?: str, "task"?: str, "query": ITEM, "positive": ITEM, "positive_id"?: str, "hard_negatives"?: [ITEM, ...]}
 
-`mmemb.data.items` has the form of ITEM. MMEB rows are recognised by their columns (`mmemb.data.mmeb`).
+`mmemb.data.items` describes the form of ITEM. MMEB rows are recognised by their columns (`mmemb.data.mmeb`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def read_pairs(source: Source, *, seed: int = 0) -> Sequence[Pair]:
     """Reads and checks every row of a source.
 
     Args:
-        source: a pair file, MMEB-train rows, or bundled data; ``bundled:pretrain`` gives a very long sequence that is
+        source: a pair file, MMEB rows, or bundled data. ``bundled:pretrain`` gives a very long sequence that is
             computed on access.
-        seed: of the bundled data's composed scenes.
+        seed: seed of the scenes that the bundled data composes.
 
     Raises:
         FileNotFoundError: the file, or a picture that a row names, does not exist.
-        ValueError: a row is wrong (names file, row and field), or no row is left.
+        ValueError: a row is invalid (the message names file, row and field), or no row is left.
     """
     if source.bundled is not None:
         return _bundled_pairs(source, seed)
@@ -46,13 +46,14 @@ def read_pairs(source: Source, *, seed: int = 0) -> Sequence[Pair]:
 
 
 def read_tasks(source: Source) -> list[EvaluationTask]:
-    """Retrieval tasks: bundled ones, MMEB image evaluation rows, or one a task of a pair file.
+    """Reads the retrieval tasks of a source: bundled data, MMEB image evaluation rows, or a pair file.
 
-    Candidates of a pair file's task are all its positives and hard negatives, deduplicated by identity. Each query of
-    MMEB evaluation rows is ranked against its own, positive and hard negatives; the task's are the union.
+    A pair file gives one retrieval task for each task of its rows. The candidates of a retrieval task are the positives
+    and hard negatives of all its rows, without duplicates by identity. A query of MMEB evaluation rows is ranked
+    against its own positive and hard negatives only.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_pairs`.
+        FileNotFoundError, ValueError: for the same reasons as in `read_pairs`.
     """
     if source.bundled is not None:
         from mmemb.data.bundled import evaluation_tasks
@@ -80,7 +81,7 @@ def _bundled_pairs(source: Source, seed: int) -> Sequence[Pair]:
     from mmemb.data import bundled
 
     if source.bundled == "pretrain":
-        # Map-style: only indexed and measured.
+        # Map-style: callers only index it and take its length.
         return cast(Sequence[Pair], bundled.PretrainingSamples(seed, tasks=source.tasks))
     return _kept(source, bundled.load_pairs(source.bundled or "", tasks=source.tasks, seed=seed))
 
@@ -96,7 +97,7 @@ def _kept(source: Source, pairs: Sequence[Pair]) -> list[Pair]:
         if source.limit is None or counts[pair.task] <= source.limit:
             kept.append(pair)
     if not kept:
-        raise ValueError(f"{source.path}: holds no rows; add rows or take the source out")
+        raise ValueError(f"{source.path}: has no rows; add rows or remove the source")
     return kept
 
 
@@ -109,7 +110,7 @@ def _file_pairs(source: Source) -> Iterator[Pair]:
         try:
             pair = _pair(row, number, source, path, find, seen)
             if pair.id in numbers:
-                raise FieldError("id", f"{pair.id!r} stands already in row {numbers[pair.id]}; ids must be unique")
+                raise FieldError("id", f"{pair.id!r} is already in row {numbers[pair.id]}; ids must be unique")
         except (ValueError, FileNotFoundError) as error:
             raise located(error, path, number) from None
         numbers[pair.id] = number
@@ -133,7 +134,7 @@ def _pair(row: dict[str, Any], number: int, source: Source, path: Path, find: mm
             typo = difflib.get_close_matches(name, row, n=1)
             hint = f"; rename {typo[0]!r}" if typo else f"; the row has {', '.join(row) or 'no fields'}"
             raise FieldError(name, f"is missing; every row needs a query and a positive{hint}")
-    for key in row:  # other columns are the user's own business; near misses are mistakes
+    for key in row:  # users may have other columns, but a name similar to a known one is a mistake
         if key not in _ROW and (hint := did_you_mean(key, _ROW)):
             raise FieldError(key, f"is unknown{hint}")
     task = checked_text(row.get("task", source.task or path.stem), "task")

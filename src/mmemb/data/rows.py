@@ -1,4 +1,4 @@
-"""Files to raw rows, and errors that say where in a file something is wrong."""
+"""Reads the raw rows of files. Error messages name the file, row and field."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 4096
 _NESTED = {"query": dict, "positive": dict, "hard_negatives": list, "parts": list, "fields": dict}
-"""Columns that hold objects or lists, and may hold them as JSON text in Parquet. No other text is ever decoded: a
-target may well be the text ``[1]``."""
+"""Columns of objects or lists, which Parquet may store as JSON text. No other text is decoded, because a target may be
+the text ``[1]``."""
 
 
 class FieldError(ValueError):
-    """A field of a row is wrong; `located` adds file and row."""
+    """Raised for an invalid field of a row. `located` adds file and row."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field {field!r}: {problem}")
 
 
 def located(error: Exception, path: Path, number: int) -> Exception:
-    """The same error, of the same family, with file and row before its message."""
+    """Returns an error of the same family with file and row before its message."""
     family = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
     return family(f"{path}, {_unit(path)} {number}, {error}")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (number, row) of a JSONL, JSON (a list of objects) or Parquet file; numbers count lines or rows from 1.
+    """Yields (number, row) of a JSONL, JSON (a list of objects) or Parquet file. Lines or rows are counted from 1.
 
-    Blank lines are passed over. In Parquet, nested columns may be stored as such or as JSON text.
+    Skips blank lines. Nested columns of Parquet may be stored as such or as JSON text.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another suffix, unreadable content, or a row that is no object; names file and row.
+        ValueError: the suffix is unknown, the content cannot be read, or a row is no object. The message names file
+            and row.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; data files end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: has the unknown suffix {path.suffix!r}; data files end in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; correct the path of the source")
     reader = {".jsonl": _lines, ".json": _list, ".parquet": _parquet}[path.suffix]
@@ -51,7 +52,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words for messages."""
+    """Describes a JSON value in words, for error messages."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "nothing"}
     return names.get(type(value), f"the {type(value).__name__} {value!r}")
 
@@ -70,7 +71,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number}: is not valid JSON ({error.msg} at column {error.colno}); "
-                    f"write one JSON object a line"
+                    f"write one JSON object per line"
                 ) from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {_too_much(error)}") from None
@@ -83,7 +84,7 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: is not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
-            f"a list of objects is expected (one object a line is .jsonl)"
+            f"write a list of objects, or one object per line in a .jsonl file"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {_too_much(error)}") from None
@@ -93,10 +94,10 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _too_much(error: Exception) -> str:
-    """What is wrong with JSON that is valid and yet not decoded."""
+    """Returns the problem of JSON that is valid and still cannot be decoded."""
     if isinstance(error, RecursionError):
-        return "is nested too deeply; a row is an object with fields, an item in it at most a few levels deep"
-    return "has a number of too many digits; write it as a text, in quotes"
+        return "is nested too deeply; write rows that are objects with fields, and items of a few levels at most"
+    return "has a number with too many digits; write it as a text, in quotes"
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Items as chat messages, in the form every chat template of the transformers library takes."""
+"""Renders items as chat messages, in the form that chat templates of the transformers library accept."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from mmemb.types import Item, Text, Video
 
 
 def render(item: Item) -> list[dict[str, Any]]:
-    """One user message: the instruction, then the parts in reading order.
+    """Renders an item as one user message: the instruction, then the parts in reading order.
 
-    Its content is a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. The image entries stand in the
-    order of `mmemb.types.pictures`: a page is one image, a video its frames one after the other. An empty instruction
-    or text leaves no entry.
+    Its content is a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. The image entries have the
+    order of `mmemb.types.pictures`. A page is one image, and a video has one image per frame. An empty instruction or
+    text has no entry.
     """
     content: list[dict[str, Any]] = []
     if item.instruction:

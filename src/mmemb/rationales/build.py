@@ -1,4 +1,4 @@
-"""A whole pool: candidates and scores, made by one process while the others wait."""
+"""Builds a whole rationale pool, candidates and scores, in one process while the others wait."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ def build_pool(
     is_builder: bool = True,
     barrier: Callable[[], object] = lambda: None,
 ) -> RationalePool:
-    """Makes a missing pool, finishes a begun one, reuses one that matches.
+    """Opens the rationale pool for these pairs, and first makes or finishes it if necessary.
 
     Args:
-        pairs: the pairs to train on; a finished pool may have more of them, a new one is made from these.
-        workers: who proposes.
-        evaluator: who scores; None for a selector that needs no scores.
-        path: folder, ``.parquet`` file or ``bundled:pool``; a file is never made, only reused.
-        k: most candidates a worker and pair.
-        seed: derives every sampled candidate.
+        pairs: the pairs to train on. A new pool is made from these. A finished pool may have more.
+        workers: propose the candidates.
+        evaluator: scores the candidates. None suits a selector that needs no scores.
+        path: folder, ``.parquet`` file or ``bundled:pool``. A file is reused and never made.
+        k: maximum number of candidates per worker and pair.
+        seed: seed from which the seed of every sampled candidate is derived.
         model: the model in training, for workers and an evaluator that use it.
-        leaks: flags candidates that hold the target; None: the default check.
-        shard_size: pairs a shard of a new pool.
-        progress: bars and a line at the end of each stage.
-        is_builder: whether this process makes the pool (rank zero); the others wait (`mmemb.rationales.maker_lock`).
-        barrier: where all processes meet once the pool is there.
+        leaks: flags candidates that contain the target. None means the default check.
+        shard_size: pairs per shard of a new pool.
+        progress: whether to show progress bars and print a line after each stage.
+        is_builder: whether this process makes the pool (rank zero). The others wait, see `mmemb.rationales.maker_lock`.
+        barrier: called once the pool exists, so that all processes wait for each other.
 
     Raises:
-        FileNotFoundError: the path names a file that is not there.
-        ValueError: the pool that is there was made from other data or settings; the message gives both hashes. Or the
-            process that makes the pool is gone.
+        FileNotFoundError: the path names a file that does not exist.
+        ValueError: the existing pool was made from other data or settings (the message gives both hashes), or the
+            process that makes the pool has stopped.
     """
     place = resolve(path)
     if place.suffix == ".parquet" and not place.is_file():
-        raise FileNotFoundError(f"{place}: no such pool; name a folder to make one there")
+        raise FileNotFoundError(f"{place}: this pool file does not exist; to make a pool, give a folder as its path")
     name = evaluator_name(evaluator) if evaluator is not None else None
     if not is_builder:
         wait_until(lambda: _finished(path, name), sign_of(place))
@@ -79,7 +79,7 @@ def build_pool(
             if evaluator is not None:
                 score(pairs, evaluator, path, model=model, progress=progress)
     barrier()
-    # Settings name the model, also where nothing was made by this process.
+    # The settings checked below name the model. They need it even if this process made nothing.
     for worker in workers:
         worker.setup(SetupContext(model=model))
     if evaluator is not None:
@@ -94,7 +94,10 @@ def build_pool(
 
 
 def _finished(path: str | Path, evaluator: str | None) -> bool:
-    """Whether all of a pool is there and scored, by the names of its files alone: a shard that exists is whole."""
+    """Whether the pool has all its candidates and scores.
+
+    Looks at file names only: a shard that exists is whole.
+    """
     if not exists(path):
         return False
     manifest, folder = read_manifest(path), resolve(path)

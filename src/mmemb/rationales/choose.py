@@ -1,4 +1,4 @@
-"""Which rationales a pair trains on: a selector's choice, a pure function of the pool and a seed."""
+"""Chooses the rationales that each pair trains on: a pure function of selector, pool and seed."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from mmemb.types import Candidates, Pair, Rationale
 
 
 class Selected(NamedTuple):
-    """What a pair trains on: the rationale (None: the direct path alone) and its loss weight."""
+    """What a pair trains on: a rationale and its loss weight. None means the direct path alone."""
 
     rationale: Rationale | None
     weight: float
 
 
 class CandidateSource(Protocol):
-    """What a choice is made from: a pool, or a pool with what a run has added to it."""
+    """Gives the candidates of a pair: a pool, or a pool together with the candidates that a run has added."""
 
     def candidates(self, pair_id: str) -> Candidates:
-        """The candidates of a pair with their scores."""
+        """Returns the candidates of a pair with their scores."""
 
 
 def choose(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -> Selected:
-    """A pair's rationale for one epoch: ``(rationale or None, loss weight)``.
+    """Chooses the rationale that a pair trains on in one epoch, and its loss weight.
 
     Args:
         pool: candidates and scores.
         selector: chooses among them.
         pair_id: the pair.
-        seed: of the epoch (and run); what differs by pair is added here, so the choice is the same on every rank.
+        seed: seed of the run and epoch. It is combined with the pair id, so every rank makes the same choice.
 
     Raises:
-        ValueError: the pool does not know the pair, or lacks scores that the selector needs.
+        ValueError: the pool does not have the pair, or lacks scores that the selector needs.
     """
     candidates = pool.candidates(pair_id)
     selection = selector.select(candidates, seed=seed_of(seed, pair_id))
@@ -48,7 +48,7 @@ def choose(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -
 
 
 def choose_many(pool: CandidateSource, selector: Selector, pair_id: str, seed: int) -> list[tuple[Rationale, float]]:
-    """All rationales that a pair trains on in one epoch, with their weights; as `choose` otherwise."""
+    """Chooses all rationales that a pair trains on in one epoch, with their loss weights. Otherwise like `choose`."""
     candidates = pool.candidates(pair_id)
     selections = selector.select_many(candidates, seed=seed_of(seed, pair_id))
     return [(candidates.rationales[each.index], each.weight) for each in selections if each.index is not None]
@@ -57,17 +57,17 @@ def choose_many(pool: CandidateSource, selector: Selector, pair_id: str, seed: i
 def show(
     pair: Pair, pool: RationalePool, selector: Selector | None = None, *, seed: int = 0, console: Console | None = None
 ) -> None:
-    """Prints a pair with its candidates, their gains and, if a selector is given, its choice for a seed.
+    """Prints a pair, its candidates and their gains, and the choice of the selector if one is given.
 
     Args:
         pair: the pair.
-        pool: opened with ``keep_leaks`` it shows leaking candidates too; the choice is made without them.
-        selector: chooses; None shows no choice.
-        seed: of the choice.
-        console: where to print; None: the terminal.
+        pool: the pool. Opened with ``keep_leaks``, it shows leaking candidates too. They are never chosen.
+        selector: chooses among the candidates. None shows no choice.
+        seed: seed of the choice.
+        console: where to print. None means the terminal.
 
     Raises:
-        ValueError: as `choose`.
+        ValueError: for the same reasons as in `choose`.
     """
     candidates = pool.candidates(pair.id)
     chosen = None
@@ -79,7 +79,7 @@ def show(
 
 
 def _only(candidates: Candidates, rows: Sequence[int]) -> Candidates:
-    """Some of a pair's candidates."""
+    """Returns the candidates in the given rows only."""
     scores, placebos = candidates.scores, candidates.scores_placebo
     return replace(
         candidates,

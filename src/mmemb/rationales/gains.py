@@ -1,4 +1,4 @@
-"""What a rationale is worth: the counterfactual gain, raw or net of what its format alone would have gained."""
+"""Computes the counterfactual gain of rationales: raw, or net of what the format alone would have gained."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from mmemb.types import Candidates
 
 
 def gains(candidates: Candidates, *, net_of_placebo: bool = False) -> list[float]:
-    """K gains in nats, of a pair's candidates in order.
+    """Returns the K gains of a pair's candidates in order, in nats.
 
-        gain(r) = c(q, t | do(r)) - c(q, t | do(none))                                   [A]
-        net(r)  = gain(r) - max(0, c(q, t | do(placebo of r)) - c(q, t | do(none)))      [D]
+        gain(r) = c(q, t | do(r)) - c(q, t | do(none))
+        net(r)  = gain(r) - max(0, c(q, t | do(placebo of r)) - c(q, t | do(none)))
 
-    The placebo is a rationale of another pair of the task. What it gains, the format gives without the content. A
-    placebo that harms takes nothing from r: not to harm as much as nonsense does is no merit. A candidate for which no
-    placebo was found (nan) keeps its raw gain.
+    The first formula is from the paper, the second is our choice. The placebo is a rationale of another pair of the
+    task: its gain comes from the format without the content. A negative gain of the placebo is not subtracted, because
+    a rationale earns nothing by harming less than nonsense does. A candidate without a placebo (nan) keeps its raw
+    gain.
 
     Args:
-        candidates: with their scores.
-        net_of_placebo: net instead of raw.
+        candidates: the candidates with their scores.
+        net_of_placebo: whether to return net gains instead of raw gains.
 
     Raises:
-        ValueError: the candidates were not scored, or net gains are asked for and no placebo was.
+        ValueError: the candidates have no scores, or net gains are requested and the placebos have no scores.
     """
     raw = [score - candidates.score_none for score in scored(candidates)]
     if not net_of_placebo or not raw:
@@ -32,7 +33,7 @@ def gains(candidates: Candidates, *, net_of_placebo: bool = False) -> list[float
     if not format_alone:
         raise ValueError(
             f"pair {candidates.pair_id!r}: its rationale candidates were scored without placebos; "
-            f"make the pool anew under another path (`mmemb rationales generate`, then `score`), "
+            f"make the pool again under another path (`mmemb rationales generate`, then `score`), "
             f"or set net_of_placebo: false"
         )
     return [
@@ -42,15 +43,18 @@ def gains(candidates: Candidates, *, net_of_placebo: bool = False) -> list[float
 
 
 def placebo_gains(candidates: Candidates) -> list[float]:
-    """K gains of the candidates' placebos over none, nan where there was no placebo; empty where none was scored."""
+    """Returns the gain of each candidate's placebo over no rationale, in nats.
+
+    K values, nan where a candidate has no placebo. Empty if no placebos were scored.
+    """
     return [score - candidates.score_none for score in candidates.scores_placebo]
 
 
 def surviving(candidates: Candidates, *, margin: float, net_of_placebo: bool = False) -> dict[int, float]:
-    """Candidates whose gain exceeds the margin, by index, with that gain.
+    """Returns the gain of each candidate whose gain exceeds the margin, by the index of the candidate.
 
     Raises:
-        ValueError: as `gains`.
+        ValueError: for the same reasons as in `gains`.
     """
     found = gains(candidates, net_of_placebo=net_of_placebo)
     return {index: gain for index, gain in enumerate(found) if gain > margin}

@@ -1,7 +1,7 @@
-"""Stage 0, prior simulation: workers write rationale candidates into a pool.
+"""Generates rationale candidates and writes them into a pool (stage 0, prior simulation).
 
-Work goes shard by shard (consecutive pairs), and a shard is written whole: what a stopped run had finished is kept, the
-rest is done again in the same batches, so the pool ends up the same row for row.
+Workers write one shard (consecutive pairs) after the other. A shard is written whole. If a run is stopped, the next run
+keeps the finished shards and makes the others in the same batches, so the pool is the same row for row.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mmemb.types import Item, Pair
 def generation_settings(
     workers: Sequence[Worker], k: int, seed: int, *, sides: Sequence[Side] = ("query",), leaks: LeakCheck | None = None
 ) -> dict[str, Any]:
-    """All that determines the candidates of a given pair, as kept in the manifest."""
+    """Returns all settings that determine the candidates of a given pair, as the manifest stores them."""
     return {
         "workers": [_worker_settings(worker) for worker in workers],
         "k": k,
@@ -64,31 +64,29 @@ def generate(
     progress: bool = True,
     shard_size: int = 256,
 ) -> RationalePool:
-    """Makes a pool's candidates, or goes on with what is there.
+    """Generates the candidates of a pool. Continues an unfinished pool.
 
     Args:
-        pairs: the pairs; a worker sees one item of a pair, never both.
-        workers: who proposes, in order.
-        k: most candidates a worker, pair and side.
-        pool: the folder; a finished single-file pool is only compared with what is asked for.
-        seed: derives every sampled candidate.
+        pairs: the pairs. A worker sees one item of a pair, never both.
+        workers: propose the candidates, in this order.
+        k: maximum number of candidates per worker, pair and side.
+        pool: the folder. A single-file pool is finished: it is only checked against these arguments.
+        seed: seed from which the seed of every sampled candidate is derived.
         model: the model in training, for workers that use it.
-        sides: which items are thought about; training reads the queries' candidates.
-        leaks: flags candidates that hold the other side; None: the default check.
-        progress: whether to report progress, and a summary in one line at the end.
-        shard_size: pairs a shard: what is lost at most when the run is killed. A pool that exists keeps its own.
+        sides: for which items of a pair the workers write rationales. Training reads those of the queries.
+        leaks: flags candidates that contain the other side. None means the default check.
+        progress: whether to report progress, and a one-line summary at the end.
+        shard_size: pairs per shard, the maximum that a killed run loses. An existing pool keeps its shard size.
 
     Raises:
-        ValueError: there are no pairs, workers or sides, a number is below one, a pool of other data or settings is
-            there, or another process is making it.
+        ValueError: there are no pairs, workers or sides, a number is below one, the path has a pool of other data or
+            settings, or another process is making the pool.
     """
     if not pairs or not workers:
-        raise ValueError(
-            f"generate: {len(pairs)} pairs and {len(workers)} workers given, expected at least one of each"
-        )
+        raise ValueError(f"generate: got {len(pairs)} pairs and {len(workers)} workers; give at least one of each")
     if not sides or len(set(sides)) < len(sides) or not set(sides) <= {"query", "target"}:
-        raise ValueError(f"generate: sides is {list(sides)}, expected query, target or both, once each")
-    check_numbers("generate", at_least=1, k=k, shard_size=shard_size)  # such a pool could neither be finished nor read
+        raise ValueError(f"generate: sides is {list(sides)}; give query, target or both, each once")
+    check_numbers("generate", at_least=1, k=k, shard_size=shard_size)  # else the pool cannot be finished or read
     folder, check = resolve(pool), leaks or LeakCheck()
     context = SetupContext(model=model, items=[_sides_of(pair, side)[0] for side in sides for pair in pairs])
     for worker in workers:
@@ -110,7 +108,7 @@ def generate(
 def _fill(
     folder: Path, asked: Manifest, pairs: Sequence[Pair], workers: Sequence[Worker], check: LeakCheck, progress: bool
 ) -> None:
-    """Makes the shards that are missing."""
+    """Makes the missing shards of candidates."""
     if exists(folder):
         asked = _resume(folder, asked)
     else:
@@ -134,8 +132,8 @@ def _fill(
             bar.advance(len(shard))
     if progress:
         terminal.say(
-            f"{folder}: {written} new candidates, {leaking} of them set aside as leaks; "
-            f"{done} of {len(pairs)} pairs were there already"
+            f"{folder}: wrote {written} new candidates, {leaking} of them flagged as leaks and left out; "
+            f"{done} of {len(pairs)} pairs already had their candidates"
         )
         for line in filter(None, (worker.report for worker in workers if missing)):
             terminal.say(line)
@@ -149,7 +147,10 @@ def _propose(
     sides: Sequence[Side],
     check: LeakCheck,
 ) -> list[list[Proposal]]:
-    """What each worker (beside its settings as JSON) has to say of each pair, side after side."""
+    """Returns the proposals of all workers for each pair, one side after the other.
+
+    ``workers`` has each worker with its settings as JSON.
+    """
     found: list[list[Proposal]] = [[] for _ in pairs]
     for side in sides:
         items = [_sides_of(pair, side) for pair in pairs]
@@ -162,12 +163,12 @@ def _propose(
 
 
 def _sides_of(pair: Pair, side: Side) -> tuple[Item, Item]:
-    """The item that is thought about, and the other one."""
+    """Returns the item that the worker sees, and the hidden one."""
     return (pair.query, pair.positive) if side == "query" else (pair.positive, pair.query)
 
 
 def _resume(folder: Path, asked: Manifest) -> Manifest:
-    """The manifest of the pool that is there, if it is the one asked for."""
+    """Returns the manifest of the existing pool, if its data and settings are the requested ones."""
     stored = read_manifest(folder)
     for what, there, wanted in (
         ("data", stored.data, asked.data),
@@ -175,8 +176,8 @@ def _resume(folder: Path, asked: Manifest) -> Manifest:
     ):
         if there != wanted:
             raise ValueError(
-                f"{folder}: a pool made with other {what} is here (hash {there}, this run asks for {wanted}); "
-                f"name another path, or delete the pool to make it anew"
+                f"{folder}: the pool here was made with other {what} (hash {there}, this run needs {wanted}); "
+                f"give another path, or delete the pool to make it again"
             )
     return stored
 

@@ -1,7 +1,7 @@
-"""Where a pair's rows lie, for pools of millions of pairs.
+"""Finds the rows of a pair in a pool, for pools of millions of pairs.
 
-Costs 20 bytes a pair (the ids themselves stay on disk) and, to build, about a second a million pairs. A look-up is a
-binary search. The arrays hold no Python objects: forked data-loader workers share their pages.
+The index takes 20 bytes per pair, because the ids stay on disk. Building it takes about one second per million pairs. A
+look-up is a binary search. The arrays hold no Python objects, so forked data-loader workers share their memory pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmemb.common.digests import number_of
 
 
 class Run(NamedTuple):
-    """Consecutive rows of one pair: part of the pool, first row in it, number of rows."""
+    """Consecutive rows of one pair: number of the part of the pool, first row in that part, number of rows."""
 
     part: int
     first: int
@@ -24,11 +24,13 @@ class Run(NamedTuple):
 
 
 class PairIndex:
-    """Pair ids -> runs of rows, by a 64-bit hash: whoever reads a run compares the pair id that stands there.
+    """Maps pair ids to runs of rows by a 64-bit hash.
+
+    Two ids may have the same hash, so the reader of a run must compare the pair id stored there.
 
     Args:
-        runs: piece by piece: its part's number, and of its runs the pair ids, first rows and numbers of rows, in
-            stored order.
+        runs: one entry per piece of a part: the part's number, then the pair id, first row and number of rows of each
+            run, in stored order.
     """
 
     def __init__(self, runs: Iterable[tuple[int, Iterable[str], NDArray[np.integer], NDArray[np.integer]]]) -> None:
@@ -42,22 +44,22 @@ class PairIndex:
             firsts.append(first.astype(np.int32))
             counts.append(count.astype(np.int32))
         unsorted = np.concatenate([np.empty(0, np.uint64), *keys])
-        order = np.argsort(unsorted, kind="stable")  # runs of one pair stay in the order of the parts
+        order = np.argsort(unsorted, kind="stable")  # stable: runs of one pair stay in the order of the parts
         self._keys = unsorted[order]
         self._runs = [np.concatenate([np.empty(0, np.int32), *column])[order] for column in (part_of, firsts, counts)]
         self._pairs = int((self._keys[1:] != self._keys[:-1]).sum()) + (len(self._keys) > 0)
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Returns the number of pairs."""
         return self._pairs
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
+        """Memory that the index takes, in bytes."""
         return self._keys.nbytes + sum(column.nbytes for column in self._runs)
 
     def runs(self, pair_id: str) -> list[Run]:
-        """The runs that may be the pair's, in the order of the parts; empty where there is none."""
+        """Returns the runs that may belong to the pair, in the order of the parts. Empty if there are none."""
         key = np.uint64(number_of(pair_id))
         start, end = np.searchsorted(self._keys, key, "left"), np.searchsorted(self._keys, key, "right")
         return [Run(*(int(column[at]) for column in self._runs)) for at in range(start, end)]

@@ -1,11 +1,11 @@
-"""Leak checks: does a rationale hold something of the other side that it could not have come to by itself?
+"""Leak checks: does a rationale contain a part of the hidden item that reasoning alone could not have produced?
 
-A worker sees one item of a pair. What it writes may still hold the other: a field of the row that describes the target,
-a hosted model that knows the data set by heart. Such a rationale would teach the embedder to read the answer off.
+A worker sees one item of a pair. Its rationale may still contain the other item: a field of the row may describe the
+target, or a hosted model may have memorised the data set. Such a rationale would teach the embedder to copy the answer.
 
-A *short* target is no evidence: "tiger" under the picture of a tiger is what thinking should arrive at. A sentence of
-five words is not hit upon word for word. Hence `LeakCheck.min_words`; only fields that are named as the target's own
-count at any length.
+A *short* target is no evidence of a leak: reasoning about the picture of a tiger should arrive at "tiger". Reasoning
+does not arrive at a sentence of five words word for word. `LeakCheck.min_words` draws this line. Only the fields named
+in `LeakCheck.target_fields` are looked for at any length.
 """
 
 from __future__ import annotations
@@ -20,31 +20,34 @@ from mmemb.common.checks import check_numbers
 from mmemb.types import Item
 
 FLAGS = ("verbatim", "near_duplicate", "field")
-"""What a check may find, in the order in which it is reported."""
+"""What a check may find, in the order in which it reports them."""
 
-# A Han or kana character stands for a word: those scripts write no blanks between words.
+# A Han or kana character counts as a word, because these scripts write no blanks between words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeakCheck:
-    """Flags rationales that hold what they were not shown. A pure function of texts; case and punctuation do not count.
+    """Flags rationales that contain parts of the item that their worker did not see.
 
-    - ``verbatim``: the hidden item's text, or a field that only the hidden item has, stands in the rationale as it is.
-    - ``near_duplicate``: the rationale holds most of the hidden item's n-grams of words.
-    - ``field``: the value of a field named in `target_fields` stands in the rationale.
+    The flags depend on the texts alone. Case and punctuation do not count.
 
-    What the shown item's own text says too is no leak.
+    - ``verbatim``: the rationale contains the hidden item's text, or a field that only the hidden item has, unchanged.
+    - ``near_duplicate``: the rationale contains most of the hidden item's n-grams of words.
+    - ``field``: the rationale contains the value of a field named in `target_fields`.
+
+    A text that is also part of the shown item's own text is no leak.
 
     Args:
-        min_words: a hidden text of fewer words is never looked for: a short answer can be come to by thinking.
-        ngram: words of an n-gram.
-        overlap: share of the hidden text's n-grams (those that the shown item lacks) that makes a near-duplicate.
-        target_fields: names of row fields that describe the other side, as in ``[answer]``, on whichever side they
-            stand; their values are looked for whatever their length.
+        min_words: minimum number of words of a hidden text. Reasoning can arrive at shorter ones.
+        ngram: words per n-gram.
+        overlap: minimum share of the hidden text's n-grams that makes a near-duplicate, in (0, 1]. N-grams that the
+            shown item has too do not count.
+        target_fields: names of row fields that describe the target, such as ``[answer]``. Either item of the pair may
+            have them. Their values are looked for at any length.
 
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: a number is out of its range.
     """
 
     min_words: int = 5
@@ -54,19 +57,19 @@ class LeakCheck:
 
     def __post_init__(self) -> None:
         check_numbers("leaks", at_least=1, ngram=self.ngram)
-        check_numbers("leaks", at_least=self.ngram, min_words=self.min_words)  # else a text has no n-gram to compare
+        check_numbers("leaks", at_least=self.ngram, min_words=self.min_words)  # a shorter text has no n-gram to compare
         check_numbers("leaks", above=0, at_most=1, overlap=self.overlap)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that determines the flags, JSON-ready: part of the pool's content hash."""
+        """All settings that determine the flags, ready for JSON. They are part of the pool's content hash."""
         return {**asdict(self), "target_fields": list(self.target_fields)}
 
     def flags(self, texts: Sequence[str], *, shown: Item, hidden: Item) -> list[tuple[str, ...]]:
-        """What each text holds of the hidden item: names out of `FLAGS`, empty for a clean one.
+        """Returns the flags of each text: names from `FLAGS`, or an empty tuple if the text has no leak.
 
         Args:
-            texts: rationales of one pair.
+            texts: the rationales of one pair.
             shown: the item that the worker saw.
             hidden: the pair's other item.
         """
@@ -79,7 +82,7 @@ class LeakCheck:
         ]
         named = [value for value in named if value and not _holds(known, value)]
         grams = _ngrams(words(hidden.text), self.ngram) - _ngrams(known, self.ngram)
-        if len(grams) < self.min_words - self.ngram + 1:  # fewer than the shortest text that is looked for has
+        if len(grams) < self.min_words - self.ngram + 1:  # fewer than a text of min_words words has
             grams = set()
         return [self._of_text(words(text), secrets, named, grams) for text in texts]
 
@@ -100,12 +103,12 @@ class LeakCheck:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, case-folded and in compatibility form; of Han and kana, the characters."""
+    """Returns the words of a text, case-folded and NFKC-normalised. Each Han or kana character is a word."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def _holds(text: list[str], part: list[str]) -> bool:
-    """Whether a run of words stands in another as it is."""
+    """Whether ``text`` contains the words of ``part`` in a row."""
     width = len(part)
     return any(text[start : start + width] == part for start in range(len(text) - width + 1) if text[start] == part[0])
 

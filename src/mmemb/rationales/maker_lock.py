@@ -1,8 +1,9 @@
-"""How ranks wait for the one that makes a pool: they look at the disk, for a collective call would time out.
+"""Lets ranks wait for the rank that makes a pool. They look at the disk, because a collective call would time out.
 
-A process group gives up after half an hour or less (`torch.distributed`'s default), and making a pool may take days. So
-the maker touches a file beside the pool while it works, and the others look at both every few seconds. A maker that
-failed or was killed touches nothing any more, which ends the others too. It costs the maker one sleeping thread.
+By default, a `torch.distributed` process group times out after half an hour or less. Making a pool may take days. So
+the maker touches a file next to the pool while it works, and the others check the pool and this file every few seconds.
+A maker that failed or was killed no longer touches the file, and this ends the others too. The cost is one sleeping
+thread in the maker.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from pathlib import Path
 BEAT = 10.0
 """Seconds between two touches."""
 PATIENCE = 300.0
-"""Seconds without a touch after which the maker counts as gone: far above a network file system's delays."""
+"""Seconds without a touch after which the maker counts as stopped: far above the delays of a network file system."""
 
 
 def sign_of(pool: Path) -> Path:
-    """The file that is touched while a pool is made."""
+    """Returns the path of the file that the maker touches while it makes the pool."""
     return pool.with_name(f"{pool.name}.making")
 
 
 @contextmanager
 def at_work(sign: Path, *, beat: float = BEAT) -> Iterator[None]:
-    """Inside, the file is touched; afterwards it is gone, whether the work was done or failed."""
+    """Touches the file every ``beat`` seconds inside the context. Removes it at the end, also after an error."""
     sign.parent.mkdir(parents=True, exist_ok=True)
     sign.touch()
     done = threading.Event()
 
     def touch() -> None:
         while not done.wait(beat):
-            with suppress(OSError):  # one touch missed is no harm
+            with suppress(OSError):  # one missed touch does no harm
                 sign.touch()
 
     thread = threading.Thread(target=touch, daemon=True)
@@ -47,16 +48,16 @@ def at_work(sign: Path, *, beat: float = BEAT) -> Iterator[None]:
 
 
 def wait_until(whole: Callable[[], bool], sign: Path, *, every: float = 2.0, patience: float = PATIENCE) -> None:
-    """Returns once the pool is whole.
+    """Waits until the pool is whole.
 
     Args:
-        whole: whether it is; asked again and again.
-        sign: the file that its maker touches.
-        every: seconds between two looks.
-        patience: seconds without a touch after which the maker counts as gone.
+        whole: returns whether the pool is whole. Called at each check.
+        sign: the file that the maker touches.
+        every: seconds between two checks.
+        patience: seconds without a touch after which the maker counts as stopped.
 
     Raises:
-        ValueError: the maker is gone.
+        ValueError: the maker has stopped.
     """
     seen: float | None = None
     since = time.monotonic()
@@ -66,8 +67,8 @@ def wait_until(whole: Callable[[], bool], sign: Path, *, every: float = 2.0, pat
             seen, since = touched, time.monotonic()
         elif time.monotonic() - since > patience:
             raise ValueError(
-                f"{sign}: not touched for {patience:.0f} s, so the process that makes the pool has stopped before the "
-                f"pool was whole; see that process's own error and start the run again, which goes on where it was"
+                f"{sign}: not touched for {patience:.0f} s, so the process that makes the pool stopped before the pool "
+                f"was whole; read the error of that process, then start the run again to continue the pool"
             )
         time.sleep(every)
 

@@ -1,4 +1,7 @@
-"""The pool as a page: one HTML file that needs nothing else, a table and a histogram of gains a task, as inline SVG."""
+"""Writes the statistics of a pool as an HTML page: a table, and a histogram of gains per task.
+
+The page is one file that needs no other. The histograms are inline SVG.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from mmemb.rationales.stats import ALL, GroupStats
 
 COLUMNS = ("task", "worker", "candidates", "keep rate", "mean gain", "placebo share", "leaks", "tokens")
 LEGEND = (
-    "keep rate: candidates whose gain over no rationale exceeds the margin. mean gain: in nats. placebo share: of the "
-    "kept, those whose placebo (another pair's rationale) gains at least as much. leaks: candidates that hold the "
-    "target; they are left out of everything else. tokens: mean length, where known."
+    "keep rate: share of candidates whose gain over no rationale exceeds the margin. mean gain: in nats. placebo "
+    "share: among the kept candidates, the share whose placebo (another pair's rationale) gains at least as much. "
+    "leaks: candidates that contain the target; only the column 'candidates' counts them too. tokens: mean length, "
+    "where known."
 )
 _COLOURS = ("#3f5fb5", "#2e7d5b", "#b3402f", "#8a6d3b", "#6b4c9a")
 _PLACEBO = "#66727f"
@@ -33,7 +37,7 @@ figure { display: inline-block; margin: .6rem .6rem 0 0; background: #fff } p { 
 
 
 def cells(group: GroupStats) -> tuple[str, ...]:
-    """A group's numbers as text, in the order of `COLUMNS`; ``-`` where there is none."""
+    """Returns the numbers of a group as text, in the order of `COLUMNS`; ``-`` for a missing number."""
     return (
         group.task,
         group.worker,
@@ -47,16 +51,16 @@ def cells(group: GroupStats) -> tuple[str, ...]:
 
 
 def write_page(path: str | Path, groups: Sequence[GroupStats], facts: Mapping[str, str], *, margin: float) -> Path:
-    """Writes the page, whole or not at all; the folder is made.
+    """Writes the page, whole or not at all. Makes the folder if necessary.
 
     Args:
         path: the HTML file.
-        groups: as `mmemb.rationales.stats.pool_stats` gives them.
-        facts: what the pool is, by name.
-        margin: drawn into the histograms.
+        groups: the result of `mmemb.rationales.stats.pool_stats`.
+        facts: facts about the pool, name -> value, listed above the table.
+        margin: the gain marked in the histograms, in nats.
 
     Returns:
-        The path.
+        The path of the page.
     """
     rows = "\n".join(
         f"<tr{' class=sum' if group.task == ALL else ''}>"
@@ -83,7 +87,7 @@ def write_page(path: str | Path, groups: Sequence[GroupStats], facts: Mapping[st
 
 
 def _histogram(task: str, groups: Sequence[GroupStats], margin: float) -> str:
-    """An SVG element: gains by worker, and the placebos' as an outline."""
+    """Returns an SVG element with the gains by worker, and the gains of the placebos as an outline."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -110,7 +114,7 @@ def _histogram(task: str, groups: Sequence[GroupStats], margin: float) -> str:
     axes.legend(fontsize=7, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    # Fixed ids and no date: the same pool gives the same page.
+    # Fixed ids and no date, so that the same pool gives the same page.
     with rc_context({"svg.hashsalt": f"mmemb {task}"}):
         FigureCanvasSVG(figure)
         text = io.StringIO()

@@ -1,11 +1,14 @@
-"""The placebo arm: for every candidate a rationale of another pair of the same task, by the same worker.
+"""Finds the placebo of each candidate: a rationale of another pair of the same task, by the same worker.
 
-It reads like the candidate and says nothing of the pair, so what it gains the format gains. Workers of one kind with
-other settings (two models, two sets of templates) are two workers: their texts read differently. Placebos come from a
-fixed set of donors: of each task and worker the texts of smallest hash, found in one pass over the pool. A candidate's
-placebo is therefore the same whatever the shard, the order of scoring or a resume. Donors think about the query, as
-what they stand in for does, and hold nothing of their target. Cost: one read of seven columns, and at most 64 texts a
-task and worker in memory.
+A placebo reads like the candidate but says nothing about the pair, so its gain comes from the format alone. Workers of
+one kind with different settings (two models, two sets of templates) count as two workers, because their texts read
+differently.
+
+Placebos come from a fixed set of donors. For each task and worker, the donors are the texts with the smallest hashes,
+found in one pass over the pool. A candidate's placebo therefore does not depend on the shard, on the order of scoring,
+or on a resume. Like the candidates that they replace, donors are rationales for a query. They do not leak their target.
+
+Cost: one read of seven columns, and at most 64 texts per task and worker in memory.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ _DONORS = 64
 _COLUMNS = ["pair_id", "task", "side", "worker", "settings_hash", "text", "leaks"]
 
 Group: TypeAlias = tuple[str, str, str]
-"""Task, worker, and the digest of its settings: what donor and candidate have in common."""
+"""Task, worker, and digest of the worker's settings. Donor and candidate have these in common."""
 
 
 class Donor(NamedTuple):
-    """A rationale that may stand in for another pair's."""
+    """A rationale that may serve as the placebo of another pair's candidate."""
 
     pair_id: str
     text: str
@@ -38,8 +41,8 @@ class Placebos:
     """Finds the placebo of a candidate.
 
     Args:
-        donors: texts by group, in the order in which they are tried.
-        positive_ids: the target of every donor pair; a pair with the same target is no donor.
+        donors: the donors of each group, in the order in which they are tried.
+        positive_ids: donor's pair id -> its `positive_id`. A pair with the same target is no donor.
     """
 
     def __init__(self, donors: dict[Group, list[Donor]], positive_ids: dict[str, str]) -> None:
@@ -52,7 +55,7 @@ class Placebos:
 
         Args:
             shards: Parquet files of candidates.
-            pairs: the pairs that they are of.
+            pairs: the pairs of these candidates.
         """
         found: dict[Group, dict[str, tuple[int, str]]] = {}
         for path in shards:
@@ -75,11 +78,11 @@ class Placebos:
         return cls(donors, {pair.id: pair.positive_id for pair in pairs if pair.id in wanted})
 
     def of(self, pair: Pair, rows: Sequence[dict[str, Any]]) -> list[str | None]:
-        """A placebo for each candidate of a pair; None where no other pair has one.
+        """Returns a placebo for each candidate of a pair, or None if no other pair has one.
 
         Args:
             pair: the pair.
-            rows: its candidates, with ``worker``, ``settings_hash`` and ``text``.
+            rows: the candidates of the pair, with ``worker``, ``settings_hash`` and ``text``.
         """
         own = {row["text"] for row in rows}
         groups = [(pair.task, row["worker"], row["settings_hash"]) for row in rows]
@@ -96,7 +99,7 @@ class Placebos:
 
 
 def _keep_smallest(texts: dict[str, tuple[int, str]]) -> None:
-    """Leaves the texts of smallest key."""
+    """Removes all but the `_DONORS` texts with the smallest keys."""
     kept = {text for _, text in heapq.nsmallest(_DONORS, ((key, text) for text, key in texts.items()))}
     for text in texts.keys() - kept:
         del texts[text]

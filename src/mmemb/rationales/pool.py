@@ -1,16 +1,16 @@
-"""The rationale pool: candidates and their scores on disk, as Parquet.
+"""The rationale pool: reads rationale candidates and their scores from Parquet files.
 
-A pool is a folder while it grows and may be exported to a single file to ship::
+A pool is a folder while it grows. It may be exported to a single file for distribution::
 
-    pool/manifest.json                        what it was made from: digests of data, workers, evaluators
-    pool/candidates-000000000.parquet         one row a candidate, of the pairs from number 0 on
-    pool/scores-retrieval-000000000.parquet   the same rows' scores, one column an arm of the evaluator
+    pool/manifest.json                        what the pool was made from: digests of data, workers, evaluators
+    pool/candidates-000000000.parquet         one row per candidate, of the pairs from number 0 on
+    pool/scores-retrieval-000000000.parquet   the scores of the same rows, one column per arm of the evaluator
 
-Shards are written whole and never changed: what exists is whole, and a stopped run goes on at the first shard
-that is missing. A pair that no worker had a word for keeps one row whose text is null.
+Shards are written whole and never changed. Whatever exists is whole, and a stopped run continues at the first missing
+shard. A pair for which no worker proposed a rationale has one row whose text is null.
 
-Reading costs an index of 20 bytes a pair, the row groups last used (at most 64 MiB) and the files last used, memory
-mapped; rows become Python objects when they are asked for. `benchmarks/pool.py` measures it.
+Memory: an index of 20 bytes per pair, the most recently used row groups (at most 64 MiB), and the most recently used
+files, memory-mapped. Rows become Python objects only when a caller asks for them. `benchmarks/pool.py` measures this.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _LOOKUP_COLUMNS = ["pair_id", "pair_hash", "side", "settings_hash", *RATIONALE_C
 
 
 def scored(candidates: Candidates) -> tuple[float, ...]:
-    """The candidates' scores, for a selector that cannot do without.
+    """Returns the candidates' scores, for a selector that needs them.
 
     Raises:
-        ValueError: the pool has not been scored, or a score is no number.
+        ValueError: the pool has not been scored, or a score is nan.
     """
     missing = len(candidates.scores) != len(candidates.rationales) or any(map(math.isnan, candidates.scores))
     if candidates.rationales and (missing or math.isnan(candidates.score_none)):
@@ -67,20 +67,20 @@ def scored(candidates: Candidates) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One file of candidates and the file of their scores (the same one in a single-file pool; None: not scored)."""
+    """A file of candidates and the file of their scores: the same one in a single-file pool, None if not scored."""
 
     candidates: Path
     scores: Path | None
 
 
 class RationalePool:
-    """A pool opened for reading. Made by `open`; safe to use in forked and in spawned data-loader workers.
+    """A pool opened for reading by `open`. Safe in forked and in spawned data-loader workers.
 
     Attributes:
         path: the folder or file.
-        manifest: what it was made from.
-        evaluator: whose scores `candidates` gives; None where none has scored the pool.
-        keep_leaks: whether `candidates` gives those with leak flags as well.
+        manifest: what the pool was made from.
+        evaluator: name of the evaluator whose scores `candidates` returns. None if no evaluator has scored the pool.
+        keep_leaks: whether `candidates` also returns those with leak flags.
     """
 
     def __init__(self, path: str | Path, *, evaluator: str | None = None, keep_leaks: bool = False) -> None:
@@ -90,14 +90,14 @@ class RationalePool:
         names = sorted(self.manifest.evaluators)
         if evaluator is not None and evaluator not in names:
             raise ValueError(
-                f"{self.path}: no scores by the evaluator {evaluator!r}, only by: {', '.join(names) or 'none'}; "
+                f"{self.path}: has no scores by the evaluator {evaluator!r}, only by: {', '.join(names) or 'none'}; "
                 f"run `mmemb rationales score` with the same --config first"
             )
         self.evaluator = evaluator if evaluator is not None else next(iter(names), None)
         self._parts = self._find_parts()
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._cached = 0  # bytes in the cache
+        self._cached = 0  # bytes of the cached row groups
         self._index = PairIndex(
             (number, *runs) for number in range(len(self._parts)) for runs in self._pair_runs(number)
         )
@@ -108,25 +108,26 @@ class RationalePool:
 
         Args:
             path: where the pool is.
-            evaluator: whose scores to read, by name; None: the first by name.
-            keep_leaks: give candidates with leak flags as well; they are left out otherwise.
+            evaluator: name of the evaluator whose scores to read. None means the first in the order of names.
+            keep_leaks: whether `candidates` also returns those with leak flags.
 
         Raises:
             FileNotFoundError: there is no pool.
-            ValueError: it is no pool, of another version of the format, or not scored by that evaluator.
+            ValueError: the path has no pool, the pool has another version of the format, or that evaluator has not
+                scored it.
         """
         return cls(path, evaluator=evaluator, keep_leaks=keep_leaks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A data-loader worker opens the files itself: handles and caches do not travel.
+        # A data-loader worker opens the files itself: file handles and caches are not sent to it.
         return _reopen, (str(self.path), self.evaluator, self.keep_leaks)
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Returns the number of pairs."""
         return len(self._index)
 
     def __iter__(self) -> Iterator[str]:
-        """Pair ids in the order of the data, read as they are asked for."""
+        """Yields the pair ids in the order of the data, and reads them as needed."""
         for number in range(len(self._parts)):
             for ids, _, _ in self._pair_runs(number):
                 yield from ids
@@ -136,20 +137,20 @@ class RationalePool:
 
     @property
     def pair_ids(self) -> list[str]:
-        """Every pair id in the order of the data, all at once; iterate over the pool where there are millions."""
+        """All pair ids in the order of the data, as a list. For millions of pairs, iterate over the pool instead."""
         return list(self)
 
     @property
     def complete(self) -> bool:
-        """Whether every pair is there and, by the evaluator, scored."""
+        """Whether the pool has every pair and the evaluator, if there is one, has scored them all."""
         found = len(self) == self.manifest.pairs
         return found and all(part.scores is not None for part in self._parts if self.evaluator is not None)
 
     def check_complete(self, purpose: str) -> None:
-        """Refuses a pool that a stopped run has left unfinished; looks at the index and at file names only.
+        """Refuses a pool that a stopped run has left unfinished. Looks at the index and at file names only.
 
         Args:
-            purpose: what it is to be finished for, for the message.
+            purpose: end of the message, such as "before the pool is exported".
 
         Raises:
             ValueError: pairs have no candidates, or the evaluator has not scored them all.
@@ -158,21 +159,21 @@ class RationalePool:
         if len(self) != pairs:
             raise ValueError(
                 f"{self.path}: {len(self)} of {pairs} pairs have their candidates; finish `mmemb rationales generate` "
-                f"with the configuration that began it {purpose}"
+                f"with the configuration that started it {purpose}"
             )
         if not self.complete:
             numbers = [number for number, part in enumerate(self._parts) if part.scores is not None]
             scored_pairs = sum(min(self.manifest.shard_size, pairs - self.manifest.starts()[each]) for each in numbers)
             raise ValueError(
                 f"{self.path}: {scored_pairs} of {pairs} pairs have scores by {self.evaluator!r}; finish "
-                f"`mmemb rationales score` with the configuration that began it {purpose}"
+                f"`mmemb rationales score` with the configuration that started it {purpose}"
             )
 
     def candidates(self, pair_id: str, *, side: Side = "query") -> Candidates:
-        """The candidates for one side of a pair with their scores; nan where not scored.
+        """Returns the candidates for one side of a pair with their scores. A missing score is nan.
 
         Raises:
-            ValueError: the pool does not know the pair.
+            ValueError: the pool does not have the pair.
         """
         rows = self._rows(pair_id).to_pylist()
         kept = self._kept(rows, side)
@@ -186,11 +187,11 @@ class RationalePool:
         )
 
     def settings_hashes(self, pair_id: str, *, side: Side = "query") -> tuple[str, ...]:
-        """The digest of the worker's settings for each of `candidates`, empty where it is not stored."""
+        """Returns the digest of the worker's settings for each of `candidates`. Empty strings if it is not stored."""
         return tuple(row["settings_hash"] for row in self._kept(self._rows(pair_id).to_pylist(), side))
 
     def _kept(self, rows: Sequence[dict[str, Any]], side: Side) -> list[dict[str, Any]]:
-        """Those of a pair's rows that are candidates of a side."""
+        """Returns the rows that are candidates of a side, without leaks unless `keep_leaks`."""
         return [
             row
             for row in rows
@@ -204,17 +205,18 @@ class RationalePool:
         generation: Mapping[str, Any] | None = None,
         evaluator: Mapping[str, Any] | None = None,
     ) -> None:
-        """Refuses a pool that does not fit what a run asks for.
+        """Refuses a pool that was made from other pairs or settings than those of a run.
 
         Args:
-            pairs: the run's pairs; the pool may have more, and in another order.
-            generation: workers' settings, k and seed, as in the manifest; None: whatever they are.
-            evaluator: settings of the evaluator whose scores are open; None: whatever they are.
+            pairs: the pairs of the run. The pool may have more, and in another order.
+            generation: settings of the workers, k and seed, as in the manifest. None accepts any.
+            evaluator: settings of the evaluator whose scores are open. None accepts any.
 
         Raises:
-            ValueError: a pair is missing or was another one when the pool was made; workers or evaluator were others.
+            ValueError: a pair is missing, a pair has changed since the pool was made, or workers or evaluator had other
+                settings.
         """
-        remedy = "make it anew under another path (`mmemb rationales generate`), or delete it"
+        remedy = "make the pool again under another path (`mmemb rationales generate`), or delete it"
         scoring = self.manifest.evaluators.get(self.evaluator or "", {})
         scores = "" if self.path.is_file() else f", or {rescore(self.path, self.evaluator or '')}"
         for what, stored, wanted, way_out in (
@@ -223,27 +225,28 @@ class RationalePool:
         ):
             if wanted is not None and digest(stored) != digest(wanted):
                 raise ValueError(
-                    f"{self.path}: {what} with other settings (hash {digest(stored)}, this run asks for "
-                    f"{digest(wanted)}; differing: {_differences(stored, wanted)}); {way_out}"
+                    f"{self.path}: {what} with other settings (hash {digest(stored)}, this run needs "
+                    f"{digest(wanted)}; different: {_differences(stored, wanted)}); {way_out}"
                 )
         hashes = [pair_digest(pair) for pair in pairs]
         if digest(hashes) == self.manifest.data:
             return
-        other = f"{self.path}: made from other data (hash {self.manifest.data}, this run asks for {digest(hashes)}):"
+        other = f"{self.path}: made from other data (hash {self.manifest.data}, this run needs {digest(hashes)}):"
         for pair, asked in zip(pairs, hashes, strict=True):
             if pair.id not in self:
                 raise ValueError(f"{other} it has no pair {pair.id!r}; {remedy}")
             there = self._rows(pair.id)["pair_hash"][0].as_py()
             if there != asked:
-                raise ValueError(f"{other} the pair {pair.id!r} was another one (hash {there}, now {asked}); {remedy}")
+                raise ValueError(f"{other} the pair {pair.id!r} has changed (hash {there}, now {asked}); {remedy}")
 
     def export(self, path: str | Path) -> Path:
-        """Writes the pool, its open evaluator's scores and its manifest into one Parquet file; returns its path.
+        """Writes the pool, the open evaluator's scores and the manifest into one Parquet file. Returns its path.
 
         Candidates with leak flags are written too.
 
         Raises:
-            ValueError: candidates are missing, or the evaluator has not scored them all: a file is never gone on with.
+            ValueError: candidates are missing, or the evaluator has not scored them all. A single file cannot be
+                continued later.
         """
         self.check_complete("before the pool is exported")
         target = resolve(path)
@@ -265,10 +268,10 @@ class RationalePool:
         return parts
 
     def _pair_runs(self, number: int) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[np.int32]]]:
-        """Ids, first rows and row counts of one part's pairs, in stored order, some thousand rows at a time."""
+        """Yields ids, first rows and row counts of the pairs of a part, in stored order, `_INDEX_ROWS` rows each."""
         file = self._open_file(self._parts[number].candidates)
-        row = 0  # of the part, at which the piece begins
-        left: list[str] = []  # the last pair's rows so far: the next piece may go on with it
+        row = 0  # row of the part at which the piece begins
+        left: list[str] = []  # the last pair's rows so far: the next piece may have more of them
         for batch in file.iter_batches(_INDEX_ROWS, columns=["pair_id"], use_threads=False):
             ids = pa.concat_arrays([pa.array(left, pa.string()), batch["pair_id"]])
             runs = pc.run_end_encode(ids, run_end_type=pa.int32())
@@ -281,28 +284,28 @@ class RationalePool:
             yield left[:1], np.array([row], np.int32), np.array([len(left)], np.int32)
 
     def _rows(self, pair_id: str) -> pa.Table:
-        """A pair's rows."""
+        """Returns the rows of a pair."""
         pieces = self._pieces(pair_id)
         if not pieces:
-            raise ValueError(f"{self.path}: no pair {pair_id!r} among {len(self)} here; make the pool from this data")
+            raise ValueError(f"{self.path}: has no pair {pair_id!r} among its {len(self)}; make a pool from this data")
         return pa.concat_tables(pieces)
 
     def _pieces(self, pair_id: str) -> list[pa.Table]:
-        """A pair's rows, from the row groups they lie in; empty where there is no such pair."""
+        """Returns the rows of a pair from the row groups that contain them. Empty if there is no such pair."""
         pieces = []
         for part, first, count in self._index.runs(pair_id):
             size = self._open_file(self._parts[part].candidates).metadata.row_group(0).num_rows
             while count:
                 group, offset = divmod(first, size)
                 piece = self._group(part, group).slice(offset, count)
-                if piece["pair_id"][0].as_py() != pair_id:  # another pair of the same hash
+                if piece["pair_id"][0].as_py() != pair_id:  # another pair with the same hash
                     break
                 pieces.append(piece)
                 first, count = first + len(piece), count - len(piece)
         return pieces
 
     def _group(self, number: int, group: int) -> pa.Table:
-        """A decoded row group, from the cache if it is there."""
+        """Returns a decoded row group, from the cache if possible."""
         key = (number, group)
         if key in self._groups:
             self._groups.move_to_end(key)
@@ -314,7 +317,7 @@ class RationalePool:
         return table
 
     def _read(self, number: int, group: int | None = None) -> pa.Table:
-        """Candidates and scores of a part: whole, or one row group with the columns that a look-up needs.
+        """Reads candidates and scores of a part: the whole part, or one row group with the columns of a look-up.
 
         A part that is not scored has no score columns.
         """
@@ -327,17 +330,20 @@ class RationalePool:
         return table
 
     def _columns(self, path: Path, columns: list[str], group: int | None) -> pa.Table:
-        """Those of the columns that the file has: the arms differ by evaluator."""
+        """Reads those of the columns that the file has. Evaluators differ in their arms."""
         file = self._open_file(path)
         there = set(file.schema_arrow.names)
         columns = [name for name in columns if name in there]
-        # Threads are left to the data loader: forked workers must not wait for a thread pool that was not forked.
+        # No threads: a forked data-loader worker would wait forever for a thread pool that was not forked with it.
         if group is None:
             return file.read(columns, use_threads=False)
         return file.read_row_group(group, columns, use_threads=False)
 
     def _open_file(self, path: Path) -> pq.ParquetFile:
-        """A file among the few that are kept open: a pool may have more shards than a process may open files."""
+        """Opens a file, or returns it if it is open.
+
+        Keeps few files open: a pool may have more shards than a process may open files.
+        """
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]

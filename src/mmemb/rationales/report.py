@@ -1,4 +1,4 @@
-"""A look into the pool: one pair with its candidates, their gains and the choice, in colour."""
+"""Prints one pair of a pool in colour, with its candidates, their gains and the choice."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmemb.types import Candidates, Item, Pair, pictures
 def show_pair(
     pair: Pair, candidates: Candidates, chosen: Collection[int] | None, *, console: Console | None = None
 ) -> None:
-    """Prints a pair, its candidates with their gains and their placebos' in nats, leak flags, and the choice.
+    """Prints a pair, the gains of its candidates and placebos in nats, the leak flags, and the choice.
 
     Args:
         pair: the pair.
-        candidates: its candidates; scores may be nan.
-        chosen: rows of the candidates to mark; None marks nothing, and says nothing of a choice.
-        console: where to print; None: the terminal.
+        candidates: the candidates of the pair. Scores may be nan.
+        chosen: indices of the candidates to mark. None marks none and prints no line about the choice.
+        console: where to print. None means the terminal.
     """
     head = Table.grid(padding=(0, 2))
     head.add_column(style="bold")
@@ -61,12 +61,12 @@ def show_pair(
         )
     parts: list[RenderableType] = [head, Text(), table if candidates.rationales else Text("no candidates", style="dim")]
     if chosen is not None and not marked:
-        parts.append(Text("none chosen: this pair trains the direct path alone", style="yellow"))
+        parts.append(Text("no candidate was chosen: this pair trains the direct path alone", style="yellow"))
     (console or Console()).print(Panel(Group(*parts), title=Text(pair.id), title_align="left"))
 
 
 def _content(item: Item) -> Text:
-    """Instruction, text and picture names of an item."""
+    """Returns the instruction, text and picture names of an item."""
     sources = [source if isinstance(source, str) else "<picture>" for source in pictures(item)]
     text = Text(item.instruction, style="italic")
     for words, style in ((item.text, ""), (" ".join(sources), "blue")):

@@ -1,9 +1,13 @@
-"""Stage 1, pair-aware selection: an evaluator scores each pair's candidates against no rationale; a selector chooses.
+"""Scores rationale candidates (stage 1, pair-aware selection).
 
-    gain(r) = c(q, t | do(r)) - c(q, t | do(none))        [A]
+For each pair, an evaluator compares the confidence with a candidate and the confidence without a rationale. A selector
+later chooses by this gain, which is from the paper:
 
-The arms *none*, *each candidate* and *placebo* (another pair's rationale for each candidate,
-`mmemb.rationales.placebo`) are scored once, shard by shard as in `mmemb.rationales.generate`, and kept in the pool.
+    gain(r) = c(q, t | do(r)) - c(q, t | do(none))
+
+There are three arms: *none*, *candidate* and *placebo* (for each candidate a rationale of another pair, see
+`mmemb.rationales.placebo`). They are scored once, shard by shard as in `mmemb.rationales.generate`, and kept in the
+pool.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from mmemb.types import Pair
 
 
 def evaluator_name(evaluator: Evaluator) -> str:
-    """What the evaluator's columns are called: its short name, else its class's."""
+    """Returns the name of the evaluator's columns: its short name, or else the name of its class."""
     return evaluator.name or type(evaluator).__qualname__
 
 
@@ -51,21 +55,21 @@ def score(
     model: Model | None = None,
     progress: bool = True,
 ) -> RationalePool:
-    """Scores a pool's candidates, or goes on with what is there.
+    """Scores the candidates of a pool. Continues unfinished scores.
 
-    Equal texts of a pair are scored once, and a pair's arms together, so that an evaluator may share their prompt.
+    Equal texts of a pair are scored once. The arms of a pair are scored together, so that they may share their prompt.
 
     Args:
-        pairs: the pairs that the pool was made from; the evaluator's negatives come from them.
-        evaluator: gives the confidence.
-        pool: the folder, every candidate in place.
+        pairs: the pairs that the pool was made from. The evaluator takes its negatives from them.
+        evaluator: computes the confidence of a pair with and without a rationale.
+        pool: the folder of a pool that has all its candidates.
         model: the model in training, for an evaluator that uses it.
-        progress: whether to report progress, and a summary in one line at the end.
+        progress: whether to report progress, and a one-line summary at the end.
 
     Raises:
         FileNotFoundError: there is no pool.
-        ValueError: the pool is of other data, incomplete or read-only, or scored by this evaluator with other settings;
-            another process scores it by this evaluator; a score is no number.
+        ValueError: the pool was made from other data, has missing candidates or is read-only. Or it has scores by this
+            evaluator with other settings, another process is scoring it by this evaluator, or a score is not finite.
     """
     evaluator.setup(SetupContext(model=model))
     folder, name, settings = resolve(pool), evaluator_name(evaluator), evaluator.settings
@@ -73,13 +77,13 @@ def score(
     asked = data_digest(pairs)
     if manifest.data != asked:
         raise ValueError(
-            f"{folder}: made from other data (hash {manifest.data}, this run asks for {asked}); "
-            f"name the same data, or make the pool anew under another path"
+            f"{folder}: made from other data (hash {manifest.data}, this run needs {asked}); "
+            f"give the same data, or make the pool again under another path"
         )
     if folder.is_file():
         if name not in manifest.evaluators:
             raise ValueError(
-                f"{folder}: a single-file pool is read-only, and {name!r} has not scored it; name a folder"
+                f"{folder}: has no scores by {name!r}, and a single-file pool is read-only; give the folder of a pool"
             )
         _check_settings(manifest, folder, name, settings)
         return RationalePool.open(pool, evaluator=name)
@@ -102,12 +106,12 @@ def _fill(
     model: Model | None,
     progress: bool,
 ) -> None:
-    """Makes the shards of scores that are missing."""
+    """Makes the missing shards of scores."""
     name = evaluator_name(evaluator)
     drop_partial(folder, f"scores-{name}")
-    manifest = read_manifest(folder)  # anew: another evaluator's run may have entered itself in the meantime
+    manifest = read_manifest(folder)  # read again: the run of another evaluator may have added its settings since
     _check_settings(manifest, folder, name, settings)
-    # Before the first score, so that whoever finds scores also finds what they mean.
+    # Settings are written before the first score, so that there are never scores without settings.
     write_manifest(folder, replace(manifest, evaluators={**manifest.evaluators, name: settings}))
     missing = [start for start in manifest.starts() if not scores_shard(folder, name, start).is_file()]
     done = len(pairs) - sum(len(pairs[start : start + manifest.shard_size]) for start in missing)
@@ -129,38 +133,38 @@ def _fill(
     if progress:
         worth = ""
         if scored:
-            worth = f", mean gain {total_gain / scored:+.3f}, {helping / scored:.0%} help"
+            worth = f", mean gain {total_gain / scored:+.3f} nats, {helping / scored:.0%} have a positive gain"
         terminal.say(
-            f"{folder}: {scored} candidates scored by {name}{worth}; {done} of {len(pairs)} pairs were there already"
+            f"{folder}: {name} scored {scored} candidates{worth}; {done} of {len(pairs)} pairs already had their scores"
         )
 
 
 def _check_settings(manifest: Manifest, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Refuses scores that are there and were made with other settings, or with nobody knows which.
+    """Refuses existing scores that were made with other settings or with unknown settings.
 
-    Settings without a single score are of a run that was stopped before its first shard: they bind nobody.
+    Ignores settings left by a run that stopped before it wrote a score.
     """
     if folder.is_dir() and not any(scores_shard(folder, name, start).is_file() for start in manifest.starts()):
         return
     if name not in manifest.evaluators:
         raise ValueError(
-            f"{folder}: holds scores by {name!r} with settings that its manifest does not tell; "
-            + rescore(folder, name)
+            f"{folder}: has scores by {name!r}, but its manifest does not have their settings; " + rescore(folder, name)
         )
     there, asked = digest(manifest.evaluators[name]), digest(settings)
     if there != asked:
         raise ValueError(
-            f"{folder}: scored by {name!r} with other settings (hash {there}, this run asks for {asked}); "
-            + ("name a folder to make it anew" if folder.is_file() else rescore(folder, name))
+            f"{folder}: scored by {name!r} with other settings (hash {there}, this run needs {asked}); "
+            + ("give a folder as the path to make the pool again" if folder.is_file() else rescore(folder, name))
         )
 
 
 def _score_shard(
     path: Path, pairs: Sequence[Pair], evaluator: Evaluator, name: str, placebos: Placebos
 ) -> tuple[pa.Table, list[float]]:
-    """A shard's score table, row for row as its candidates, and the gains.
+    """Scores a shard. Returns the table of its scores, in the order of its candidates' rows, and the gains.
 
-    All arms of the shard are one call of the evaluator, a pair's side by side, so that they may share its prompt.
+    The evaluator is called once for all arms of the shard. The arms of a pair follow each other, so that they may share
+    the prompt of the pair.
     """
     columns = ["pair_id", "side", "worker", "settings_hash", "text"]
     rows = pq.read_table(path, columns=columns, use_threads=False).to_pylist()
@@ -182,12 +186,12 @@ def _score_shard(
         if not math.isfinite(value):
             given = "without a rationale" if text is None else f"with the rationale {text[:60]!r}"
             raise ValueError(
-                f"evaluator {name!r}: the score of the pair {pair_id!r} {given} is {value}, no finite number; "
+                f"evaluator {name!r}: the score of the pair {pair_id!r} {given} is {value}, not a finite number; "
                 f"load its model in bfloat16 or float32"
             )
 
     def arm(key: str) -> pa.Array:
-        """Scores of the texts in a field of the rows, null where there is none."""
+        """Returns the scores of the texts in a field of the rows, null where there is no text."""
         scores = [score_of[row["pair_id"], row[key]] if row.get(key) is not None else None for row in rows]
         return pa.array(scores, pa.float32())
 

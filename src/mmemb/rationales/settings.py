@@ -1,4 +1,4 @@
-"""From pool settings to the choice a phase trains on: makes or reuses the pool; the selector chooses per pair."""
+"""Settings of the rationale pool: makes or reuses the pool, and lets a selector choose the rationales per pair."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mmemb.types import Pair, Rationale
 
 
 class PoolSettings:
-    """Where rationale candidates come from and are kept.
+    """Where rationale candidates come from, and where they are stored.
 
     Args:
-        path: the pool's folder, a Parquet file, or `bundled:pool` for the one shipped with the bundled data.
-        workers: who writes candidates when the pool is made; null takes the pool as it is.
-        evaluator: who scores them; null takes the scores that are there.
-        candidates: K, candidates a worker and query.
-        seed: seed of every sampled candidate.
-        leaks: flags candidates that hold the target, which are then left out; null: the default check.
-        shard_size: pairs written at once: what a stopped run does, and pays for, again.
+        path: the folder or Parquet file of the pool, or `bundled:pool` for the pool of the bundled data.
+        workers: write the candidates when the pool is made. With null, the pool must exist.
+        evaluator: scores the candidates. With null, the existing scores are used.
+        candidates: K, the number of candidates per worker and query.
+        seed: seed from which the seed of every sampled candidate is derived.
+        leaks: flags candidates that contain the target. They are left out. Null means the default check.
+        shard_size: pairs written at once. A stopped run repeats, and pays for, at most this many pairs.
 
     Raises:
-        ValueError: candidates or shard_size is below one.
+        ValueError: ``candidates`` or ``shard_size`` is below one.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class PoolSettings:
         is_builder: bool = True,
         barrier: Callable[[], object] = lambda: None,
     ) -> RationalePool:
-        """The pool for these pairs: reused if it matches; made first if workers are named and it is missing.
+        """Opens the pool for these pairs. Makes a missing or unfinished pool first if there are workers.
 
         Args:
             pairs: the training pairs.
-            model: the model as it is, which workers and evaluator may use.
-            is_builder: whether this process makes a missing pool (rank zero); the others wait for it.
-            barrier: where all processes meet.
+            model: the model in training, in its current state. Workers and evaluator may use it.
+            is_builder: whether this process makes a missing pool (rank zero). The others wait for it.
+            barrier: called once the pool exists, so that all processes wait for each other.
 
         Raises:
-            FileNotFoundError: there is no pool and no worker to make one.
-            ValueError: the pool was made from other data or settings, or is not finished and nobody is named to do it.
+            FileNotFoundError: there is no pool, and no worker to make one.
+            ValueError: the pool was made from other data or settings, or it is unfinished and there is no worker.
         """
         if not self.workers:
             if self.evaluator is not None:
@@ -96,27 +96,27 @@ class PoolSettings:
         return pool
 
     def release(self) -> None:
-        """Gives back what the workers and the evaluator hold of their own models: training needs the memory."""
+        """Frees the memory of the workers' and the evaluator's own models, because training needs it."""
         for worker in self.workers:
             worker.release()
         if self.evaluator is not None:
             self.evaluator.release()
 
     def reopen(self, *, keep_leaks: bool = False) -> RationalePool:
-        """The pool that is there, with the scores of the evaluator named here.
+        """Opens the existing pool, with the scores of the evaluator of these settings.
 
         Args:
-            keep_leaks: whether candidates that leak are given as well.
+            keep_leaks: whether the pool also returns candidates with leak flags.
 
         Raises:
             FileNotFoundError: there is no pool.
-            ValueError: it is no pool, or that evaluator has not scored it.
+            ValueError: the path has no pool, or the evaluator has not scored it.
         """
         name = None if self.evaluator is None else evaluator_name(self.evaluator)
         return RationalePool.open(self.path, evaluator=name, keep_leaks=keep_leaks)
 
     def choice(self, pool: CandidateSource, selector: Selector) -> Choose:
-        """What the objective asks for each pair of a batch."""
+        """Returns the function that gives the objective the rationales of a pair, with their loss weights."""
 
         def choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
             return choose_many(pool, selector, pair.id, seed)

@@ -1,6 +1,6 @@
-"""What a pool is worth, by task and worker: how many candidates, how many help, and whether it is their content.
+"""Statistics of a pool by task and worker: how many candidates help, and whether by their content or their format.
 
-Cost: every pair's candidates are read once, in order; four bytes a score are kept for the histograms.
+Cost: the candidates of every pair are read once, in order. The histograms need four bytes per score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmemb.rationales.pool import RationalePool
 from mmemb.types import Pair
 
 ALL = "all"
-"""Stands for every task in the rows that sum up."""
+"""Task name of the rows that sum over all tasks."""
 
 
 @dataclass
@@ -27,16 +27,16 @@ class GroupStats:
 
     Attributes:
         task: the task.
-        worker: the worker, with its model or a number where the pool has several of its kind.
-        candidates: how many, leaking ones included.
-        leaks: how many of them leak; all that follows is about the others.
-        tokens: sum of their lengths, where known.
-        measured: how many lengths are known.
+        worker: the worker, with its model or a number if the pool has several workers of its kind.
+        candidates: number of candidates, leaking ones included.
+        leaks: number of leaking candidates. All further attributes are about the others.
+        tokens: sum of the known lengths, in tokens.
+        measured: number of candidates whose length is known.
         gains: raw gain of each scored candidate, in nats.
-        placebos: gain of each one's placebo; nan where there was none.
-        kept: how many of the scored exceed the margin.
-        format_alone: how many of the kept have a placebo that gains at least as much.
-        compared: how many of the kept have a placebo.
+        placebos: gain of the placebo of each scored candidate, in nats. nan if there is none.
+        kept: number of scored candidates whose gain exceeds the margin.
+        format_alone: number of kept candidates whose placebo gains at least as much.
+        compared: number of kept candidates that have a placebo.
     """
 
     task: str
@@ -53,26 +53,26 @@ class GroupStats:
 
     @property
     def keep_rate(self) -> float:
-        """Share of the scored candidates whose gain exceeds the margin; nan where none is scored."""
+        """Share of the scored candidates whose gain exceeds the margin. nan if none is scored."""
         return _share(self.kept, len(self.gains))
 
     @property
     def mean_gain(self) -> float:
-        """Mean raw gain in nats."""
+        """Mean raw gain of the scored candidates, in nats."""
         return _share(math.fsum(self.gains), len(self.gains))
 
     @property
     def placebo_share(self) -> float:
-        """Share of the kept whose placebo gains at least as much: what they teach may be the format alone."""
+        """Share of the kept candidates whose placebo gains at least as much: they may teach the format alone."""
         return _share(self.format_alone, self.compared)
 
     @property
     def mean_tokens(self) -> float:
-        """Mean length of the candidates whose length is known."""
+        """Mean length in tokens, over the candidates whose length is known."""
         return _share(self.tokens, self.measured)
 
     def add(self, other: GroupStats) -> None:
-        """Takes in another group's candidates."""
+        """Adds the counts and gains of another group to this one."""
         for name in ("candidates", "leaks", "tokens", "measured", "kept", "format_alone", "compared"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gains.extend(other.gains)
@@ -87,13 +87,15 @@ def pool_stats(
     net_of_placebo: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[GroupStats]:
-    """One entry a task and worker in sorted order, then one a worker over all tasks (task ``all``).
+    """Computes the statistics of each task and worker, sorted, and then of each worker over all tasks.
+
+    The entries over all tasks have the task ``all``.
 
     Args:
-        pool: opened with ``keep_leaks``, so that leaks are counted.
-        pairs: those to look at; pairs that the pool lacks are passed over.
-        margin: a candidate is kept whose gain exceeds it.
-        net_of_placebo: the kept are counted by net instead of raw gain.
+        pool: the pool, opened with ``keep_leaks`` so that leaks are counted.
+        pairs: the pairs to count. Pairs that the pool does not have are skipped.
+        margin: a candidate counts as kept if its gain exceeds the margin, in nats.
+        net_of_placebo: whether the margin applies to the net gain instead of the raw gain.
         advance: called with the number of pairs done since the last call.
     """
     groups: dict[tuple[str, str], GroupStats] = {}
@@ -110,12 +112,14 @@ def pool_stats(
 
 
 def worker_suffixes(generation: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of a worker's settings -> what tells it from others of its kind: its model, else a number, or both.
+    """Returns suffixes that distinguish workers of one kind, by the digest of the worker's settings.
+
+    A suffix is the model, or a number if there is no model, or both if several workers have the same model.
 
     Args:
-        generation: as in the manifest. A worker that is the only one of its kind has no entry.
+        generation: settings as in the manifest. A worker that is the only one of its kind gets no suffix.
     """
-    kinds: dict[str, dict[str, str]] = {}  # digest of the settings, as the rows have it -> model, by kind
+    kinds: dict[str, dict[str, str]] = {}  # kind -> {digest of the settings, as stored in the rows: model}
     for entry in generation.get("workers", ()):
         model = entry.get("model") or entry.get("of", {}).get("model") or ""
         kinds.setdefault(entry["worker"], {})[digest(json.dumps(entry, sort_keys=True))] = model

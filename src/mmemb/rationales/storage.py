@@ -1,6 +1,6 @@
-"""What a pool consists of on disk: manifest, shards and their schema, and how they are written.
+"""The files of a pool: manifest, shards and their schema, and functions that write them.
 
-Files are written by `mmemb.common.files`: a shard is whole or absent, also after a full disk or a kill.
+`mmemb.common.files` writes the files. A shard is whole or absent, even after a full disk or a kill.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 METADATA_KEY = b"mmemb.pool"
 ROW_GROUP = 512
-"""Rows decoded together: a look-up decodes one group, and every group costs its footer."""
+"""Rows that are decoded together. A look-up decodes one row group, and every row group adds to the footer."""
 RATIONALE_COLUMNS = [entry.name for entry in fields(Rationale)]
 
 Side: TypeAlias = Literal["query", "target"]
-"""Which item of a pair a rationale thinks about: its worker was shown that one alone."""
+"""The item of a pair that a rationale is about. Its worker saw this item alone."""
 
 CANDIDATE_SCHEMA = pa.schema(
     {
@@ -50,23 +50,30 @@ CANDIDATE_SCHEMA = pa.schema(
         "leaks": pa.string(),
     }
 )
-"""Columns of a candidate: the pair and its digest; the side it thinks about (``query`` or ``target``); the worker, its
-model and revision, its settings (sampling parameters included, as JSON) with their digest, the sample's seed and the
-digest of its prompt; the text, its length in tokens, why it ended; how it was damaged on purpose; leak flags, joined by
-commas."""
+"""Columns of a candidate.
+
+- ``pair_id``, ``pair_hash``, ``task``: the pair, its digest and its task.
+- ``side``: the item that the rationale is about (``query`` or ``target``).
+- ``worker``, ``model``: the worker, its model and revision.
+- ``settings``, ``settings_hash``: the worker's settings as JSON, sampling parameters included, and their digest.
+- ``seed``, ``prompt_hash``: the seed of the sample and the digest of its prompt.
+- ``text``, ``tokens``, ``finish_reason``: the rationale, its length in tokens, and why it ended.
+- ``corruption``: how the text was damaged on purpose.
+- ``leaks``: leak flags, joined by commas.
+"""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a pool was made from.
+    """Describes what a pool was made from.
 
     Attributes:
         data: digest of the pairs, in order.
-        pairs: how many.
-        generation: workers' settings, candidates a worker and seed.
-        evaluators: settings of each evaluator whose scores are there, by name.
-        shard_size: pairs a shard.
-        version: of this format.
+        pairs: number of pairs.
+        generation: settings of the workers, candidates per worker, seed, sides and leak check.
+        evaluators: evaluator's name -> its settings, for each evaluator with scores in the pool.
+        shard_size: pairs per shard.
+        version: version of the pool format.
     """
 
     data: str
@@ -78,45 +85,47 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Digest of all that determines the pool's content."""
+        """Digest of everything that determines the content of the pool."""
         return digest([self.data, self.generation, self.evaluators])
 
     def starts(self) -> range:
-        """Number of the first pair of every shard."""
+        """Returns the number of the first pair of every shard."""
         return range(0, self.pairs, self.shard_size)
 
     def to_json(self) -> str:
-        """As stored, the hash included for people to read."""
+        """Returns the manifest as stored. The hash is included for people to read."""
         return json.dumps({**asdict(self), "hash": self.hash}, indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, path: Path) -> Manifest:
-        """Reads it back.
+        """Reads a manifest from the text that `to_json` returned.
 
         Raises:
-            ValueError: not a manifest, or one of another version of the format.
+            ValueError: the text is not a manifest, or has another version of the format.
         """
         try:
             stored = json.loads(text)
             stored.pop("hash", None)
             manifest = cls(**stored)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a rationale pool's manifest ({error}); make the pool anew") from None
+            raise ValueError(
+                f"{path}: is not the manifest of a rationale pool ({error}); make the pool again"
+            ) from None
         if manifest.version != SCHEMA_VERSION:
             raise ValueError(
-                f"{path}: pool format {manifest.version}, but this version of mmemb reads {SCHEMA_VERSION}; generate "
+                f"{path}: has pool format {manifest.version}, but this version of mmemb reads {SCHEMA_VERSION}; make "
                 f"the pool again under another path (`mmemb rationales generate`)"
             )
         return manifest
 
 
 def data_digest(pairs: Sequence[Pair]) -> str:
-    """Digest of pairs in order, without holding more than their digests."""
+    """Returns a digest of the pairs in order. Keeps only their digests in memory."""
     return digest([pair_digest(pair) for pair in pairs])
 
 
 def resolve(path: str | Path) -> Path:
-    """The pool's place on disk: ``bundled:pool`` is the one inside the package, anything else a path."""
+    """Returns the path of a pool on disk. ``bundled:pool`` is the pool inside the package."""
     text = str(path)
     if text.startswith("bundled:"):
         return Path(bundled.__file__).parent / f"{text.removeprefix('bundled:')}.parquet"
@@ -124,74 +133,76 @@ def resolve(path: str | Path) -> Path:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is a pool, finished or not."""
+    """Whether there is a pool at the path, finished or not."""
     place = resolve(path)
     return place.is_file() or (place / MANIFEST).is_file()
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a pool folder or file.
+    """Reads the manifest of a pool folder or file.
 
     Raises:
         FileNotFoundError: there is no pool.
-        ValueError: it is no pool, or of another version of the format.
+        ValueError: the path has no pool, or a pool with another version of the format.
     """
     place = resolve(path)
     if place.is_file():
-        with named_damage(place, "name a rationale pool, or make one by `mmemb rationales generate`"):
+        with named_damage(place, "give the path of a rationale pool, or make one with `mmemb rationales generate`"):
             metadata = pq.read_schema(place).metadata or {}
         if METADATA_KEY not in metadata:
-            raise ValueError(f"{place}: a Parquet file but no rationale pool; make one by `mmemb rationales generate`")
+            raise ValueError(
+                f"{place}: is a Parquet file but no rationale pool; make one with `mmemb rationales generate`"
+            )
         return Manifest.from_json(metadata[METADATA_KEY], path=place)
     if not (place / MANIFEST).is_file():
-        raise FileNotFoundError(f"{place}: no rationale pool here; make one by `mmemb rationales generate`")
+        raise FileNotFoundError(f"{place}: there is no rationale pool here; make one with `mmemb rationales generate`")
     return Manifest.from_json((place / MANIFEST).read_bytes(), path=place / MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, whole or not at all; makes the folder."""
+    """Writes the manifest, whole or not at all. Makes the folder if necessary."""
     write_text(folder / MANIFEST, manifest.to_json() + "\n")
 
 
 def candidates_shard(folder: Path, start: int) -> Path:
-    """Path of the candidates of the pairs from number ``start`` on."""
+    """Returns the path of the shard with the candidates of the pairs from number ``start`` on."""
     return folder / f"candidates-{start:09d}.parquet"
 
 
 def scores_shard(folder: Path, evaluator: str, start: int) -> Path:
-    """Path of an evaluator's scores of the same rows."""
+    """Returns the path of the shard with an evaluator's scores of the same rows."""
     return folder / f"scores-{evaluator}-{start:09d}.parquet"
 
 
 def rescore(folder: Path, evaluator: str) -> str:
-    """How one evaluator's scores are made anew with the candidates kept, for messages."""
+    """Returns advice for messages: how to make one evaluator's scores again and keep the candidates."""
     return (
         f"delete {folder / f'scores-{evaluator}-*.parquet'} and run `mmemb rationales score`: the candidates are kept"
     )
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a table as a shard: whole or absent, also after a full disk or a kill.
+    """Writes a table as a shard that is whole or absent, even after a full disk or a kill.
 
-    Compressed by ``lz4``, which decodes in less than half the time of ``zstd``. A file of ``zstd`` is a third smaller.
+    Compresses with ``lz4``, which decodes in less than half the time of ``zstd``. A ``zstd`` file is a third smaller.
     """
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="lz4")
 
 
 def write_file(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Writes tables one after the other into a single file, by ``zstd``, whole or not at all.
+    """Writes tables one after the other into a single ``zstd`` file, whole or not at all.
 
     Args:
         path: the file.
-        tables: their rows, of which a few groups are held at a time.
-        schema: theirs, with the file's metadata.
+        tables: the tables. Only a few row groups are in memory at a time.
+        schema: schema of the tables, with the metadata of the file.
     """
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         waiting = schema.empty_table()
         for table in tables:
             waiting = pa.concat_tables([waiting, table.cast(schema)])
-            # Groups of one size: a look-up counts on it.
+            # All row groups must have the same size: a look-up computes the group from the row number.
             whole = len(waiting) - len(waiting) % ROW_GROUP
             if whole:
                 writer.write_table(waiting.slice(0, whole), row_group_size=ROW_GROUP)
@@ -201,12 +212,13 @@ def write_file(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> Non
 
 @contextmanager
 def sole_maker(folder: Path, shards: str = "candidates") -> Iterator[None]:
-    """Inside, no other process makes these shards: two would mix their settings and take each other's files away.
+    """Takes a lock, so that no other process makes these shards inside the context.
 
-    The system lets go of the lock when a process ends, however it does. Makes the folder.
+    Two processes would mix their settings and remove each other's files. The system releases the lock when the process
+    ends, even after a kill. Makes the folder if necessary.
 
     Raises:
-        ValueError: another process makes them.
+        ValueError: another process is making these shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".{shards}.lock", timeout=0)
@@ -214,7 +226,7 @@ def sole_maker(folder: Path, shards: str = "candidates") -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{folder}: another process is making {shards} here; wait until it has ended, or name another path"
+            f"{folder}: another process is making {shards} here; wait until it has ended, or give another path"
         ) from None
     try:
         yield
@@ -223,13 +235,13 @@ def sole_maker(folder: Path, shards: str = "candidates") -> Iterator[None]:
 
 
 def drop_partial(folder: Path, shards: str = "candidates") -> None:
-    """Removes what a killed run was writing: the manifest, and shards whose names begin so. Call it in `sole_maker`."""
+    """Removes the unfinished files of a killed run: its manifest and the named shards. Call it in `sole_maker`."""
     for name in (f"{shards}-*", MANIFEST):
         remove_temporary(folder, name)
 
 
 class Proposal(NamedTuple):
-    """What a worker proposed for one side of a pair: its settings as JSON, the rationales, their leak flags."""
+    """The proposal of a worker for one side of a pair: its settings as JSON, the rationales, their leak flags."""
 
     side: Side
     settings: str
@@ -238,7 +250,7 @@ class Proposal(NamedTuple):
 
 
 def candidate_rows(pair: Pair, proposals: Sequence[Proposal]) -> list[dict[str, Any]]:
-    """The rows of one pair; a single one without a text where nobody had a word for it."""
+    """Returns the rows of one pair, or a single row without a text if there is no rationale."""
     shared = {"pair_id": pair.id, "pair_hash": pair_digest(pair), "task": pair.task, "side": "query"}
     rows = [
         {
@@ -256,6 +268,6 @@ def candidate_rows(pair: Pair, proposals: Sequence[Proposal]) -> list[dict[str, 
 
 
 def rationale_of(row: Mapping[str, Any]) -> Rationale:
-    """The rationale of a stored row."""
+    """Returns the rationale of a stored row."""
     values = {name: row[name] for name in RATIONALE_COLUMNS}
     return Rationale(**{**values, "leaks": tuple(filter(None, row["leaks"].split(",")))})

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, hold no code, and name their backbone."""
+"""Checkpoints are whole or absent, run no code, and name their backbone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTENT: dict[str, Any] = {
 
 
 class Code:
-    """Unpickling it would write a file."""
+    """An object whose unpickling would write a file."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("ran",)
@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_checkpoint_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.ckpt"
     write_checkpoint(CONTENT, path)
     found = read_checkpoint(path, identity="tiny-1")
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A file that takes some bytes and then no more."""
+    """A file that accepts some bytes and then raises an error."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room
@@ -80,7 +80,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
     assert read_checkpoint(path) == {"global_step": 1}
 
 
-def test_a_disk_that_is_full_only_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_the_sync_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fsync(handle: int) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
@@ -90,7 +92,7 @@ def test_a_disk_that_is_full_only_when_synced(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == []
 
 
-def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
+def test_a_real_file_size_limit_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from mmemb.common.checkpoint import write_checkpoint\n"
         "try: write_checkpoint({'big': torch.zeros(1_000_000)}, sys.argv[1])\n"
@@ -105,13 +107,13 @@ def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_checkpoint(CONTENT, tmp_path / "file" / "a.ckpt")
 
 
-def test_an_error_of_another_kind_leaves_nothing_either(tmp_path: Path) -> None:
+def test_another_kind_of_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         write_checkpoint({"function": lambda: None}, tmp_path / "a.ckpt")
     assert names(tmp_path) == []
@@ -125,7 +127,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
 
-def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_file_raises_a_message_of_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     write_checkpoint({"big": torch.zeros(50_000)}, path)
     whole = path.read_bytes()
@@ -138,11 +140,11 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
         assert "weights_only" not in str(caught.value)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*none.ckpt"):
         read_checkpoint(tmp_path / "none.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match="list.ckpt holds a list, not a checkpoint"):
+    with pytest.raises(ValueError, match="list.ckpt contains a list"):
         read_checkpoint(tmp_path / "list.ckpt")
 
 
@@ -154,7 +156,7 @@ def test_another_backbone_is_refused_with_both_identities(tmp_path: Path) -> Non
         refuse_other_backbone({"state_dict": {}}, identity="tiny-2", path="a.ckpt")
 
 
-def test_lightning_reads_and_writes_through_it(tmp_path: Path) -> None:
+def test_lightning_reads_and_writes_checkpoints(tmp_path: Path) -> None:
     plugin = SafeCheckpointIO()
     path = tmp_path / "a.ckpt"
     plugin.save_checkpoint(dict(CONTENT), path)

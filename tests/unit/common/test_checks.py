@@ -1,4 +1,4 @@
-"""A number out of range is refused with its place, its name, its value and what to give."""
+"""A number out of range is refused. The message has its place, name and value, and the valid range."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmemb.common.checks import check_numbers
         ({}, [0, math.inf], []),
     ],
 )
-def test_each_bound(bounds: dict[str, Any], good: list[float], bad: list[float]) -> None:
+def test_each_bound_refuses_numbers_beyond_it(bounds: dict[str, Any], good: list[float], bad: list[float]) -> None:
     for value in [*good, None]:
         check_numbers("model", **bounds, other=None, budget=value)
     for value in [*bad, math.nan]:
@@ -43,7 +43,7 @@ def test_each_bound(bounds: dict[str, Any], good: list[float], bad: list[float])
         ({"above": 0, "below": 48}, "a number above 0 and below 48"),
     ],
 )
-def test_the_message_says_what_to_give(bounds: dict[str, float], allowed: str) -> None:
+def test_the_message_names_the_valid_range(bounds: dict[str, float], allowed: str) -> None:
     with pytest.raises(ValueError, match=rf"^workers\.openai\.timeout is -5; give {allowed}$"):
         check_numbers("workers.openai", **bounds, timeout=-5)
     if "at_most" not in bounds and "below" not in bounds:

@@ -1,4 +1,4 @@
-"""A Parquet file with flipped bytes is named, wherever it is read."""
+"""Every reader of Parquet names a file with flipped bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from mmemb.search.exact import read_embeddings
     [lambda path: list(read_rows(path)), read_embeddings, read_manifest],
     ids=["rows", "index", "pool"],
 )
-def test_flipped_bytes(tmp_path: Path, read: Callable[[Path], Any], compression: str, place: slice) -> None:
+def test_a_file_with_flipped_bytes_is_named(
+    tmp_path: Path, read: Callable[[Path], Any], compression: str, place: slice
+) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"query": [f"query {n * n}" for n in range(3000)]}), path, compression=compression)
     content = bytearray(path.read_bytes())

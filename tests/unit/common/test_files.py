@@ -1,4 +1,4 @@
-"""Files are whole or absent, whoever writes them and whatever goes wrong."""
+"""Files are whole or absent after any failure and with several writers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_file_appears_at_the_end_in_a_folder_that_is_made(tmp_path: Path) -> None:
+def test_the_file_appears_at_the_end_in_a_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "down" / "a.txt"
     with whole_file(path) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == path.parent  # a rename between disks would be a copy
+        assert temporary.parent == path.parent  # same folder: a rename to another disk would be a copy
         assert f".{os.getpid()}." in temporary.name
         assert not path.exists()
     assert path.read_text() == "new"
@@ -48,27 +48,27 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_file_that_nobody_wrote_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_was_not_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a.txt"):
         pass
     assert names(tmp_path) == []
 
 
-def test_a_rename_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError), whole_file(tmp_path / "a") as temporary:
         temporary.write_text("a file cannot take the place of a folder")
     assert names(tmp_path) == ["a"]
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+def test_the_file_has_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_text(tmp_path / "a.txt", "new")
     wanted = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == wanted
 
 
-def test_sync_forces_the_file_before_the_rename_and_the_folder_after(
+def test_sync_flushes_the_file_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.txt"
@@ -85,7 +85,7 @@ def test_sync_forces_the_file_before_the_rename_and_the_folder_after(
     assert synced == [(False, False), (True, True)]
 
 
-def test_a_sync_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -120,7 +120,7 @@ for turn in range(300):
 """
 
 
-def test_processes_that_write_one_file_at_once_never_mix(tmp_path: Path) -> None:
+def test_processes_that_write_the_same_file_never_mix_content(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     writers = [subprocess.Popen([sys.executable, "-c", _WRITER, str(path), letter]) for letter in "ab"]
     seen = set()
@@ -143,7 +143,7 @@ with whole_file(sys.argv[1]) as temporary:
 """
 
 
-def test_a_killed_writer_leaves_the_old_file_and_what_can_be_removed(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_file_and_a_removable_temporary_file(tmp_path: Path) -> None:
     path = write_text(tmp_path / "scores-1.txt", "old")
     write_text(tmp_path / "other.part", "somebody's own")
     child = subprocess.Popen([sys.executable, "-c", _KILLED, str(path)], stdout=subprocess.PIPE, text=True)
@@ -159,7 +159,7 @@ def test_a_killed_writer_leaves_the_old_file_and_what_can_be_removed(tmp_path: P
     assert names(tmp_path) == ["other.part", "scores-1.txt"]
 
 
-def test_a_folder_changes_only_when_all_its_files_are_there(tmp_path: Path) -> None:
+def test_a_folder_changes_only_when_all_its_files_are_written(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     target.mkdir(parents=True)
     (target / "kept").write_text("kept")

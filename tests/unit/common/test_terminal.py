@@ -1,4 +1,4 @@
-"""Progress with a clock and a stream of the test's own: pace, fields, nesting, and bars on a terminal alone."""
+"""Progress reports with a fake clock and stream: pace, fields and nesting. Only a terminal has bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmemb.common.terminal import Output, progress, say, using
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -26,7 +26,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -38,14 +38,14 @@ def clock() -> Clock:
 
 
 def lines(stream: io.StringIO) -> list[str]:
-    """What was written, each line without its time of day, which it must have."""
+    """Returns the written lines without their time of day. Fails if a line has none."""
     found = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in found), found
     return [line[9:] for line in found]
 
 
 def shown(stream: io.StringIO) -> str:
-    """What a terminal shows, without escape codes."""
+    """Returns the text that a terminal shows, without escape codes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
 
 
@@ -66,13 +66,13 @@ def test_a_line_has_all_fields(clock: Clock) -> None:
         bar.reach(3000)
     first, middle, last = lines(out)
     assert re.fullmatch(r"score  1,000/3,000 pairs  - pairs/s  past 0:00:00  left -:--:--  [\d,]+ MB", first)
-    # 1,000 were there before: the rate is that of the other 500.
+    # 1,000 were done before, so the rate is that of the other 500.
     fields = r"score  1,500/3,000 pairs  10\.0 pairs/s  past 0:00:50  left 0:02:30  [\d,]+ MB"
     assert re.fullmatch(fields, middle)
     assert "3,000/3,000 pairs  40.0 pairs/s  past 0:00:50  left 0:00:00" in last
 
 
-def test_without_a_total_no_time_is_left(clock: Clock) -> None:
+def test_without_a_total_there_is_no_remaining_time(clock: Clock) -> None:
     out = io.StringIO()
     with progress("read", None, unit="rows", to=Output(out, clock=clock)) as bar:
         clock.now += 3700
@@ -80,7 +80,7 @@ def test_without_a_total_no_time_is_left(clock: Clock) -> None:
     assert "read  37 rows  0.01 rows/s  past 1:01:40  left -:--:--" in lines(out)[-1]
 
 
-def test_inner_work_writes_a_line_only_where_one_is_due(clock: Clock) -> None:
+def test_inner_work_writes_a_line_only_when_one_is_due(clock: Clock) -> None:
     out = io.StringIO()
     with using(Output(out, clock=clock)), progress("test", 2, unit="tasks") as outer:
         outer.about("test colour")
@@ -107,7 +107,7 @@ def test_a_failure_writes_no_last_line(clock: Clock) -> None:
     assert where.bars == []
 
 
-def test_lines_hold_no_control_characters(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_have_no_control_characters(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     out = io.StringIO()
     with progress("a\x1b[31m\nb\r", 1, unit="rows", to=Output(out, clock=clock)) as bar:
         bar.advance(1)
@@ -140,7 +140,7 @@ def test_inner_work_is_a_row_of_the_bar(clock: Clock) -> None:
         assert inner._display is None
 
 
-def test_a_bar_gives_way_to_another_live_display(clock: Clock) -> None:
+def test_there_is_no_bar_during_another_live_display(clock: Clock) -> None:
     out = Terminal()
     with Progress(), progress("quiet", 3, unit="items", to=Output(out, clock=clock)) as bar:
         bar.advance(3)
@@ -159,7 +159,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(clock: Clock, monkeypatch: pyt
     assert len(lines(out)) == 1
 
 
-def test_the_file_gets_the_lines_whatever_the_stream_gets(tmp_path: Path, clock: Clock) -> None:
+def test_the_file_gets_the_lines_with_any_stream(tmp_path: Path, clock: Clock) -> None:
     out = Terminal()
     for stream, show in ((out, True), (io.StringIO(), False)):
         where = Output(stream, show=show, file=tmp_path / "run" / "progress.log", clock=clock)
@@ -172,7 +172,7 @@ def test_the_file_gets_the_lines_whatever_the_stream_gets(tmp_path: Path, clock:
     assert [line.split()[1] for line in kept] == ["read", "said", "read"] * 2
 
 
-def test_nothing_is_reported_when_not_asked_for_or_by_another_rank(
+def test_nothing_is_reported_when_disabled_or_on_another_rank(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = io.StringIO()
@@ -203,15 +203,15 @@ def test_the_pace_is_set_by_a_variable(clock: Clock, monkeypatch: pytest.MonkeyP
             terminal.interval()
 
 
-def test_memory_is_that_of_the_process() -> None:
-    held = bytearray(b"x") * 300_000_000  # written to, so that it is resident
+def test_the_memory_is_that_of_the_process() -> None:
+    held = bytearray(b"x") * 300_000_000  # written to, so that it is in physical memory
     before = float(terminal.memory().split(" MB")[0].replace(",", ""))
     del held
     after = float(terminal.memory().split(" MB")[0].replace(",", ""))
     assert before - after == pytest.approx(300, abs=30)
 
 
-def test_the_module_is_light() -> None:
+def test_importing_the_module_is_cheap() -> None:
     code = "import sys, mmemb.common.terminal; assert not {'rich', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

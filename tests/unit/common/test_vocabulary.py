@@ -1,4 +1,4 @@
-"""The vocabulary of results: every name has a meaning, an order, and one way to be shown."""
+"""The vocabulary of results: every name has a meaning, a place in the order and one format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmemb.common.vocabulary import ROWS, SCORES, before_phase, legend, markdown
 from mmemb.evaluation import runner
 
 
-def test_every_controller_that_comes_with_the_package_is_a_row() -> None:
+def test_every_controller_of_the_package_is_a_row() -> None:
     assert {listing.name for listing in registry.listings() if listing.kind == "controller"} <= set(ROWS)
 
 
@@ -51,5 +51,5 @@ def test_shares_are_shown_as_fractions_with_three_decimals() -> None:
     ]
 
 
-def test_a_bar_inside_a_cell_does_not_end_it() -> None:
+def test_a_vertical_bar_inside_a_cell_does_not_end_the_cell() -> None:
     assert vocabulary.markdown_table(["a", "b"], [["x|y", "1"]]) == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]

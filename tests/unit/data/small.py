@@ -1,4 +1,4 @@
-"""A small file of pairs and a data module over it."""
+"""A small file of pairs, and a data module that reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def two_tasks(folder: Path) -> Source:
-    """``pairs.jsonl``: ten rows of the task `even`, seven of `odd`."""
+    """Writes ``pairs.jsonl`` with ten rows of the task `even` and seven of `odd`."""
     rows = [
         {"query": f"{task} question {row}", "positive": f"{task} answer {row}", "task": task}
         for task, count in (("even", 10), ("odd", 7))

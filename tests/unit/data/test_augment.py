@@ -8,7 +8,7 @@ STILL = {"shift": 0.0, "scale": (1.0, 1.0), "rotate": 0.0, "brightness": 0.0, "c
 
 
 def picture(side: int = 64) -> Image.Image:
-    """A white picture with a red square in the middle."""
+    """Draws a white picture with a red square in the middle."""
     image = Image.new("RGB", (side, side), "white")
     image.paste((200, 40, 40), (side // 4, side // 4, 3 * side // 4, 3 * side // 4))
     return image
@@ -18,7 +18,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_size_and_mode_stay_and_the_given_picture_is_untouched() -> None:
+def test_the_result_has_the_same_size_and_the_input_is_unchanged() -> None:
     image = picture()
     before = pixels(image)
     changed = PictureAugment()(image, 1)
@@ -27,19 +27,19 @@ def test_size_and_mode_stay_and_the_given_picture_is_untouched() -> None:
     assert (pixels(changed) != before).any()
 
 
-def test_the_seed_alone_decides() -> None:
+def test_the_result_depends_on_the_seed_alone() -> None:
     image, augment = picture(), PictureAugment()
     assert (pixels(augment(image, 5)) == pixels(augment(image, 5))).all()
     assert (pixels(augment(image, 5)) != pixels(augment(image, 6))).any()
 
 
-def test_all_ranges_closed_is_the_identity() -> None:
+def test_ranges_of_zero_are_the_identity() -> None:
     image = picture()
     assert np.abs(pixels(PictureAugment(**STILL)(image, 3)) - pixels(image)).max() <= 1
 
 
 def centre(image: Image.Image) -> np.ndarray:
-    """Mean (x, y) of the dark pixels."""
+    """Returns the mean (x, y) of the dark pixels."""
     y, x = np.nonzero(pixels(image)[..., 1] < 128)
     return np.array([x.mean(), y.mean()])
 
@@ -71,7 +71,7 @@ def test_rotation_keeps_the_area_and_turns_the_corners() -> None:
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_each_colour_change_does_what_it_says(name: str) -> None:
+def test_each_colour_change_changes_what_its_name_says(name: str) -> None:
     flat = Image.new("RGB", (4, 4), (150, 90, 60))
     seen = np.array([pixels(PictureAugment(**{**STILL, name: 0.5})(flat, seed))[0, 0] for seed in range(30)])
     grey = seen @ [0.299, 0.587, 0.114]
@@ -86,7 +86,7 @@ def test_each_colour_change_does_what_it_says(name: str) -> None:
         assert np.ptp(seen[:, 0] - seen[:, 2]) > 30
 
 
-def test_a_grey_picture_comes_out_as_rgb() -> None:
+def test_a_grey_picture_becomes_rgb() -> None:
     assert PictureAugment()(Image.new("L", (8, 6), 200), 0).mode == "RGB"
 
 

@@ -1,4 +1,4 @@
-"""The bundled data set: what it holds, that its answers are right, that it is lazy and the same every time."""
+"""The bundled data set: its content is correct and reproducible, and pictures are decoded lazily."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_files_stay_within_five_megabytes() -> None:
     assert sum(len((folder / name).read_bytes()) for name in ("entities.json", "pictures.zip")) <= 5_000_000
 
 
-def test_every_entity_is_drawn_by_both_vendors_and_most_emoji_in_further_styles() -> None:
+def test_both_vendors_draw_every_entity_and_further_styles_most_emoji() -> None:
     both = {f"{vendor}/{key}" for vendor in VENDORS for key in entities()}
     further = {f"{style}/{key}" for key, entity in entities().items() for style in entity.styles}
     assert set(pictures.picture_names()) == both | further
@@ -57,7 +57,7 @@ def test_names_are_unique_short_and_plain() -> None:
         assert 1 <= len(name.split()) <= 3
 
 
-def test_data_set_is_large_enough_to_measure_with() -> None:
+def test_data_set_is_large_enough_for_measurements() -> None:
     kinds = [entity.kind for entity in entities().values()]
     assert kinds.count("emoji") >= 450
     assert kinds.count("flag") >= 200
@@ -65,7 +65,7 @@ def test_data_set_is_large_enough_to_measure_with() -> None:
     assert {split: len(countries(split)) for split in HELD_OUT} == {"control": 25, "validation": 20, "test": 45}
 
 
-def test_entity_loses_at_most_one_vendor() -> None:
+def test_at_most_one_vendor_of_an_entity_is_withheld() -> None:
     for entity in entities().values():
         assert len(entity.withheld) <= 1
         assert entity.train_vendors()
@@ -79,7 +79,7 @@ def test_countries_have_every_attribute() -> None:
     assert all(set(country.attributes) == set(ATTRIBUTES) for country in countries())
 
 
-# The names a reader checks first; a change of sources that breaks them is worth knowing.
+# Facts that a reader checks first. The test shows when a change of sources breaks them.
 @pytest.mark.parametrize(
     ("country", "currency", "language", "region"),
     [
@@ -122,13 +122,15 @@ def test_mirrored_picture_has_left_and_right_exchanged() -> None:
     "name",
     ["noto/ffff", "apple/1f34e", "1f34e", "", "noto/scene/1f34e+1f34e+1f34e+ffff", "noto/mirrored/ffff", "mirrored/a"],
 )
-def test_unknown_picture_says_what_exists(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no bundled picture .*styles: noto, twemoji, fluent, emojione, fxemoji, .*$"):
+def test_unknown_picture_message_names_the_styles(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"no bundled picture .*styles are noto, twemoji, fluent, emojione, fxemoji, .*$"
+    ):
         open_picture(name)
 
 
 def test_scene_of_three_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 cells, expected 4"):
+    with pytest.raises(ValueError, match="3 cells; give 4"):
         open_picture("noto/scene/1f34e+1f34e+1f34e")
 
 
@@ -162,7 +164,7 @@ def test_importing_needs_neither_torch_nor_pillow() -> None:
 # --- pairs
 
 
-def test_unknown_split_and_task_say_what_exists() -> None:
+def test_unknown_split_and_task_messages_name_the_valid_ones() -> None:
     with pytest.raises(ValueError, match="unknown split 'dev'.*train, control, validation, test"):
         load_pairs("dev")
     with pytest.raises(ValueError, match="unknown split 'dev'"):
@@ -177,10 +179,8 @@ def test_ids_are_unique(split: str) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_asking_for_more_scenes_than_there_are_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"scenes_per_task: task 'findscene' found only \d+ .*'validation', asked for 250"
-    ):
+def test_more_scenes_than_exist_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"scenes_per_task: task 'findscene' has only \d+ .*'validation', but 250"):
         load_pairs("validation", tasks=["findscene"], scenes_per_task=250)
 
 
@@ -188,7 +188,7 @@ def test_only_the_chosen_tasks_are_loaded() -> None:
     assert {pair.task for pair in load_pairs("test", tasks=["left1", "name"])} == {"left1", "name"}
 
 
-def test_training_scenes_follow_the_count_and_the_seed() -> None:
+def test_training_scenes_depend_on_the_count_and_the_seed() -> None:
     first, same, other = (load_pairs("train", tasks=["left1"], seed=seed, scenes_per_task=50) for seed in (1, 1, 2))
     assert len(first) == 50
     assert first == same
@@ -199,7 +199,7 @@ def test_other_tasks_do_not_depend_on_the_seed() -> None:
     assert load_pairs("test", tasks=["name", "fact"], seed=1) == load_pairs("test", tasks=["name", "fact"], seed=2)
 
 
-def test_two_processes_agree() -> None:
+def test_two_processes_make_the_same_pairs() -> None:
     code = (
         "import hashlib; from mmemb.data.bundled import *; "
         "x = repr([load_pairs(s, scenes_per_task=20) for s in SPLITS]) + repr(evaluation_tasks('test')) + "
@@ -215,14 +215,14 @@ def test_two_processes_agree() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_rationale_is_the_template_over_the_query_fields(split: str) -> None:
+def test_rationale_is_the_template_filled_with_the_query_fields(split: str) -> None:
     for pair in load_pairs(split, scenes_per_task=30):
         fields = pair.query.fields
         assert fields["rationale"] == TASKS[pair.task].render(fields)
         assert fields["rationale"] == fields["rationale"].lower()
 
 
-def test_text_answers_stand_at_the_end_of_their_rationale() -> None:
+def test_a_rationale_ends_with_its_text_answer() -> None:
     pairs = [pair for pair in load_pairs("test") if isinstance(pair.positive.parts[0], Text)]
     assert {pair.task for pair in pairs} == {"name", "fact", "flagattr", "left1", "flagscene"}
     for pair in pairs:
@@ -257,7 +257,7 @@ def test_left_neighbour_is_left_in_the_same_row() -> None:
         assert pair.query.fields["anchor"] in pair.query.text
 
 
-def test_flag_scene_holds_one_flag_left_of_its_anchor() -> None:
+def test_flag_scene_has_one_flag_left_of_its_anchor() -> None:
     for pair in load_pairs("test", tasks=["flagscene"]):
         names = scene_names(pair.query)
         flags = [name for name in names if BY_NAME[name].kind == "flag"]
@@ -273,7 +273,7 @@ def test_flag_scene_holds_one_flag_left_of_its_anchor() -> None:
 
 
 @pytest.mark.parametrize("split", HELD_OUT)
-def test_candidates_are_unique_and_hold_every_positive(
+def test_candidates_are_unique_and_include_every_positive(
     split: str, retrieval: dict[str, dict[str, EvaluationTask]]
 ) -> None:
     assert list(retrieval[split]) == list(TASKS)
@@ -300,7 +300,7 @@ def test_no_query_is_its_own_candidate(retrieval: dict[str, dict[str, Evaluation
             assert not shown & {item.parts for item in tasks[name].candidates}
 
 
-def test_one_candidate_alone_shows_what_findscene_asks_for(retrieval: dict[str, dict[str, EvaluationTask]]) -> None:
+def test_only_one_candidate_of_findscene_shows_both_things(retrieval: dict[str, dict[str, EvaluationTask]]) -> None:
     for tasks in retrieval.values():
         task = tasks["findscene"]
         scenes = {key: set(scene_names(item)) for key, item in zip(task.candidate_ids, task.candidates, strict=True)}
@@ -310,7 +310,7 @@ def test_one_candidate_alone_shows_what_findscene_asks_for(retrieval: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["scenematch", "findscene"])
-def test_scene_candidates_hold_near_misses(name: str, retrieval: dict[str, dict[str, EvaluationTask]]) -> None:
+def test_scene_candidates_include_near_misses(name: str, retrieval: dict[str, dict[str, EvaluationTask]]) -> None:
     task = retrieval["test"][name]
     near = [item for key, item in zip(task.candidate_ids, task.candidates, strict=True)][len(task.queries) :]
     assert len(near) == 50
@@ -319,10 +319,10 @@ def test_scene_candidates_hold_near_misses(name: str, retrieval: dict[str, dict[
         closest = max(
             sum(a == b for a, b in zip(names, scene_names(pair.positive), strict=True)) for pair in task.queries
         )
-        # Two cells swapped leave two in place, one replaced leaves three.
+        # Swapping two cells leaves two in place. Replacing one leaves three.
         assert closest in ((2, 3) if name == "scenematch" else (3,))
 
 
-def test_training_retrieval_is_cut_to_the_size_of_control() -> None:
+def test_retrieval_on_train_has_as_many_scenes_as_control() -> None:
     (task,) = evaluation_tasks("train", tasks=["left1"])
     assert len(task.queries) == 300

@@ -1,4 +1,4 @@
-"""The build tool on a tiny stand-in for its five npm archives and for the program that draws SVG."""
+"""The build tool with tiny replacements for its five npm archives and for the program that draws SVG."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def drawn(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The SVG texts given to the renderer, which draws a purple picture of each."""
+    """Replaces the renderer by one that draws a purple picture. Collects the SVG texts given to it."""
     monkeypatch.setattr(tool, "MISNAMED", {("streamline", "cat")})
     texts: list[str] = []
 
@@ -44,7 +44,7 @@ def drawn(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def archive(name: str, version: str) -> str:
-    """What `npm pack` calls its file."""
+    """Returns the file name that `npm pack` uses."""
     return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
@@ -78,7 +78,7 @@ ENGLISH = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three animals (one without a second picture, one drawn like another), a face, two countries and a territory."""
+    """Archives with animals, a face and flags. Some of them lack a second picture or look like another one."""
     folder = tmp_path_factory.mktemp("npm")
     table = [
         emoji("1f431.png", "animal-mammal", 2),
@@ -124,14 +124,14 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
             "supplemental/territoryContainment.json": {"supplemental": {"territoryContainment": containment}},
         },
         tool.STYLES["fluent"]: {
-            # Of the cat there is a picture, of the dog an alias of one, of the countries none.
+            # The cat has a picture, the dog has an alias of one, and the countries have none.
             "chars.json": {"1f431": "cat", "1f436": "puppy", "1f9ff": "amulet"},
             "icons.json": {
                 "icons": {"cat": {"body": "<cat/>"}, "dog": {"body": "<dog/>"}, "amulet": {"body": "<amulet/>"}},
                 "aliases": {"puppy": {"parent": "dog"}},
             },
         },
-        # What names no code points is found by name.
+        # Pictures without code points are found by name.
         tool.STYLES["emojione"]: {
             "chars.json": {},
             "icons.json": {
@@ -142,7 +142,7 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
         },
         tool.STYLES["fxemoji"]: {"chars.json": {}, "icons.json": {"icons": {"horse": {"body": "<horse/>"}}}},
         tool.STYLES["fluent-color"]: {"chars.json": {}, "icons.json": {"icons": {}}},
-        # This style's cat is known to show another thing.
+        # The cat of this style is known to show another thing.
         tool.STYLES["streamline"]: {"chars.json": {}, "icons.json": {"icons": {"cat": {"body": "<cart/>"}}}},
     }
     for name, files in contents.items():
@@ -150,9 +150,9 @@ def packages(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_entities_are_those_drawn_by_both_vendors_and_told_apart(tool: ModuleType, packages: Path) -> None:
+def test_entities_are_those_with_two_distinguishable_pictures(tool: ModuleType, packages: Path) -> None:
     content, pictures = tool.build(tool.fetch(packages), ENGLISH)
-    # The hamster lacks a second picture, the bear is drawn like the cat, the grin is no thing, the union no country.
+    # The hamster lacks a second picture, the bear looks like the cat, the grin is no thing, the union is no country.
     assert {key: entity["name"] for key, entity in content["entities"].items()} == {
         "1f436": "dog",
         "1f431": "cat",
@@ -164,9 +164,7 @@ def test_entities_are_those_drawn_by_both_vendors_and_told_apart(tool: ModuleTyp
     assert sorted(pictures) == sorted([*by_vendors, *further])
 
 
-def test_further_styles_are_drawn_of_the_kept_emoji_that_they_have(
-    tool: ModuleType, packages: Path, drawn: list[str]
-) -> None:
+def test_further_styles_have_pictures_of_kept_emoji_only(tool: ModuleType, packages: Path, drawn: list[str]) -> None:
     content, _ = tool.build(tool.fetch(packages), ENGLISH)
     assert sorted(svg[svg.index("><") + 1 : -len("</svg>")] for svg in drawn) == ["<cat/>", "<dog/>", "<hound/>"]
     assert 'viewBox="0 0 64 32"' in next(svg for svg in drawn if "<hound/>" in svg)
@@ -181,7 +179,7 @@ def test_country_facts_are_current_and_official(tool: ModuleType, packages: Path
     assert facts["chad"] == {"currency": "central african cfa franc", "language": "french", "region": "middle africa"}
 
 
-def test_pictures_are_flattened_on_white_and_of_one_size(tool: ModuleType) -> None:
+def test_pictures_have_one_size_and_a_white_background(tool: ModuleType) -> None:
     for side in (64, 72):
         with Image.open(io.BytesIO(tool.picture(png("red", side)))) as picture:
             assert picture.size == (64, 64)
@@ -206,7 +204,7 @@ def test_two_builds_write_the_same_bytes(tool: ModuleType, packages: Path, tmp_p
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-def test_too_large_a_data_set_is_refused_and_nothing_written(
+def test_a_data_set_that_is_too_large_is_refused_and_not_written(
     tool: ModuleType, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "LIMIT_BYTES", 100)
@@ -215,7 +213,7 @@ def test_too_large_a_data_set_is_refused_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_command_writes_into_the_folder_it_is_given(
+def test_command_writes_into_the_given_folder(
     tool: ModuleType,
     packages: Path,
     tmp_path: Path,
@@ -229,7 +227,7 @@ def test_command_writes_into_the_folder_it_is_given(
 
 
 @pytest.mark.parametrize("library", ["babel", "resvg_py"])
-def test_command_without_a_library_says_what_to_install(
+def test_command_names_the_missing_library(
     library: str,
     tool: ModuleType,
     packages: Path,
@@ -282,7 +280,7 @@ def test_names_become_plain(tool: ModuleType) -> None:
     assert tool.plain("Woman’s  Hat") == "woman's hat"
 
 
-def test_splits_are_spread_over_groups_in_the_counts_asked(tool: ModuleType) -> None:
+def test_splits_are_spread_over_groups_in_the_requested_counts(tool: ModuleType) -> None:
     codes = [f"{group}{i}" for group in "abcd" for i in range(25)]
     groups = {code: code[0] for code in codes}
     found = tool.spread(codes, groups, {"test": 40, "control": 20}, "salt")
@@ -292,8 +290,8 @@ def test_splits_are_spread_over_groups_in_the_counts_asked(tool: ModuleType) -> 
     assert found == tool.spread(reversed(codes), groups, {"test": 40, "control": 20}, "salt")
 
 
-def test_shipped_files_are_what_the_tables_of_the_tool_say(tool: ModuleType) -> None:
-    """Counts and vocabulary in the package follow the constants in the tool: neither was changed alone."""
+def test_shipped_files_match_the_tables_of_the_tool(tool: ModuleType) -> None:
+    """Counts and vocabulary in the package must follow the constants in the tool, so that both change together."""
     shipped = json.loads((ROOT / "src/mmemb/data/bundled/entities.json").read_text())
     assert shipped["sources"] == tool.PACKAGES
     rows = list(shipped["entities"].values())

@@ -1,4 +1,4 @@
-"""No split of the bundled data knows anything of another that it should not."""
+"""No split of the bundled data leaks held-out content of another split."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pretraining() -> list[Pair]:
 
 
 def sources(items: Iterable[Item]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(vendor, keys) of every picture: one key, or the four of a scene."""
+    """Yields (vendor, keys) of every picture: one key, or the four keys of a scene."""
     for item in items:
         for part in item.parts:
             if isinstance(part, Image):
@@ -58,14 +58,14 @@ def scenes(items: Iterable[Item]) -> set[frozenset[str]]:
 
 
 def compositions(pair: Pair) -> frozenset[str]:
-    """The scene a pair is about, if any: its picture's, or the caption its text holds."""
+    """Returns the scene of a pair's picture, or of the caption in its text, if there is one."""
     if pair.task == "text_scene":
         by_name = {entity.name: key for key, entity in entities().items()}
         return frozenset(by_name[name] for name in pair.query.text.split(" , "))
     return next(iter(scenes([pair.query, pair.positive])), frozenset())
 
 
-def test_no_query_is_rendered_alike_in_two_splits(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
+def test_no_query_occurs_in_two_splits(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
     rendered = {
         split: {(pair.query.instruction, pair.query.parts) for pair in found}
         for split, found in (pairs | {"pretraining": pretraining}).items()
@@ -86,7 +86,7 @@ def test_picture_of_a_held_out_name_is_never_shown_in_training(
         assert not shown & withheld
 
 
-def test_further_styles_are_shown_in_training_alone(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
+def test_further_styles_are_shown_in_training_only(pairs: dict[str, list[Pair]], pretraining: list[Pair]) -> None:
     for found in (pairs["train"], pretraining):
         assert set(TRAINING_STYLES) <= {style for style, _ in sources(sides(found))}
     for split in HELD_OUT:
@@ -94,7 +94,7 @@ def test_further_styles_are_shown_in_training_alone(pairs: dict[str, list[Pair]]
         assert not set(TRAINING_STYLES) & {style for style, _ in sources([*sides(pairs[split]), *candidates])}
 
 
-def test_withheld_picture_is_shown_by_its_own_split_alone(pairs: dict[str, list[Pair]]) -> None:
+def test_withheld_picture_is_shown_by_its_own_split_only(pairs: dict[str, list[Pair]]) -> None:
     for split in HELD_OUT:
         candidates = [item for task in evaluation_tasks(split) for item in task.candidates]
         for vendor, keys in sources([*sides(pairs[split]), *candidates]):
@@ -103,7 +103,7 @@ def test_withheld_picture_is_shown_by_its_own_split_alone(pairs: dict[str, list[
 
 
 @pytest.mark.parametrize("split", HELD_OUT)
-def test_held_out_scene_is_arranged_or_drawn_anew_in_no_other_split(
+def test_held_out_scene_is_in_no_other_split_even_rearranged(
     split: str, pairs: dict[str, list[Pair]], pretraining: list[Pair]
 ) -> None:
     candidates = [item for task in evaluation_tasks(split) for item in task.candidates]
@@ -129,12 +129,12 @@ def test_flag_questions_are_split_by_country(pairs: dict[str, list[Pair]]) -> No
         assert {split_of[name] for name in asked} == {split}
 
 
-def test_every_country_of_the_test_split_is_asked_about(pairs: dict[str, list[Pair]]) -> None:
+def test_every_country_of_the_test_split_has_a_query(pairs: dict[str, list[Pair]]) -> None:
     asked = {pair.query.fields["country"] for pair in pairs["test"] if pair.task == "flagattr"}
     assert len(asked) >= 40
 
 
-def test_pretraining_asks_no_more_of_a_picture_than_where_a_thing_is(pretraining: list[Pair]) -> None:
+def test_pretraining_asks_for_no_composition_in_a_picture(pretraining: list[Pair]) -> None:
     names = {entity.name for entity in entities().values()}
     for pair in pretraining:
         if any(isinstance(part, Image) for part in pair.query.parts):
@@ -145,7 +145,7 @@ def test_pretraining_asks_no_more_of_a_picture_than_where_a_thing_is(pretraining
             assert pair.query.text in asked
 
 
-def test_every_fact_is_asked_in_training_in_words_of_its_own(pairs: dict[str, list[Pair]]) -> None:
+def test_training_asks_for_every_fact_in_its_own_phrasings(pairs: dict[str, list[Pair]]) -> None:
     def asked(split: str) -> set[tuple[str, str]]:
         facts = [pair.query.fields for pair in load_pairs(split, tasks=["fact"])]
         return {(fields["country"], fields["attribute"]) for fields in facts}
@@ -183,7 +183,7 @@ def test_sample_is_a_function_of_seed_and_index(pretraining: list[Pair]) -> None
     assert [other[i] for i in range(20)] != pretraining[:20]
 
 
-def test_samples_end_where_their_length_says() -> None:
+def test_a_sample_beyond_the_length_is_an_index_error() -> None:
     samples = PretrainingSamples()
     assert samples[len(samples) - 1].positive.text
     for index in (SIZE, -1):
@@ -191,13 +191,13 @@ def test_samples_end_where_their_length_says() -> None:
             samples[index]
 
 
-def test_tasks_choose_what_is_drawn() -> None:
+def test_only_the_named_tasks_are_drawn() -> None:
     samples = read_pairs(Source("bundled:pretrain", tasks=["fact", "find"]))
     assert {samples[i].task for i in range(100)} == {"fact", "find"}
     thrice = read_pairs(Source("bundled:pretrain", tasks=["picture", "text_scene", "text_scene", "text_scene"]))
     share = sum(thrice[i].task == "text_scene" for i in range(1000)) / 1000
     assert abs(share - 3 * WEIGHTS["text_scene"] / (WEIGHTS["picture"] + 3 * WEIGHTS["text_scene"])) < 0.06
-    with pytest.raises(ValueError, match="got name, fact; there are picture, scene, fact, text_scene, find"):
+    with pytest.raises(ValueError, match="got name, fact; choose from picture, scene, fact, text_scene, find"):
         read_pairs(Source("bundled:pretrain", tasks=["name", "fact"]))
     with pytest.raises(ValueError, match="got none"):
         PretrainingSamples(tasks=[])
@@ -210,7 +210,7 @@ def test_the_first_stage_shows_every_training_picture() -> None:
     assert len(wanted - shown) < 0.2 * len(wanted)
 
 
-def test_half_of_the_emoji_of_pretraining_are_mirrored_and_no_flag(pretraining: list[Pair]) -> None:
+def test_pretraining_mirrors_half_of_the_emoji_and_no_flag(pretraining: list[Pair]) -> None:
     found: dict[str, list[bool]] = {"emoji": [], "flag": []}
     for pair in pretraining:
         if pair.task == "picture":
@@ -261,7 +261,7 @@ def test_reversed_facts_have_one_answer(pretraining: list[Pair]) -> None:
         assert [c.name for c in countries() if c.attributes[attribute] == value] == [pair.positive.text]
 
 
-def test_probes_ask_what_pretraining_has_not_seen(pretraining: list[Pair]) -> None:
+def test_probes_are_not_part_of_pretraining(pretraining: list[Pair]) -> None:
     probes = probe_samples("test")
     kinds = [pair.task for pair in probes]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {

@@ -1,4 +1,4 @@
-"""What ships beside the bundled data fits it: the pool is of these pairs, the weights can do what their card says."""
+"""The shipped pool has the pairs of the bundled data, and the shipped weights do what their card says."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def test_the_pool_is_complete_scored_and_made_from_these_pairs(pool: RationalePo
     pool.check(load_pairs("train"))
 
 
-def test_the_pool_holds_candidates_of_both_workers(pool: RationalePool) -> None:
+def test_the_pool_has_candidates_of_both_workers(pool: RationalePool) -> None:
     pair = load_pairs("train", tasks=["flagattr"])[0]
     workers = {rationale.worker for rationale in pool.candidates(pair.id).rationales}
     assert workers == {"model", "metadata"}
 
 
-def test_the_pools_candidates_are_of_the_shipped_weights(pool: RationalePool) -> None:
+def test_the_shipped_weights_made_the_candidates_of_the_pool(pool: RationalePool) -> None:
     workers = {worker["worker"]: worker for worker in pool.manifest.generation["workers"]}
     assert workers["model"]["weights"] == ModelWorker(TinyBackbone()).settings["weights"]
 
 
 def test_counterfactual_selection_prefers_the_rationale_that_answers(pool: RationalePool) -> None:
-    """In `left1` a caption alone leaves the last hop to do; the template takes it."""
+    """In `left1`, a caption alone lacks the last hop. The rationale of the template has it."""
     selector = create("selector", "counterfactual")
     pairs = load_pairs("train", tasks=["left1"])[:200]
     chosen = [choose(pool, selector, pair.id, 0).rationale for pair in pairs]
@@ -64,8 +64,8 @@ def test_weights_and_data_stay_small() -> None:
     assert sum((data / name).stat().st_size for name in ("entities.json", "pictures.zip", "pool.parquet")) <= 5e6
 
 
-def test_tasks_steps_and_seeds_of_the_weights_are_those_of_the_recipes() -> None:
-    stages = shipped_stages()  # of these very weights: their digest is checked
+def test_the_weights_were_trained_with_the_tasks_steps_and_seeds_of_the_recipes() -> None:
+    stages = shipped_stages()  # checks the digest of the weights
     first = yaml.safe_load((RECIPES / "pretrain_tiny.yaml").read_text(encoding="utf-8"))
     second = yaml.safe_load((RECIPES / "pretrain_tiny_find.yaml").read_text(encoding="utf-8"))
     assert second["model"]["backbone"]["init_args"]["weights"] == "pretrained"
@@ -83,7 +83,7 @@ def test_tasks_steps_and_seeds_of_the_weights_are_those_of_the_recipes() -> None
         assert f"{stage['steps']} steps of {stage['batch_size']} rows" in card
 
 
-def test_a_run_from_random_weights_is_the_first_stage_and_another_adds_one() -> None:
+def test_a_run_from_random_weights_is_the_first_stage_and_the_next_adds_one() -> None:
     config = {
         "model": {"backbone": {"init_args": {"weights": "random"}}},
         "data": {"train": [{"tasks": ["fact"]}], "batch_size": 8},
@@ -97,7 +97,7 @@ def test_a_run_from_random_weights_is_the_first_stage_and_another_adds_one() -> 
     assert added["tasks"] == list(WEIGHTS)
 
 
-def test_a_run_that_is_released_twice_is_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_released_twice_is_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "shipped"
     shutil.copytree(FOLDER, shipped)
     weights = shipped / "model.safetensors"
@@ -120,14 +120,14 @@ def test_a_run_that_is_released_twice_is_one_stage(tmp_path: Path, monkeypatch: 
     assert release(tmp_path) == once == shipped_stages()
     config["model"]["backbone"]["init_args"]["weights"] = "random"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    weights.unlink()  # as docs/backbones.md says, before a tokenizer is made
+    weights.unlink()  # docs/backbones.md says to do this before a tokenizer is made
     assert release(tmp_path) == shipped_stages() == [once[-1]]
     weights.write_bytes(b"others")
     with pytest.raises(ValueError, match=r"training\.json: of other weights"):
         shipped_stages()
 
 
-def test_the_card_names_the_recipes_of_the_stages_there_are() -> None:
+def test_the_card_names_the_recipes_of_all_stages() -> None:
     stages, scores = shipped_stages(), {"test": {task: {"exact": 0.5, "n": 2} for task in WHAT}}
     assert "pretrain_tiny_find" not in card(stages[:1], scores, parameters=1)
     both = card(stages, scores, parameters=1)
@@ -142,5 +142,5 @@ def test_the_shipped_model_does_what_its_card_says() -> None:
     model = TinyBackbone().eval()
     scores = [accuracy(model, probe_samples(split)) for split in ("validation", "test")]
     measured = [split[task]["exact"] for task in WHAT for split in scores]
-    # Greedy decoding may break a tie otherwise on another machine: one probe of 60 is allowed for.
+    # Greedy decoding may break a tie differently on another machine, so one probe of 60 may differ.
     assert measured == pytest.approx(said, abs=1 / 60 + 1e-3)

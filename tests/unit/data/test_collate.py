@@ -22,7 +22,7 @@ def test_identity_is_a_63_bit_number_and_the_same_in_every_process() -> None:
     assert 2**62 < max(numbers) < 2**63
 
 
-def test_candidates_stand_chunk_by_chunk_positives_before_hard_negatives() -> None:
+def test_candidates_come_by_chunk_with_positives_before_hard_negatives() -> None:
     pairs = [pair("a", "x", "y"), pair("b"), pair("c", "z")]
     layout = candidate_layout(pairs, chunk_size=2)
     assert layout.candidate_id == [identity(name) for name in ("a", "b", "x", "y", "c", "z")]
@@ -30,7 +30,7 @@ def test_candidates_stand_chunk_by_chunk_positives_before_hard_negatives() -> No
     assert layout.positive == [0, 1, 4]
 
 
-def test_each_querys_positive_has_its_id_at_any_chunk_size() -> None:
+def test_each_positive_has_the_id_of_its_query_at_any_chunk_size() -> None:
     pairs = [pair(name, "n") for name in "abcde"]
     for size in (1, 2, 5, 9):
         layout = candidate_layout(pairs, chunk_size=size)

@@ -26,7 +26,7 @@ def number_pairs(pairs: list[Pair], seed: int) -> dict[str, Any]:
 
 
 class Module(L.LightningModule):
-    """Trains one weight by hand on what comes, drawing noise as a real step does, and notes every batch."""
+    """Trains one weight by hand, draws noise as a real step does, and records every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(
 
 
 class Interrupt(L.Callback):
-    """Fails in the middle of a step, as a kill would, after leaving a checkpoint at the last whole one."""
+    """Fails in the middle of a step like a killed run, after saving a checkpoint at the last whole step."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "interrupted.ckpt"
@@ -101,7 +101,7 @@ class Interrupt(L.Callback):
         trainer.save_checkpoint(self.path)
 
 
-def test_a_run_interrupted_within_a_step_does_that_step_again(tmp_path: Path, source: Source) -> None:
+def test_a_run_interrupted_within_a_step_repeats_that_step(tmp_path: Path, source: Source) -> None:
     whole = Module()
     trainer(tmp_path, max_epochs=2).fit(whole, datamodule=make(source))
 
@@ -115,7 +115,7 @@ def test_a_run_interrupted_within_a_step_does_that_step_again(tmp_path: Path, so
     assert torch.equal(second.weight, whole.weight)
 
 
-def test_epochs_go_on_in_the_stream_and_limits_do_not_skip(tmp_path: Path, source: Source) -> None:
+def test_epochs_continue_the_stream_and_limits_skip_nothing(tmp_path: Path, source: Source) -> None:
     module = Module()
     trainer(tmp_path, max_epochs=3, limit_train_batches=2).fit(module, datamodule=make(source))
     alone = make(source)
@@ -141,7 +141,7 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone(source: Sou
     assert all(torch.equal(one["x"], two["x"]) for one, two in zip(*batches, strict=True))
 
 
-def test_what_workers_hold_can_be_sent_to_a_fresh_process(source: Source) -> None:
+def test_the_data_of_workers_can_be_sent_to_a_new_process(source: Source) -> None:
     data = make(source)
     data.use_collate(number_pairs)
     data.setup("fit")
@@ -156,7 +156,7 @@ def broken(pairs: list[Pair], seed: int) -> Any:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_mistake_found_by_a_worker_is_still_one_line(source: Source, num_workers: int) -> None:
+def test_an_error_found_by_a_worker_has_one_line(source: Source, num_workers: int) -> None:
     data = make(source, num_workers=num_workers)
     data.use_collate(broken)
     data.setup("fit")
@@ -175,7 +175,7 @@ def test_workers_end_with_the_fit(tmp_path: Path, source: Source, killed: bool) 
 
 
 def as_rank(data: PairDataModule, rank: int, world_size: int) -> PairDataModule:
-    """The data module as a process of several has it."""
+    """Makes the data module of one process among several."""
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, fit_loop=loop)  # type: ignore[assignment]
@@ -201,7 +201,7 @@ def test_two_ranks_see_the_rows_and_seeds_of_one(source: Source) -> None:
 
 
 class Ranked(Module):
-    """Writes what its rank saw."""
+    """Records the batches and tasks of its rank in a file."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Ranked(Module):
         path.write_text(json.dumps({"seen": self.seen, "tasks": self.tasks}))
 
 
-def test_in_a_real_group_ranks_share_the_batches_and_all_get_every_task(tmp_path: Path, source: Source) -> None:
+def test_ranks_of_a_real_group_share_the_batches_and_get_every_task(tmp_path: Path, source: Source) -> None:
     if torch.cuda.is_initialized():
         pytest.skip("a process that has used CUDA cannot be forked")
     data = PairDataModule([source], [source], batch_size=2, sub_batch_size=2, steps_per_epoch=4, seed=3)
@@ -226,11 +226,13 @@ def test_in_a_real_group_ranks_share_the_batches_and_all_get_every_task(tmp_path
     alone.setup("fit")
     expected = [[pair.id for pair in batch] for batch in alone.train_dataloader()][:4]
     assert [one + two for one, two in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)] == expected
-    assert [rank["tasks"] for rank in ranks] == [["even", "odd"]] * 2  # the evaluation shares out queries, not tasks
+    assert [rank["tasks"] for rank in ranks] == [
+        ["even", "odd"]
+    ] * 2  # evaluation splits queries between ranks, not tasks
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_every_stage_hands_its_data_over_whatever_the_precision(tmp_path: Path, source: Source, precision: str) -> None:
+def test_every_stage_passes_its_data_on_at_any_precision(tmp_path: Path, source: Source, precision: str) -> None:
     class Stages(Module):
         def setup(self, stage: str) -> None:
             self.got: list[Any] = []
@@ -281,7 +283,7 @@ def test_loaders_work_without_a_trainer(source: Source) -> None:
     )
 
 
-def test_a_restored_state_says_where_the_stream_goes_on(source: Source) -> None:
+def test_the_stream_continues_at_the_restored_state(source: Source) -> None:
     data = make(source)
     data.setup("fit")
     whole = list(data.train_dataloader())
@@ -290,7 +292,7 @@ def test_a_restored_state_says_where_the_stream_goes_on(source: Source) -> None:
     assert list(data.train_dataloader())[:3] == whole[2:]
 
 
-def test_going_on_with_another_stream_is_warned_of(source: Source) -> None:
+def test_continuing_with_another_stream_warns(source: Source) -> None:
     data, other = make(source), PairDataModule([source], batch_size=8, sub_batch_size=2, seed=3)
     data.setup("fit")
     other.setup("fit")
@@ -300,7 +302,7 @@ def test_going_on_with_another_stream_is_warned_of(source: Source) -> None:
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7])
-def test_a_run_resumed_from_a_checkpoint_of_a_validation_goes_on_exactly(
+def test_a_run_resumed_from_a_checkpoint_of_a_validation_continues_exactly(
     tmp_path: Path, source: Source, stop: int
 ) -> None:
     def run(module: Module, keep: ModelCheckpoint | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the data module makes of its sources and settings: mixtures, stages, mistakes."""
+"""The data module and its sources and settings: mixtures, stages and invalid values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def drawn(data: PairDataModule, batches: int = 500) -> dict[str, float]:
-    """Share of each task."""
+    """Returns the share of each task."""
     data.steps_per_epoch = batches
     data.setup("fit")
     tasks = Counter(pair.task for batch in data.train_dataloader() for pair in batch)
@@ -37,7 +37,7 @@ def test_tasks_are_drawn_by_the_weight_of_their_source(tmp_path: Path, source: S
     assert drawn(named) == pytest.approx({"even": 2 / 3, "third": 1 / 3}, abs=0.05)
 
 
-def test_a_task_of_two_files_is_one_task(tmp_path: Path, source: Source) -> None:
+def test_a_task_in_two_files_is_one_task(tmp_path: Path, source: Source) -> None:
     more = Source(write_rows(tmp_path / "more.jsonl", [{"query": "q", "positive": "p", "task": "odd"}]))
     data = PairDataModule([source, more], batch_size=4, sub_batch_size=2)
     assert drawn(data) == pytest.approx({"even": 1 / 3, "odd": 2 / 3}, abs=0.05)
@@ -47,7 +47,7 @@ def test_a_task_of_two_files_is_one_task(tmp_path: Path, source: Source) -> None
         data.stream_pairs("train")[18]
 
 
-def test_pretraining_samples_are_one_task_in_order() -> None:
+def test_pretraining_samples_are_one_task_without_shuffling() -> None:
     data = PairDataModule([Source("bundled:pretrain")], batch_size=4, sub_batch_size=2, steps_per_epoch=2)
     data.setup("fit")
     assert len(data.stream_pairs("train")) > 10**6
@@ -65,7 +65,7 @@ def test_predict_takes_the_queries_of_bundled_data() -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("fit", r"there is no train source; give data\.train a list"),
+        ("fit", r"there is no train source; set data\.train to a list"),
         ("validate", "there is no validation source"),
         ("test", "there is no test source"),
         ("predict", "there is no predict source"),
@@ -87,30 +87,28 @@ def test_a_number_out_of_range_is_named(name: str, value: int) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("sub_batch_size", -8)])
 def test_a_streams_number_out_of_range_is_named(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.streams\.more\.{name}: expected 1 or more, got {value}"):
+    with pytest.raises(ValueError, match=rf"^data\.streams\.more\.{name} is {value}; give 1 or more"):
         PairDataModule(streams={"more": Stream([], **{name: value})})
 
 
-def test_a_source_that_chooses_nothing_is_named() -> None:
+def test_a_source_without_rows_or_tasks_is_named() -> None:
     for limit in (0, -1):
         with pytest.raises(ValueError, match=rf"^data\.train, a\.jsonl: source\.limit is {limit}; give 1 or more"):
             PairDataModule([Source("a.jsonl", limit=limit)])
-    with pytest.raises(
-        ValueError, match=r"^data\.test, a\.jsonl: source\.tasks: is empty; name tasks, or leave it out"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.test, a\.jsonl: source\.tasks: is empty; name tasks"):
         PairDataModule(test=[Source("a.jsonl", tasks=[])])
 
 
-def test_mistakes_are_found_at_setup(tmp_path: Path, source: Source) -> None:
+def test_setup_finds_invalid_sources_and_settings(tmp_path: Path, source: Source) -> None:
     with pytest.raises(FileNotFoundError, match="gone.jsonl: there is no such file"):
         PairDataModule([Source(str(tmp_path / "gone.jsonl"))]).setup("fit")
     with pytest.raises(FileNotFoundError, match="gone.jsonl: there is no such file"):
         PairDataModule([source], [Source(str(tmp_path / "gone.jsonl"))]).setup("fit")
     with pytest.raises(ValueError, match="sub_batch_size 3 must divide batch_size 8"):
         PairDataModule([source], batch_size=8, sub_batch_size=3).setup("fit")
-    with pytest.raises(ValueError, match="weight for the task 'evn'"):
+    with pytest.raises(ValueError, match="task_weights has the task 'evn'"):
         PairDataModule([source], task_weights={"evn": 1.0}).setup("fit")
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: the pair id 'even/pairs:1' stands in .*pairs\.jsonl too"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: the pair id 'even/pairs:1' is in .*pairs\.jsonl too"):
         PairDataModule([source, replace(source, weight=2.0)]).setup("fit")
 
 
@@ -121,8 +119,8 @@ def test_the_signature_is_the_configuration(source: Source, capsys: pytest.Captu
     config = parser.parse_args([f"--data.train={train}", "--data.task_weights={odd: 2}", "--data.batch_size=4"])
     data = parser.instantiate_classes(config).data
     assert data.sources["train"] == [replace(source, tasks=["odd"], weight=0.5)]
-    assert (data.task_weights, data.batch_size) == ({"odd": 2.0}, 4)
+    assert (data.streams["train"].task_weights, data.batch_size) == ({"odd": 2.0}, 4)
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "rows that share a task, so that in-batch negatives are of the query's own kind" in words
+    assert "rows that share a task, so that in-batch negatives are of the same kind" in words

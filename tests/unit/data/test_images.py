@@ -41,18 +41,18 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees to view
+    exif[0x0112] = 6  # must be rotated by 90 degrees
     path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4)), exif=exif)
     assert load_image(path).size == (4, 8)
 
 
-def test_a_pil_image_is_copied_so_that_the_source_stays_as_it_was() -> None:
+def test_a_pil_image_is_copied_and_stays_unchanged() -> None:
     source = Image.new("RGB", (2, 2))
     load_image(source).putpixel((0, 0), (255, 0, 0))
     assert source.getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_a_bundled_name_is_opened_by_the_bundled_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_data_opens_a_bundled_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
         "mmemb.data.bundled.open_picture", lambda name: asked.append(name) or Image.new("RGB", (6, 6)), raising=False
@@ -91,7 +91,7 @@ def test_a_truncated_picture_is_an_error(tmp_path: Path, suffix: str) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds no pixels."""
+    """Writes a PNG that declares a size and has no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     data = b"IDAT" + zlib.compress(b"")
@@ -107,11 +107,11 @@ def test_a_picture_bomb_is_refused_before_decoding(tmp_path: Path, side: int) ->
 
 
 @pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
-def test_every_kind_of_picture_of_a_folder_is_decoded(tmp_path: Path, suffix: str) -> None:
+def test_every_picture_suffix_of_a_folder_is_decoded(tmp_path: Path, suffix: str) -> None:
     assert load_image(save(tmp_path / f"a{suffix}", Image.new("RGB", (3, 5)))).size == (3, 5)
 
 
-def test_other_kinds_of_files_reach_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_formats_reach_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object) -> None:
         raise AssertionError("decoded")
 
@@ -130,7 +130,7 @@ def test_other_kinds_of_files_reach_no_decoder(tmp_path: Path, monkeypatch: pyte
 def test_the_pixel_limit_is_inclusive(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.new("RGB", (10, 10)))
     assert load_image(path, max_pixels=100).size == (10, 10)
-    with pytest.raises(ValueError, match="10 x 10 pixels, more than the 99 allowed"):
+    with pytest.raises(ValueError, match="10 x 10 pixels, but the maximum is 99"):
         load_image(path, max_pixels=99)
 
 
@@ -142,7 +142,7 @@ def test_a_path_is_joined_to_its_root(tmp_path: Path) -> None:
     assert resolve_image(path, tmp_path) == path
 
 
-def test_a_root_that_is_itself_a_link_is_followed(tmp_path: Path) -> None:
+def test_a_root_that_is_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     path = save(tmp_path / "real" / "a.png", Image.new("RGB", (1, 1)))
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -171,7 +171,7 @@ def test_a_sibling_folder_whose_name_starts_like_the_root_is_outside(tmp_path: P
         resolve_image("../root2/a.png", tmp_path / "root")
 
 
-def test_a_missing_image_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_image_and_a_folder_have_different_errors(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     with pytest.raises(FileNotFoundError, match=r"image 'gone\.png' does not exist in .*image_root"):
         resolve_image("gone.png", tmp_path)

@@ -68,7 +68,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Source:
         (" \n", [], ()),
     ],
 )
-def test_marks_say_where_pictures_go(text: str, pictures: list[Any], parts: tuple[Any, ...]) -> None:
+def test_pictures_take_the_places_of_their_marks(text: str, pictures: list[Any], parts: tuple[Any, ...]) -> None:
     assert place_pictures(text, pictures, field="f") == parts
 
 
@@ -111,7 +111,7 @@ def test_parquet_as_on_the_hub_with_an_image_root(folder: Path) -> None:
     assert [pair.positive.text for pair in pairs] == ["[0.1, 0.5]", "{}"]
 
 
-def test_the_task_comes_from_the_folder_only_where_the_file_is_named_after_a_split() -> None:
+def test_the_task_is_the_folder_only_if_the_file_is_named_after_a_split() -> None:
     assert train_task(Path("x/CIRR/diverse_instruction-00000-of-00001.parquet")) == "CIRR"
     assert train_task(Path("x/CIRR/test.parquet")) == "CIRR"
     assert train_task(Path("x/CIRR/training.parquet")) == "training"
@@ -121,15 +121,15 @@ def test_the_task_comes_from_the_folder_only_where_the_file_is_named_after_a_spl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qry": "", "qry_image_path": ""}, "line 1, field 'qry': is empty, and qry_image_path too"),
-        ({"pos_text": None, "pos_image_path": ""}, "line 1, field 'pos_text': is empty, and pos_image_path too"),
+        ({"qry": "", "qry_image_path": ""}, "line 1, field 'qry': is empty, and so is qry_image_path"),
+        ({"pos_text": None, "pos_image_path": ""}, "line 1, field 'pos_text': is empty, and so is pos_image_path"),
         ({"qry": 3}, "line 1, field 'qry': expected a text, got the int 3"),
         ({"qry_image_path": ""}, r"line 1, field 'qry': has the mark <\|image_1\|>, but 0 picture"),
         ({"qry_image_path": "images/cow.png"}, "line 1, field 'qry_image_path': image 'images/cow.png' does not exist"),
         ({"qry_image_path": "../cat.png"}, "line 1, field 'qry_image_path': .* outside its root"),
     ],
 )
-def test_a_wrong_training_row_names_file_line_and_field(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_training_row_names_file_line_and_field(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"rows\.jsonl, " + message) as caught:
         read_pairs(write(folder / "rows.jsonl", [train_row(**changes)]))
     assert "\n" not in str(caught.value)
@@ -156,7 +156,7 @@ def test_queries_share_their_candidates_as_objects(folder: Path) -> None:
     assert first.hard_negatives[1] is second.hard_negatives[1]
 
 
-def test_picture_candidates_are_told_apart_by_path_and_caption(folder: Path) -> None:
+def test_picture_candidates_differ_by_path_and_caption(folder: Path) -> None:
     paths = ["images/cat.png", "images/dog.png", "images/dog.png", "images/dog.png"]
     (task,) = read_tasks(write(folder / "a.json", [evaluation_row(tgt_text=["", "", "a dog", ""], tgt_img_path=paths)]))
     assert len(task.candidates) == 3
@@ -172,13 +172,13 @@ def test_the_older_rows_have_no_instructions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tgt_text": []}, "field 'tgt_text': expected a list with the ground truth first, got a list"),
-        ({"tgt_text": "cat"}, "field 'tgt_text': expected a list"),
-        ({"tgt_img_path": [""]}, "field 'tgt_img_path': has 1 entries, tgt_text has 3"),
+        ({"tgt_text": []}, "field 'tgt_text': expected a non-empty list with the ground truth first"),
+        ({"tgt_text": "cat"}, "field 'tgt_text': expected a non-empty list .*, got a text"),
+        ({"tgt_img_path": [""]}, "field 'tgt_img_path': has 1 entries, but tgt_text has 3"),
         ({"tgt_text": ["cat", 4, ""]}, "field 'tgt_text': expected a text, got the int 4"),
-        ({"tgt_text": ["cat", "dog", ""]}, "field 'tgt_text': is empty, and tgt_img_path too"),
+        ({"tgt_text": ["cat", "dog", ""]}, "field 'tgt_text': is empty, and so is tgt_img_path"),
     ],
 )
-def test_a_wrong_evaluation_row_names_its_field(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_evaluation_row_names_its_field(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="row 1, " + message):
         read_tasks(write(folder / "rows.json", [evaluation_row(**changes)]))

@@ -73,18 +73,18 @@ def test_pictures_are_not_opened(folder: Path) -> None:
     assert read(folder, {"query": {"image": "notes.png"}, "positive": "x"})
 
 
-def test_image_root_replaces_the_files_folder(folder: Path) -> None:
+def test_image_root_replaces_the_folder_of_the_file(folder: Path) -> None:
     (pair,) = read(folder, {"query": {"image": "c.jpg"}, "positive": "x"}, image_root=str(folder / "sub"))
     assert pair.query.parts == (Image(str(folder / "sub" / "c.jpg")),)
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_still_count(folder: Path) -> None:
+def test_blank_lines_are_skipped_but_counted_and_a_byte_order_mark_is_skipped(folder: Path) -> None:
     path = folder / "rows.jsonl"
     path.write_text("\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n", encoding="utf-8")
     assert [pair.id for pair in read_pairs(Source(str(path)))] == ["rows/rows:1", "rows/rows:3"]
 
 
-def test_json_and_parquet_hold_the_same_rows(folder: Path) -> None:
+def test_json_and_parquet_give_the_same_rows(folder: Path) -> None:
     rows = [
         {
             "task": None,
@@ -124,11 +124,11 @@ def test_lists_of_json_texts_in_parquet_are_items(folder: Path) -> None:
         ({"query": "x", "positve": "y"}, "field 'positive': is missing; .* rename 'positve'"),
         ({**ROW, "hard_negative": ["x"]}, "field 'hard_negative': is unknown; did you mean 'hard_negatives'?"),
         ({**ROW, "query": 3}, "field 'query': expected a text or an object .*, got the int 3"),
-        ({**ROW, "query": {"txt": "x"}}, "field 'query.txt': is unknown; an item has .*; did you mean 'text'?"),
+        ({**ROW, "query": {"txt": "x"}}, "field 'query.txt': is unknown; an item may have .*; did you mean 'text'?"),
         ({**ROW, "query": {}}, "field 'query': is empty"),
         ({**ROW, "query": " "}, "field 'query': is empty"),
         ({**ROW, "query": {"parts": [{"text": "  "}]}}, "field 'query': is empty"),
-        ({**ROW, "query": "ab\ud800"}, r"field 'query\.text': has half a character, '\\ud800', at place 3; write it"),
+        ({**ROW, "query": "ab\ud800"}, r"field 'query\.text': has half a character, '\\ud800', at position 3; write"),
         ({**ROW, "query": {"parts": [{"text": "\udc00"}]}}, r"field 'query\.parts\[0\]\.text': has half a character"),
         ({**ROW, "query": {"text": "x", "fields": {"a": "\ud800"}}}, r"field 'query\.fields\.a': has half a character"),
         ({**ROW, "id": "\ud800"}, "field 'id': has half a character"),
@@ -138,7 +138,7 @@ def test_lists_of_json_texts_in_parquet_are_items(folder: Path) -> None:
         ),
         ({**ROW, "query": {"text": ["x"]}}, "field 'query.text': expected a text, got a list"),
         ({**ROW, "query": {"text": "x", "instruction": 1}}, "field 'query.instruction': expected a text"),
-        ({**ROW, "query": {"text": "x", "parts": []}}, "field 'query.text': stands beside parts"),
+        ({**ROW, "query": {"text": "x", "parts": []}}, "field 'query.text': .*together with parts"),
         ({**ROW, "query": {"parts": {}}}, "field 'query.parts': expected a list of parts, got an object"),
         ({**ROW, "query": {"parts": []}}, "field 'query': is empty"),
         (
@@ -153,9 +153,9 @@ def test_lists_of_json_texts_in_parquet_are_items(folder: Path) -> None:
         ({**ROW, "query": {"parts": [{"image": "x.png"}]}}, r"field 'query.parts\[0\].image': image 'x.png' does not"),
         ({**ROW, "query": {"image": ""}}, "field 'query.image': expected the path of a picture, got an empty text"),
         ({**ROW, "query": {"image": 5}}, "field 'query.image': expected the path of a picture, got the int 5"),
-        ({**ROW, "query": {"image": "../a.png"}}, "field 'query.image': image '../a.png' leads outside its root"),
+        ({**ROW, "query": {"image": "../a.png"}}, "field 'query.image': image '../a.png' is outside its root"),
         ({**ROW, "query": {"image": "gone.png"}}, "field 'query.image': image 'gone.png' does not exist"),
-        ({**ROW, "query": {"video": []}}, "field 'query.video': expected a list of frame pictures"),
+        ({**ROW, "query": {"video": []}}, "field 'query.video': expected a non-empty list of frame pictures"),
         ({**ROW, "query": {"video": ["a.png", "x.png"]}}, r"field 'query.video\[1\]': image 'x.png' does not exist"),
         ({**ROW, "query": {"text": "x", "fields": []}}, "field 'query.fields': expected an object"),
         ({**ROW, "query": {"text": "x", "fields": {"a": []}}}, "field 'query.fields.a': expected a text or a number"),
@@ -167,7 +167,7 @@ def test_lists_of_json_texts_in_parquet_are_items(folder: Path) -> None:
         ([1], "expected an object with fields, got a list"),
     ],
 )
-def test_a_wrong_row_names_file_line_and_field(folder: Path, row: Any, message: str) -> None:
+def test_an_invalid_row_names_file_line_and_field(folder: Path, row: Any, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"rows\.jsonl, line 2[,:] " + message) as caught:
         read(folder, ROW, row)
     assert "\n" not in str(caught.value)
@@ -179,30 +179,34 @@ def test_a_missing_picture_is_a_missing_file(folder: Path) -> None:
 
 
 def test_ids_must_be_unique(folder: Path) -> None:
-    with pytest.raises(ValueError, match="line 3, field 'id': 'x' stands already in row 1"):
+    with pytest.raises(ValueError, match="line 3, field 'id': 'x' is already in row 1"):
         read(folder, {**ROW, "id": "x"}, ROW, {**ROW, "id": "x"})
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"query": "x"\n', r"a\.jsonl, line 1: is not valid JSON .* one JSON object a line"),
-        ("a.jsonl", b"", r"a\.jsonl: holds no rows"),
+        ("a.jsonl", b'{"query": "x"\n', r"a\.jsonl, line 1: is not valid JSON .* one JSON object per line"),
+        ("a.jsonl", b"", r"a\.jsonl: has no rows"),
         ("a.jsonl", b'{"query": "\xff"}\n', r"a\.jsonl: is not UTF-8 text"),
         ("a.jsonl", b'{"query":' * 5000, r"a\.jsonl, line 1: is nested too deeply"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: is nested too deeply"),
-        ("a.jsonl", b'{"id": ' + b"7" * 5000 + b"}", r"a\.jsonl, line 1: has a number of too many digits; write it as"),
+        (
+            "a.jsonl",
+            b'{"id": ' + b"7" * 5000 + b"}",
+            r"a\.jsonl, line 1: has a number with too many digits; write it as",
+        ),
         ("a.json", b'{"query":' * 5000, r"a\.json: is nested too deeply"),
-        ("a.json", b'[{"id": ' + b"7" * 5000 + b"}]", r"a\.json: has a number of too many digits; write it as"),
+        ("a.json", b'[{"id": ' + b"7" * 5000 + b"}]", r"a\.json: has a number with too many digits; write it as"),
         ("a.json", b'[{"query": "\xff"}]', r"a\.json: is not UTF-8 text"),
         ("a.json", b"[{]", r"a\.json: is not valid JSON .* line 1"),
         ("a.json", b'{"query": "x"}', r"a\.json: expected a list of objects, got an object"),
-        ("a.json", b"[]", r"a\.json: holds no rows"),
+        ("a.json", b"[]", r"a\.json: has no rows"),
         ("a.parquet", b"PAR?", r"a\.parquet: not a readable Parquet file"),
-        ("a.csv", b"", r"a\.csv: unknown kind of file '.csv'; data files end in \.jsonl"),
+        ("a.csv", b"", r"a\.csv: has the unknown suffix '.csv'; data files end in \.jsonl"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         read_pairs(Source(str(tmp_path / name)))
@@ -222,7 +226,7 @@ def test_tasks_and_limit_choose_rows(folder: Path) -> None:
     assert [pair.task for pair in read(folder, *TASK_ROWS, limit=2)] == ["x", "y", "x", "y"]
 
 
-def test_an_unknown_task_is_named_with_those_there_are(folder: Path) -> None:
+def test_an_unknown_task_is_named_with_the_known_ones(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl: has no task 'z'; its tasks: x, y"):
         read(folder, *TASK_ROWS, tasks=["z"])
 
@@ -251,7 +255,7 @@ def test_identity_follows_the_content_not_the_instruction() -> None:
     assert identities == [content_identity(Item("other", parts)) for parts in several]
 
 
-def test_a_pair_file_is_a_task_over_all_its_targets(folder: Path) -> None:
+def test_a_pair_file_gives_a_retrieval_task_per_task(folder: Path) -> None:
     rows = [
         {"query": "q1", "positive": "a", "hard_negatives": ["b", "n"], "task": "t"},
         {"query": "q2", "positive": "b", "task": "t"},
@@ -266,7 +270,7 @@ def test_a_pair_file_is_a_task_over_all_its_targets(folder: Path) -> None:
     assert [item.text for item in tasks[0].candidates] == ["a", "b", "n"]
 
 
-def test_bundled_pairs_take_tasks_limit_and_seed() -> None:
+def test_bundled_pairs_depend_on_tasks_limit_and_seed() -> None:
     pairs = read_pairs(Source("bundled:control", tasks=["fact", "left1"], limit=3))
     assert [pair.task for pair in pairs] == ["fact"] * 3 + ["left1"] * 3
     other = read_pairs(Source("bundled:control", tasks=["fact", "left1"], limit=3), seed=1)
@@ -288,7 +292,7 @@ def test_bundled_pretraining_samples_are_not_listed() -> None:
 
 
 @pytest.mark.parametrize("read", [read_pairs, read_tasks])
-def test_wrong_bundled_names_are_answered_with_those_there_are(read: Callable[[Source], Any]) -> None:
+def test_unknown_bundled_names_are_named_with_the_valid_ones(read: Callable[[Source], Any]) -> None:
     with pytest.raises(ValueError, match="'trian' .*train, control, validation, test"):
         read(Source("bundled:trian"))
     with pytest.raises(ValueError, match="'nam' .*name, vendor, fact"):
@@ -313,9 +317,9 @@ def test_items_of_a_folder_are_its_pictures_in_order(folder: Path) -> None:
     assert len(read_items(folder, limit=1)) == 1
 
 
-def test_items_with_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
+def test_invalid_items_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"items\.jsonl, line 1, field 'item\.image': image 'x\.png'"):
         read_items(write(folder / "items.jsonl", {"image": "x.png"}))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: holds nothing to embed"):
+    with pytest.raises(ValueError, match="empty: has nothing to embed"):
         read_items(tmp_path / "empty")

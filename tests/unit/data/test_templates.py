@@ -17,12 +17,12 @@ def test_instruction_comes_first_and_parts_keep_their_order() -> None:
     ]
 
 
-def test_a_video_is_its_frames_and_a_page_one_image_in_the_order_of_pictures() -> None:
+def test_a_video_has_an_image_per_frame_and_a_page_has_one_image() -> None:
     item = Item("", (Video(("/1.png", "/2.png", "/3.png")), Text("then"), Page("/p.png")))
     kinds = [entry["type"] for entry in render(item)[0]["content"]]
     assert kinds == ["image", "image", "image", "text", "image"]
     assert kinds.count("image") == len(list(pictures(item)))
 
 
-def test_empty_texts_leave_no_entry() -> None:
+def test_empty_texts_have_no_entry() -> None:
     assert render(Item("", (Text(""), Image("/a.png"))))[0]["content"] == [{"type": "image"}]

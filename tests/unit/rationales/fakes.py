@@ -1,4 +1,4 @@
-"""Pairs, a worker and an evaluator for the tests of the rationale pipeline; a text's worth can be read off it."""
+"""Pairs, a worker and an evaluator for tests of the rationale pipeline. A text's score can be read off the text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmemb.types import Item, Pair, Rationale, Text
 
 
 class Killed(Exception):
-    """What stands for a process that is stopped in the middle."""
+    """Simulates a process that is stopped in the middle of its work."""
 
 
 def make_pairs(count: int, *, tasks: int = 2, first: int = 0) -> list[Pair]:
@@ -28,7 +28,7 @@ def make_pairs(count: int, *, tasks: int = 2, first: int = 0) -> list[Pair]:
 
 
 class Numbered(Worker):
-    """Proposes 0 to k texts that depend on item, seed and number; dies at call ``die_at``."""
+    """Proposes 0 to k texts that depend on item, seed and number. Fails at call ``die_at``."""
 
     def __init__(self, *, label: str = "a", die_at: int | None = None) -> None:
         self.label = label
@@ -54,7 +54,7 @@ class Numbered(Worker):
 
 
 class ByNumber(Evaluator):
-    """The last word of a rationale over 1000, less 1; a pair without one scores -0.5."""
+    """Scores a rationale by its last word / 1000 - 1, and a pair without a rationale by -0.5."""
 
     def __init__(self, *, shift: float = 0.0, die_at: int | None = None) -> None:
         self.shift = shift

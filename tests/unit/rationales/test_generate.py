@@ -1,4 +1,4 @@
-"""Generation resumes exactly, at any shard, and refuses what does not belong together."""
+"""Generation resumes exactly at any shard, and refuses a pool of other data or settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(path: Path) -> dict[str, list[Candidates]]:
     return {pair_id: pool.candidates(pair_id).rationales for pair_id in pool}  # type: ignore[misc]
 
 
-def test_a_shard_holds_its_pairs_in_order(tmp_path: Path) -> None:
+def test_a_shard_has_its_pairs_in_order(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     worker = Numbered()
     pool = run(pairs, tmp_path / "pool", worker)
@@ -45,7 +45,7 @@ def test_a_shard_holds_its_pairs_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 2])
-def test_a_run_stopped_at_any_shard_and_resumed_equals_one_that_was_not(tmp_path: Path, die_at: int) -> None:
+def test_a_run_that_stopped_at_any_shard_resumes_to_the_same_pool(tmp_path: Path, die_at: int) -> None:
     pairs = make_pairs(10)
     run(pairs, tmp_path / "whole", Numbered(), Numbered(label="b"))
     with pytest.raises(Killed):
@@ -58,7 +58,7 @@ def test_a_run_stopped_at_any_shard_and_resumed_equals_one_that_was_not(tmp_path
     assert not list((tmp_path / "pool").glob("*.part"))
 
 
-def test_a_finished_pool_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_pool_is_not_changed(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     run(pairs, tmp_path / "pool", Numbered())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").iterdir()}
@@ -68,7 +68,7 @@ def test_a_finished_pool_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").iterdir()} == before
 
 
-def test_a_finished_file_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_file_is_reused_unchanged(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     path = run(pairs, tmp_path / "pool", Numbered()).export(tmp_path / "pool.parquet")
     again = Numbered()
@@ -123,8 +123,8 @@ generate(make_pairs(40), workers, 3, pool=pool, seed=0, progress=False, shard_si
         ("writing 000000032", 8, ".candidates-000000032.parquet.*.part"),
     ],
 )
-def test_a_process_killed_outright_loses_nothing(tmp_path: Path, point: str, shards: int, left: str) -> None:
-    """Killed before there is a manifest, while a worker writes, and with half a shard on disk; then run again."""
+def test_a_killed_process_loses_no_finished_shard(tmp_path: Path, point: str, shards: int, left: str) -> None:
+    """Kills a run before its manifest exists, while a worker writes, and with half a shard on disk. Then resumes it."""
     root = Path(__file__).parents[3]
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths}
@@ -159,9 +159,7 @@ def test_other_data_or_settings_are_refused_with_both_hashes(tmp_path: Path) -> 
         lambda: run(make_pairs(11), path, Numbered()),
         lambda: run(pairs[::-1], path, Numbered()),
     ):
-        with pytest.raises(
-            ValueError, match=rf"made with other data is here \(hash {manifest.data}, this run asks for"
-        ):
+        with pytest.raises(ValueError, match=rf"made with other data \(hash {manifest.data}, this run needs"):
             changed()
     for changed in (
         lambda: run(pairs, path, Numbered(label="b")),
@@ -171,15 +169,15 @@ def test_other_data_or_settings_are_refused_with_both_hashes(tmp_path: Path) -> 
     ):
         with pytest.raises(
             ValueError,
-            match="k, seed, sides or leak check is here .*name another path, or delete the pool",
+            match="other workers, k, seed, sides or leak check .*delete the pool",
         ):
             changed()
 
 
-def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 pairs and 1 workers given"):
+def test_no_pairs_or_no_workers_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 pairs and 1 workers"):
         run([], tmp_path / "pool", Numbered())
-    with pytest.raises(ValueError, match="3 pairs and 0 workers given"):
+    with pytest.raises(ValueError, match="3 pairs and 0 workers"):
         run(make_pairs(3), tmp_path / "pool")
 
 
@@ -194,27 +192,27 @@ def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path
         PoolSettings(str(tmp_path / "pool"), **{setting: number})
 
 
-def test_the_seed_moves_every_sample(tmp_path: Path) -> None:
+def test_the_seed_changes_every_sample(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     run(pairs, tmp_path / "a", Numbered(), seed=0)
     run(pairs, tmp_path / "b", Numbered(), seed=1)
     assert rows(tmp_path / "a") != rows(tmp_path / "b")
 
 
-def test_progress_ends_in_one_line_off_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_ends_with_one_line_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = make_pairs(10)
     pool = generate(pairs, [Numbered()], 3, pool=tmp_path / "pool", seed=0, shard_size=4)
     out, err = capsys.readouterr()
     total = sum(len(pool.candidates(pair_id).rationales) for pair_id in pool)
     assert out == ""
-    assert f"{total} new candidates, 0 of them set aside as leaks; 0 of 10 pairs were there already" in err
+    assert f"{total} new candidates, 0 of them flagged as leaks and left out; 0 of 10 pairs already" in err
     generate(pairs, [Numbered()], 3, pool=tmp_path / "pool", seed=0)
     assert (
-        "0 new candidates, 0 of them set aside as leaks; 10 of 10 pairs were there already" in capsys.readouterr().err
+        "0 new candidates, 0 of them flagged as leaks and left out; 10 of 10 pairs already" in capsys.readouterr().err
     )
 
 
-def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate(make_pairs(10), [Numbered()], 3, pool=tmp_path / "pool", seed=0, shard_size=4)
     first, last, summary = capsys.readouterr().err.splitlines()
     assert "generate rationales  0/10 pairs  - pairs/s" in first
@@ -223,7 +221,7 @@ def test_without_a_terminal_progress_is_lines(tmp_path: Path, capsys: pytest.Cap
     assert "new candidates" in summary
 
 
-def test_settings_name_each_worker(tmp_path: Path) -> None:
+def test_the_settings_name_each_worker(tmp_path: Path) -> None:
     pool = run(make_pairs(4), tmp_path / "pool", Numbered())
     stored = json.loads((pool.path / "manifest.json").read_text())["generation"]
     assert stored == {

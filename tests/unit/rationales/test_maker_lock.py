@@ -1,4 +1,4 @@
-"""Waiting for another process's pool: as long as it works, and no longer."""
+"""A rank waits for another process's pool as long as that process works, and no longer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmemb.rationales.maker_lock import at_work, sign_of, wait_until
 
 
 def watch_and_die(sign: Path) -> None:
-    """Sees the sign touched, then fails."""
+    """Waits until the sign is touched, then fails."""
     with at_work(sign, beat=0.01):
         os.utime(sign, (0, 0))
         until = time.monotonic() + 60
@@ -21,14 +21,14 @@ def watch_and_die(sign: Path) -> None:
         raise KeyError(sign.stat().st_mtime > 0)
 
 
-def test_a_maker_touches_its_sign_until_it_is_done_or_fails(tmp_path: Path) -> None:
+def test_a_maker_touches_its_sign_until_it_ends_or_fails(tmp_path: Path) -> None:
     sign = sign_of(tmp_path / "pools" / "mine")
     with pytest.raises(KeyError, match="True"):
         watch_and_die(sign)
     assert not sign.exists()
 
 
-def test_who_waits_is_as_patient_as_the_maker_is_alive(tmp_path: Path) -> None:
+def test_a_waiting_rank_waits_while_the_maker_works(tmp_path: Path) -> None:
     sign, looks = tmp_path / "sign", []
     sign.touch()
 
@@ -42,7 +42,7 @@ def test_who_waits_is_as_patient_as_the_maker_is_alive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left_behind", [False, True])
-def test_who_waits_ends_with_a_maker_that_failed_or_was_killed(tmp_path: Path, left_behind: bool) -> None:
+def test_a_waiting_rank_ends_if_the_maker_failed_or_was_killed(tmp_path: Path, left_behind: bool) -> None:
     sign = tmp_path / "pool.making"
     if left_behind:
         sign.touch()

@@ -1,4 +1,4 @@
-"""A candidate's placebo is another pair's rationale, of the same task and by the same worker with the same settings."""
+"""A candidate's placebo is another pair's rationale of the same task, by the same worker with the same settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(pairs: list[Pair], path: Path, *workers: Numbered) -> RationalePool:
 
 def test_a_placebo_is_another_pairs_rationale_of_the_same_task_and_worker(tmp_path: Path) -> None:
     pairs = make_pairs(40)
-    # Two pairs in four share their target: the rationale of one may well be right for the other.
+    # Two of every four pairs share their target, so the rationale of one may be right for the other.
     pairs = [replace(pair, positive_id=f"t{number // 4}") for number, pair in enumerate(pairs)]
     pool = build(pairs, tmp_path / "pool", Numbered(), Numbered(label="b"))
     of_task: dict[str, dict[float, set[str]]] = {}
@@ -45,7 +45,7 @@ def test_a_placebo_is_another_pairs_rationale_of_the_same_task_and_worker(tmp_pa
     assert len(seen) > 10
 
 
-def test_a_pair_alone_in_its_task_has_no_placebo(tmp_path: Path) -> None:
+def test_the_only_pair_of_a_task_has_no_placebo(tmp_path: Path) -> None:
     pairs = [replace(pair, task=pair.id) for pair in make_pairs(6)]
     pool = build(pairs, tmp_path / "pool", Numbered())
     for pair in pairs:
@@ -54,7 +54,7 @@ def test_a_pair_alone_in_its_task_has_no_placebo(tmp_path: Path) -> None:
         assert gains(found, net_of_placebo=True) == gains(found)
 
 
-def test_donors_think_about_the_query_and_leak_nothing(tmp_path: Path) -> None:
+def test_donors_are_rationales_of_queries_without_leaks(tmp_path: Path) -> None:
     pairs = make_pairs(40)
     both = generate(pairs, [Numbered()], 4, pool=tmp_path / "both", seed=0, progress=False, sides=("query", "target"))
     of_query = generate(pairs, [Numbered()], 4, pool=tmp_path / "query", seed=0, progress=False)
@@ -73,7 +73,7 @@ def test_donors_think_about_the_query_and_leak_nothing(tmp_path: Path) -> None:
     assert leaking - clean
 
 
-def test_workers_of_one_kind_do_not_stand_in_for_each_other(tmp_path: Path) -> None:
+def test_workers_of_one_kind_give_each_other_no_placebos(tmp_path: Path) -> None:
     pairs = make_pairs(40)
     pool = build(pairs, tmp_path / "pool", Numbered(), Numbered(label="b"))
     placebos = Placebos.collect([pool.path / "candidates-000000000.parquet"], pairs)

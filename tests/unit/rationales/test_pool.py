@@ -1,4 +1,4 @@
-"""The pool reads back what was written, a row group at a time, and refuses what does not fit."""
+"""The pool reads back what was written, one row group at a time, and refuses other data or settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def everything(pool: RationalePool) -> list[Candidates]:
     return [pool.candidates(pair_id) for pair_id in pool]
 
 
-def test_candidates_come_back_with_provenance_and_scores(make: Make) -> None:
+def test_candidates_are_read_back_with_provenance_and_scores(make: Make) -> None:
     pairs = make_pairs(13)
     pool = make(pairs)
     worker, evaluator = Numbered(), ByNumber()
@@ -70,7 +70,7 @@ def test_candidates_come_back_with_provenance_and_scores(make: Make) -> None:
     assert "pair-13" not in pool
 
 
-def test_a_pair_without_candidates_is_known_and_empty(tmp_path: Path) -> None:
+def test_a_pair_without_candidates_is_in_the_pool(tmp_path: Path) -> None:
     class Silent(Numbered):
         def propose(self, items, k, *, seed):  # type: ignore[no-untyped-def]
             return [[] for _ in items]
@@ -96,7 +96,7 @@ def test_scores_are_nan_before_scoring(tmp_path: Path) -> None:
         scored(found)
 
 
-def test_pairs_that_straddle_row_groups_and_shards_read_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_row_groups_and_shards_changes_no_candidates(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs(601)
     whole = everything(make(pairs))
     monkeypatch.setattr(pool_files, "ROW_GROUP", 5)
@@ -133,7 +133,7 @@ def test_a_pool_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch:
 
 
 def written_pool(folder: Path, count: int, *, candidates: int = 5, shard_size: int = 1000) -> list[str]:
-    """A scored pool of many pairs, written column by column; returns the pair ids."""
+    """Writes a scored pool of many pairs column by column. Returns the pair ids."""
     ids = [f"task/train/{number:07d}" for number in range(count)]
     folder.mkdir()
     for start in range(0, count, shard_size):
@@ -154,8 +154,8 @@ def written_pool(folder: Path, count: int, *, candidates: int = 5, shard_size: i
     return ids
 
 
-def test_a_large_pool_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reader holds is an index of 20 bytes a pair and a bounded cache; a look-up decodes two row groups."""
+def test_a_large_pool_is_never_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader keeps an index of 20 bytes per pair and a bounded cache. A look-up decodes two row groups."""
     ids = written_pool(tmp_path / "pool", 20_000)
     decoded: list[int] = []
     real = pq.ParquetFile.read_row_group
@@ -168,7 +168,7 @@ def test_a_large_pool_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     monkeypatch.setattr(pool_module, "_CACHE_BYTES", 2**20)
     pool = RationalePool.open(tmp_path / "pool")
-    assert decoded == []  # opening reads the pair ids' column alone, a file at a time
+    assert decoded == []  # opening reads only the column of pair ids, one file at a time
     assert len(pool) == 20_000
     assert pool._index.nbytes == 20 * 20_000
     order = random.Random(0).sample(ids, 200)
@@ -176,22 +176,22 @@ def test_a_large_pool_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.Mo
         found = pool.candidates(pair_id)
         assert [each.text for each in found.rationales] == [f"a thought about {pair_id}"] * 5
         assert pool._cached <= 2**20
-    assert len(decoded) <= 4 * len(order)  # candidates and scores, of two groups where a pair straddles them
+    assert len(decoded) <= 4 * len(order)  # candidates and scores, from two row groups if a pair is in both
     assert max(decoded) <= pool_files.ROW_GROUP
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_data_loader_workers_read_it_in_any_order(context: str, tmp_path: Path) -> None:
+def test_data_loader_workers_read_the_pool_in_any_order(context: str, tmp_path: Path) -> None:
     ids = written_pool(tmp_path / "pool", 300, shard_size=64)
     order = random.Random(0).sample(ids, 120)
     pool = RationalePool.open(tmp_path / "pool")
-    pool.candidates(order[0])  # a parent with files open and groups cached
+    pool.candidates(order[0])  # the parent now has open files and cached row groups
     loader = DataLoader(Looked(pool, order), batch_size=7, num_workers=2, multiprocessing_context=context)
     assert [text for batch in loader for text in batch] == [f"a thought about {pair_id}" for pair_id in order]
 
 
 class Looked(Dataset[str]):
-    """First candidate of each pair."""
+    """Returns the first candidate of each pair."""
 
     def __init__(self, pool: RationalePool, ids: list[str]) -> None:
         self.pool = pool
@@ -204,7 +204,7 @@ class Looked(Dataset[str]):
         return self.pool.candidates(self.ids[number]).rationales[0].text
 
 
-def test_pairs_of_equal_hash_are_told_apart(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_with_equal_hashes_are_distinguished(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs(12)
     expected = everything(make(pairs))
     monkeypatch.setattr(pool_index, "number_of", lambda pair_id: len(pair_id))
@@ -214,7 +214,7 @@ def test_pairs_of_equal_hash_are_told_apart(make: Make, monkeypatch: pytest.Monk
         pool.candidates("nobody")
 
 
-def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:
+def test_export_writes_one_file_with_the_same_content(make: Make, tmp_path: Path) -> None:
     pairs = make_pairs(300)
     pool = make(pairs)
     path = pool.export(tmp_path / "deep" / "pool.parquet")
@@ -226,14 +226,14 @@ def test_export_gives_one_file_with_the_same_content(make: Make, tmp_path: Path)
     assert [entry.name for entry in path.parent.iterdir()] == ["pool.parquet"]
 
 
-def test_an_unscored_pool_exports_too(tmp_path: Path) -> None:
+def test_an_unscored_pool_can_be_exported(tmp_path: Path) -> None:
     pool = generate(make_pairs(4), [Numbered()], 3, pool=tmp_path / "pool", seed=0, progress=False)
     shipped = RationalePool.open(pool.export(tmp_path / "pool.parquet"))
     assert [each.rationales for each in everything(shipped)] == [each.rationales for each in everything(pool)]
     assert shipped.evaluator is None
 
 
-def test_a_pool_that_is_not_finished_is_not_exported(make: Make, tmp_path: Path) -> None:
+def test_an_unfinished_pool_cannot_be_exported(make: Make, tmp_path: Path) -> None:
     path, target = make(make_pairs(600)).path, tmp_path / "pool.parquet"  # three shards
     (path / "scores-ByNumber-000000256.parquet").unlink()
     with pytest.raises(ValueError, match="344 of 600 pairs have scores by 'ByNumber'; finish `mmemb rationales score`"):
@@ -254,7 +254,7 @@ def test_rows_keep_their_settings_and_hashes(make: Make) -> None:
     assert table.schema.names == pool_files.CANDIDATE_SCHEMA.names
 
 
-def test_a_pool_travels_to_other_processes(make: Make) -> None:
+def test_a_pool_can_be_sent_to_other_processes(make: Make) -> None:
     pool = make(make_pairs(20))
     expected = everything(pool)
     assert everything(pickle.loads(pickle.dumps(pool))) == expected
@@ -282,43 +282,41 @@ def test_check_accepts_data_whose_picture_targets_moved(make: Make) -> None:
     pool = make(pairs_on("/disk/a"))
     pool.check(pairs_on("/mnt/b"))
     assert data_digest(pairs_on("/disk/a")) == data_digest(pairs_on("/mnt/b"))
-    moved = replace(pairs_on("/mnt/b")[0], positive_id="another")  # an identity that the data gives counts as it is
-    with pytest.raises(ValueError, match="the pair 'p0' was another one"):
+    moved = replace(pairs_on("/mnt/b")[0], positive_id="another")  # an identity given in the data is taken unchanged
+    with pytest.raises(ValueError, match="the pair 'p0' has changed"):
         pool.check([moved])
 
 
-def test_a_bundled_picture_target_counts_by_its_name() -> None:
+def test_a_bundled_picture_target_is_identified_by_its_name() -> None:
     target = Item("", (Image("bundled:noto/1f921"),))
     assert portable_id(content_identity(target), target) == "image:bundled:noto/1f921"
 
 
-def test_check_names_hashes_and_pair_of_other_data(make: Make) -> None:
+def test_check_names_the_hashes_and_the_pair_of_other_data(make: Make) -> None:
     pairs = make_pairs(20)
     pool = make(pairs)
     more = make_pairs(21)
-    with pytest.raises(
-        ValueError, match=rf"hash {data_digest(pairs)}, this run asks for {data_digest(more)}"
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"hash {data_digest(pairs)}, this run needs {data_digest(more)}") as caught:
         pool.check(more)
     assert "no pair 'pair-20'" in str(caught.value)
     assert "mmemb rationales generate" in str(caught.value)
     changed = [*pairs[:7], make_pairs(1, first=99)[0], *pairs[8:]]
     changed[7] = type(pairs[7])(**{**{n: getattr(pairs[7], n) for n in pairs[7].__slots__}, "query": changed[7].query})
-    with pytest.raises(ValueError, match="the pair 'pair-7' was another one"):
+    with pytest.raises(ValueError, match="the pair 'pair-7' has changed"):
         pool.check(changed)
 
 
-def test_check_names_what_differs_in_the_settings(make: Make) -> None:
+def test_check_names_the_settings_that_differ(make: Make) -> None:
     pairs = make_pairs(5)
     pool = make(pairs)
-    with pytest.raises(ValueError, match="made by workers with other settings .*differing: k, seed"):
+    with pytest.raises(ValueError, match="made by workers with other settings .*different: k, seed"):
         pool.check(pairs, generation={**pool.manifest.generation, "k": 9, "seed": 1})
-    with pytest.raises(ValueError, match="scored by an evaluator with other settings .*differing: shift"):
+    with pytest.raises(ValueError, match="scored by an evaluator with other settings .*different: shift"):
         pool.check(pairs, evaluator={"shift": 1.0})
 
 
 def test_an_unknown_pair_is_named(make: Make) -> None:
-    with pytest.raises(ValueError, match="no pair 'nobody' among 5"):
+    with pytest.raises(ValueError, match="no pair 'nobody' among its 5"):
         make(make_pairs(5)).candidates("nobody")
 
 
@@ -328,8 +326,8 @@ def test_an_unknown_evaluator_is_named(make: Make) -> None:
         RationalePool.open(pool.path, evaluator="judge")
 
 
-def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no rationale pool here; make one by `mmemb rationales generate`"):
+def test_files_that_are_no_pool_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no rationale pool here; .*`mmemb rationales generate`"):
         RationalePool.open(tmp_path)
     text = tmp_path / "a.parquet"
     text.write_text("no parquet")
@@ -339,18 +337,18 @@ def test_what_is_no_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a Parquet file but no rationale pool"):
         RationalePool.open(tmp_path / "b.parquet")
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a rationale pool's manifest"):
+    with pytest.raises(ValueError, match="not the manifest of a rationale pool"):
         RationalePool.open(tmp_path)
 
 
 @pytest.mark.parametrize("version", [1, 99])
 def test_another_version_of_the_format_is_refused(tmp_path: Path, version: int) -> None:
     pool_files.write_manifest(tmp_path, Manifest(data="0", pairs=1, generation={}, version=version))
-    with pytest.raises(ValueError, match=f"pool format {version}, .* reads 2; generate"):
+    with pytest.raises(ValueError, match=f"pool format {version}, .* reads 2; make"):
         read_manifest(tmp_path)
 
 
-def test_the_manifest_survives_its_file(tmp_path: Path) -> None:
+def test_the_manifest_is_read_back_unchanged(tmp_path: Path) -> None:
     manifest = Manifest(data="0", pairs=7, generation={"k": 2}, evaluators={"a": {"b": 1.5}}, shard_size=3)
     pool_files.write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
@@ -368,11 +366,11 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bundled_names_a_file_of_the_package() -> None:
+def test_bundled_is_a_file_of_the_package() -> None:
     assert resolve("bundled:pool") == Path(bundled.__file__).parent / "pool.parquet"
 
 
-def test_scored_wants_a_number_a_candidate() -> None:
+def test_scored_needs_a_number_per_candidate() -> None:
     good = Candidates("p", (Rationale("a"),), (-1.0,), -2.0)
     assert scored(good) == (-1.0,)
     assert scored(Candidates("p", ())) == ()

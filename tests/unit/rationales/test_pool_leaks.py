@@ -1,4 +1,4 @@
-"""Leak checks: what of the other side a rationale may not hold, and what it may."""
+"""Leak checks: which parts of the other side a rationale may contain, and which not."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def flags(text: str, *, shown: Item = QUERY, hidden: Item = HIDDEN, **settings: 
         ("", ()),
     ],
 )
-def test_what_is_found(text: str, found: tuple[str, ...]) -> None:
+def test_leaks_in_a_rationale(text: str, found: tuple[str, ...]) -> None:
     assert flags(text) == found
 
 
-def test_what_the_query_says_too_is_no_leak() -> None:
+def test_a_text_that_the_query_has_too_is_no_leak() -> None:
     shown = Item("repeat", (Text(f"please find: {TARGET}"),))
     assert flags(TARGET, shown=shown) == ()
     most = Item("repeat", (Text("a small brown dog is running across the wet"),))
     assert "near_duplicate" not in flags("running across the wet beach", shown=most)
 
 
-def test_a_short_answer_may_be_come_to_by_thinking() -> None:
+def test_a_short_answer_is_no_leak() -> None:
     hidden = Item("", (Text("brown dog"),))
     assert flags("it is a brown dog", hidden=hidden) == ()
     assert flags("it is a brown dog", hidden=hidden, min_words=2, ngram=2) == ("verbatim", "near_duplicate")
@@ -68,7 +68,7 @@ def test_scripts_without_blanks_are_compared_by_character() -> None:
     assert flags("これは犬が海岸を走る絵", hidden=hidden) == ("verbatim", "near_duplicate")
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"leaks\.min_words is 2; give 3 or more"):
         LeakCheck(min_words=2)
     with pytest.raises(ValueError, match=r"leaks\.overlap is 0; give"):
@@ -76,7 +76,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
 
 class Telling(Numbered):
-    """Knows the targets of odd pairs by heart."""
+    """A worker that has memorised the targets of odd pairs."""
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
         found = super().propose(items, k, seed=seed)
@@ -92,7 +92,7 @@ def test_leaks_are_stored_counted_and_left_out(tmp_path: Path, capsys: pytest.Ca
         for number, pair in enumerate(make_pairs(10))
     ]
     pool = generate(pairs, [Telling()], 2, pool=tmp_path / "pool", seed=0)
-    assert "5 of them set aside as leaks" in capsys.readouterr().err
+    assert "5 of them flagged as leaks" in capsys.readouterr().err
     everything = RationalePool.open(tmp_path / "pool", keep_leaks=True)
     for number, pair in enumerate(pairs):
         clean, all_of = pool.candidates(pair.id).rationales, everything.candidates(pair.id).rationales
@@ -104,14 +104,14 @@ def test_leaks_are_stored_counted_and_left_out(tmp_path: Path, capsys: pytest.Ca
     assert travelled.candidates("pair-1") == everything.candidates("pair-1")
 
 
-def test_the_check_is_part_of_what_a_pool_is_made_from(tmp_path: Path) -> None:
+def test_a_pool_with_another_leak_check_is_refused(tmp_path: Path) -> None:
     pairs = make_pairs(3)
     generate(pairs, [Numbered()], 2, pool=tmp_path / "pool", seed=0, progress=False)
-    with pytest.raises(ValueError, match="other workers, k, seed, sides or leak check is here"):
+    with pytest.raises(ValueError, match="other workers, k, seed, sides or leak check"):
         generate(pairs, [Numbered()], 2, pool=tmp_path / "pool", seed=0, leaks=LeakCheck(min_words=9), progress=False)
 
 
-def test_of_targets_the_query_is_what_may_not_be_held(tmp_path: Path) -> None:
+def test_a_rationale_of_the_target_must_not_contain_the_query(tmp_path: Path) -> None:
     pairs = [
         replace(pair, query=replace(pair.query, parts=(Text(f"it is a thing {n}"),)))
         for n, pair in enumerate(make_pairs(4))
@@ -130,5 +130,5 @@ def test_of_targets_the_query_is_what_may_not_be_held(tmp_path: Path) -> None:
     for number, pair in enumerate(pairs):
         assert [each.text for each in pool.candidates(pair.id, side="target").rationales] == ["clean"]
         assert [each.text for each in pool.candidates(pair.id).rationales] == [f"it is a thing {number}", "clean"]
-    with pytest.raises(ValueError, match=r"sides is \['both'\], expected query, target or both, once each"):
+    with pytest.raises(ValueError, match=r"sides is \['both'\]; give query, target or both"):
         generate(pairs, [Looking()], 2, pool=tmp_path / "other", seed=0, sides=["both"])  # type: ignore[list-item]

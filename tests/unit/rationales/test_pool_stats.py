@@ -1,4 +1,4 @@
-"""Statistics of a pool, against a count by hand; leaks are counted and left out; the page escapes what it shows."""
+"""Pool statistics equal a count by hand and leave out leaks. The page escapes its texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.rationales.fakes import ByNumber, Numbered, make_pairs
 
 
 class Other(Numbered):
-    """Of another kind, whose texts bear the same worker's name."""
+    """Another kind of worker whose texts have the same worker's name."""
 
 
 def scored_pool(folder: Path, pairs: list[Pair], *, other: type[Numbered] = Other, **options: object) -> RationalePool:
@@ -30,7 +30,7 @@ def scored_pool(folder: Path, pairs: list[Pair], *, other: type[Numbered] = Othe
 
 
 @pytest.mark.parametrize("net_of_placebo", [False, True])
-def test_every_number_is_what_a_count_by_hand_gives(tmp_path: Path, net_of_placebo: bool) -> None:
+def test_every_number_equals_a_count_by_hand(tmp_path: Path, net_of_placebo: bool) -> None:
     pairs = make_pairs(30)
     pool = scored_pool(tmp_path / "pool", pairs)
     done: list[int] = []
@@ -59,10 +59,10 @@ def test_every_number_is_what_a_count_by_hand_gives(tmp_path: Path, net_of_place
         assert group.leaks == 0
 
 
-def test_leaks_are_counted_and_count_for_nothing_else(tmp_path: Path) -> None:
+def test_leaks_are_counted_and_left_out_of_other_numbers(tmp_path: Path) -> None:
     pairs = make_pairs(12)
     everything = scored_pool(tmp_path / "clean", pairs)
-    # The worker's own label, given to the rows as a field of the target, makes every text of worker "b" a leak.
+    # The target has a field with the label of worker "b", so every text of this worker is a leak.
     marked = [
         Pair(pair.id, pair.task, pair.query, pair.positive, pair.positive_id)
         for pair in (
@@ -87,7 +87,7 @@ def test_a_pool_without_scores_has_no_gain(tmp_path: Path) -> None:
     assert math.isnan(every.keep_rate)
 
 
-def test_the_page_is_the_same_for_the_same_pool_and_escapes_what_it_shows(tmp_path: Path) -> None:
+def test_the_page_of_a_pool_is_reproducible_and_escapes_its_texts(tmp_path: Path) -> None:
     group = GroupStats("<script>", "a&b", candidates=2, kept=1)
     group.gains.extend([0.5, -math.inf])
     group.placebos.extend([math.nan, 0.1])
@@ -102,7 +102,7 @@ def test_the_page_is_the_same_for_the_same_pool_and_escapes_what_it_shows(tmp_pa
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["one.html"]
 
 
-def test_workers_of_one_kind_are_counted_apart(tmp_path: Path) -> None:
+def test_workers_of_one_kind_are_counted_separately(tmp_path: Path) -> None:
     pairs = make_pairs(20)
     pool = scored_pool(tmp_path / "pool", pairs, other=Numbered)
     both = {group.worker: group for group in pool_stats(pool, pairs) if group.task == ALL}
@@ -111,7 +111,7 @@ def test_workers_of_one_kind_are_counted_apart(tmp_path: Path) -> None:
     assert [group.candidates for group in both.values()] == [texts.count("a"), texts.count("b")]
 
 
-def test_a_worker_is_told_apart_by_its_model_or_by_a_number() -> None:
+def test_workers_of_one_kind_differ_by_model_or_number() -> None:
     openai = [{"worker": "openai", "model": model, "temperature": t} for model, t in (("a", 1), ("b", 1), ("b", 2))]
     spoiled = [{"worker": "corrupting", "of": each} for each in openai[:2]]
     workers = [*openai, *spoiled, {"worker": "metadata", "templates": {}}]

@@ -1,4 +1,4 @@
-"""Scores are made once and resume exactly; a matching pool is reused, any other refused; choices are reproducible."""
+"""Scores are made once and resume exactly. A matching pool is reused, others are refused. Choices are reproducible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.rationales.fakes import ByNumber, Killed, Numbered, make_pairs
 
 
 class Best(Selector):
-    """The best candidate, if it beats none; half the weight."""
+    """Selects the best candidate with half the weight if it beats no rationale."""
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
         ranked = sorted(range(len(candidates.scores)), key=lambda index: -candidates.scores[index])
@@ -37,7 +37,7 @@ class Best(Selector):
 
 
 class Drawn(Selector):
-    """The candidate that the seed falls on."""
+    """Selects a candidate by the seed alone."""
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
         count = len(candidates.rationales)
@@ -64,7 +64,7 @@ def test_every_arm_is_scored_once(tmp_path: Path) -> None:
     distinct = sum(len({each.text for each in pool.candidates(pair.id).rationales}) for pair in pairs)
     placebos = sum(len(set(pool.candidates(pair.id).scores_placebo)) for pair in pairs)
     assert evaluator.rows == len(pairs) + distinct + placebos
-    assert evaluator.calls == 1  # a shard's arms together: an evaluator may share what they have in common
+    assert evaluator.calls == 1  # one call for all arms of a shard: an evaluator may share their prompt
     assert evaluator.bank == [pair.id for pair in pairs]
     for pair in pairs:
         found = pool.candidates(pair.id)
@@ -82,7 +82,7 @@ def test_rationales_of_the_target_side_are_not_scored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 2])
-def test_scoring_stopped_anywhere_and_resumed_equals_scoring_at_once(tmp_path: Path, die_at: int) -> None:
+def test_scoring_that_stopped_anywhere_resumes_to_the_same_scores(tmp_path: Path, die_at: int) -> None:
     pairs = make_pairs(10)
     for name in ("whole", "pool"):
         candidates_only(pairs, tmp_path / name)
@@ -91,12 +91,12 @@ def test_scoring_stopped_anywhere_and_resumed_equals_scoring_at_once(tmp_path: P
         score(pairs, ByNumber(die_at=die_at), tmp_path / "pool", progress=False)
     resumed = ByNumber()
     score(pairs, resumed, tmp_path / "pool", progress=False)
-    assert resumed.calls == 3 - die_at  # one call a shard
+    assert resumed.calls == 3 - die_at  # one call per shard
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "pool" / path.name).read_bytes()
 
 
-def test_a_half_scored_pool_is_not_complete_and_build_finishes_it(tmp_path: Path) -> None:
+def test_build_finishes_a_half_scored_pool(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     candidates_only(pairs, tmp_path / "pool")
     with pytest.raises(Killed):
@@ -105,7 +105,7 @@ def test_a_half_scored_pool_is_not_complete_and_build_finishes_it(tmp_path: Path
     assert build(pairs, tmp_path / "pool").complete
 
 
-def test_training_refuses_a_pool_that_is_not_finished(tmp_path: Path) -> None:
+def test_training_refuses_an_unfinished_pool(tmp_path: Path) -> None:
     pairs, path, model = make_pairs(10), tmp_path / "pool", Model(FakeBackbone(), FakePooler())
     with pytest.raises(Killed):
         generate(pairs, [Numbered(die_at=2)], 4, pool=path, seed=0, progress=False, shard_size=4)
@@ -113,7 +113,7 @@ def test_training_refuses_a_pool_that_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="8 of 10 pairs have their candidates; finish `mmemb rationales generate`"):
         settings.open(pairs, model=model)
     candidates_only(pairs, path)
-    assert len(settings.open(pairs, model=model)) == 10  # what needs no scores trains on it
+    assert len(settings.open(pairs, model=model)) == 10  # training that needs no scores accepts it
     with pytest.raises(Killed):
         score(pairs, ByNumber(die_at=2), path, progress=False)
     with pytest.raises(ValueError, match="8 of 10 pairs have scores by 'ByNumber'; finish `mmemb rationales score`"):
@@ -122,7 +122,7 @@ def test_training_refuses_a_pool_that_is_not_finished(tmp_path: Path) -> None:
     assert settings.open(pairs, model=model).complete
 
 
-def test_scoring_keeps_what_another_run_has_entered_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_keeps_the_settings_that_another_run_has_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, path = make_pairs(10), tmp_path / "pool"
     manifest = candidates_only(pairs, path).manifest
     real = select.data_digest
@@ -136,17 +136,17 @@ def test_scoring_keeps_what_another_run_has_entered_meanwhile(tmp_path: Path, mo
     assert read_manifest(path).evaluators == {"other": {"of": "another run"}, "ByNumber": {"shift": 0.0}}
 
 
-def test_scores_that_the_manifest_does_not_name_are_refused(tmp_path: Path) -> None:
+def test_scores_without_settings_in_the_manifest_are_refused(tmp_path: Path) -> None:
     pairs, path = make_pairs(10), tmp_path / "pool"
     manifest = candidates_only(pairs, path).manifest
     score(pairs, ByNumber(), path, progress=False)
     write_manifest(path, manifest)
-    with pytest.raises(ValueError, match="settings that its manifest does not tell; delete .*scores-ByNumber-"):
+    with pytest.raises(ValueError, match="manifest does not have their settings; delete .*scores-ByNumber-"):
         score(pairs, ByNumber(shift=1.0), path, progress=False)
     assert read_manifest(path) == manifest
 
 
-def test_a_matching_pool_is_reused_also_for_some_of_its_pairs(tmp_path: Path) -> None:
+def test_a_matching_pool_is_reused_even_for_some_of_its_pairs(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     build(pairs, tmp_path / "pool")
     worker, evaluator = Numbered(), ByNumber()
@@ -162,7 +162,7 @@ def test_a_file_is_reused_and_never_made(tmp_path: Path) -> None:
     worker = Numbered()
     assert build(pairs, path, workers=[worker]).pair_ids == [pair.id for pair in pairs]
     assert worker.calls == []
-    with pytest.raises(FileNotFoundError, match="other.parquet: no such pool; name a folder"):
+    with pytest.raises(FileNotFoundError, match="other.parquet: .*does not exist; .*folder"):
         build(pairs, tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="no pair 'pair-10'"):
         build(make_pairs(11), path)
@@ -171,7 +171,7 @@ def test_a_file_is_reused_and_never_made(tmp_path: Path) -> None:
 def test_an_unscored_file_cannot_be_scored(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     path = candidates_only(pairs, tmp_path / "pool").export(tmp_path / "pool.parquet")
-    with pytest.raises(ValueError, match="read-only, and 'ByNumber' has not scored it"):
+    with pytest.raises(ValueError, match="no scores by 'ByNumber', and .*read-only"):
         score(pairs, ByNumber(), path, progress=False)
 
 
@@ -186,19 +186,19 @@ def test_a_scored_file_needs_no_scoring(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 5}, "made by workers with other settings .*differing: k"),
-        ({"seed": 1}, "made by workers with other settings .*differing: seed"),
-        ({"workers": [Numbered(label="b")]}, "made by workers with other settings .*differing: workers"),
-        ({"evaluator": ByNumber(shift=1.0)}, "scored by an evaluator with other settings .*differing: shift"),
+        ({"k": 5}, "made by workers with other settings .*different: k"),
+        ({"seed": 1}, "made by workers with other settings .*different: seed"),
+        ({"workers": [Numbered(label="b")]}, "made by workers with other settings .*different: workers"),
+        ({"evaluator": ByNumber(shift=1.0)}, "scored by an evaluator with other settings .*different: shift"),
     ],
 )
-def test_a_pool_made_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_pool_made_with_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     pairs = make_pairs(10)
     build(pairs, tmp_path / "pool")
     with pytest.raises(ValueError, match=message) as caught:
         build(pairs, tmp_path / "pool", **changes)
-    assert "this run asks for" in str(caught.value)
-    assert "make it anew under another path" in str(caught.value)
+    assert "this run needs" in str(caught.value)
+    assert "again under another path" in str(caught.value)
 
 
 def test_score_refuses_other_data_other_settings_and_missing_candidates(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_score_refuses_other_data_other_settings_and_missing_candidates(tmp_path
     assert again.complete
 
 
-def test_settings_of_a_run_that_scored_nothing_bind_nobody(tmp_path: Path) -> None:
+def test_settings_of_a_run_that_scored_nothing_are_ignored(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     candidates_only(pairs, tmp_path / "pool")
     with pytest.raises(Killed):
@@ -230,17 +230,15 @@ def test_settings_of_a_run_that_scored_nothing_bind_nobody(tmp_path: Path) -> No
     assert build(pairs, tmp_path / "pool", evaluator=ByNumber(shift=1.0)).complete
 
 
-def test_a_run_that_had_nothing_to_score_says_so_without_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_nothing_to_score_reports_no_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = make_pairs(10)
     build(pairs, tmp_path / "pool")
     capsys.readouterr()
     score(pairs, ByNumber(), tmp_path / "pool")
-    assert "0 candidates scored by ByNumber; 10 of 10 pairs were there already" in capsys.readouterr().err
+    assert "ByNumber scored 0 candidates; 10 of 10 pairs already" in capsys.readouterr().err
 
 
-def test_open_has_workers_and_evaluator_give_their_models_back(tmp_path: Path) -> None:
+def test_open_releases_the_models_of_workers_and_evaluator(tmp_path: Path) -> None:
     released = []
 
     class Holding(Numbered):
@@ -257,14 +255,12 @@ def test_open_has_workers_and_evaluator_give_their_models_back(tmp_path: Path) -
     assert released == ["worker", "evaluator"]
 
 
-def test_one_process_builds_and_the_others_wait_for_the_whole_pool(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_process_builds_the_pool_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, path = make_pairs(10), tmp_path / "pool"
     worker, looks, met = Numbered(), [], []
 
     def look(seconds: float) -> None:
-        """What rank zero does between two looks of another: it dies, then makes the rest, then scores."""
+        """The work of rank zero between two checks of another rank: it fails, then makes the rest, then scores."""
         assert not met
         looks.append(sorted(file.name for file in tmp_path.rglob("*-*.parquet")))
         if len(looks) == 1:
@@ -293,7 +289,7 @@ def test_a_selector_without_scores_needs_no_evaluator(tmp_path: Path) -> None:
     assert any(choose(pool, Drawn(), pair.id, 0).rationale for pair in pairs)
 
 
-def test_the_choice_is_the_selectors_with_its_weight(tmp_path: Path) -> None:
+def test_the_choice_has_the_weight_of_the_selector(tmp_path: Path) -> None:
     pairs = make_pairs(20)
     pool = build(pairs, tmp_path / "pool")
     chosen = {pair.id: choose(pool, Best(), pair.id, 0) for pair in pairs}
@@ -307,7 +303,7 @@ def test_the_choice_is_the_selectors_with_its_weight(tmp_path: Path) -> None:
             assert found.scores[found.rationales.index(rationale)] == max(better)
 
 
-def test_what_a_phase_trains_on_is_all_that_the_selector_gives(tmp_path: Path) -> None:
+def test_a_phase_trains_on_all_rationales_of_the_selector(tmp_path: Path) -> None:
     pairs = make_pairs(20)
     pool = build(pairs, tmp_path / "pool")
     settings = PoolSettings(str(tmp_path / "pool"))
@@ -318,7 +314,7 @@ def test_what_a_phase_trains_on_is_all_that_the_selector_gives(tmp_path: Path) -
         assert [each for each, _ in every(pair, 3)] == list(pool.candidates(pair.id).rationales)
 
 
-def test_the_draw_differs_by_epoch_and_pair_and_repeats(tmp_path: Path) -> None:
+def test_the_draw_is_reproducible_and_differs_by_epoch_and_pair(tmp_path: Path) -> None:
     pairs = make_pairs(40)
     pool = build(pairs, tmp_path / "pool")
     epochs = [[choose(pool, Drawn(), pair.id, seed) for pair in pairs] for seed in (0, 0, 1)]
@@ -331,14 +327,14 @@ def test_the_draw_differs_by_epoch_and_pair_and_repeats(tmp_path: Path) -> None:
     assert len(places) > 1
 
 
-def test_scoring_ends_in_one_line_with_gain_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_ends_with_one_line_of_gain_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = make_pairs(10)
     candidates_only(pairs, tmp_path / "pool")
     pool = score(pairs, ByNumber(), tmp_path / "pool")
     gains = [value - found.score_none for found in map(pool.candidates, pool) for value in found.scores]
     line = capsys.readouterr().err.replace("\n", " ")
-    assert f"{len(gains)} candidates scored by ByNumber, mean gain {sum(gains) / len(gains):+.3f}" in line
-    assert f"{sum(gain > 0 for gain in gains) / len(gains):.0%} help" in line
+    assert f"{len(gains)} candidates, mean gain {sum(gains) / len(gains):+.3f} nats" in line
+    assert f"{sum(gain > 0 for gain in gains) / len(gains):.0%} have a positive gain" in line
 
 
 def printed(pair: Pair, pool: RationalePool, selector: Selector | None) -> str:
@@ -364,7 +360,7 @@ def test_show_prints_candidates_gains_and_the_choice(tmp_path: Path) -> None:
     assert "▶" not in printed(chosen, pool, None)
 
 
-def test_show_takes_pictures_brackets_and_missing_scores(tmp_path: Path) -> None:
+def test_show_accepts_pictures_brackets_and_missing_scores(tmp_path: Path) -> None:
     pair = Pair(
         "[bold]1", "t", Item("see", (Image("bundled:noto/1f600"), Text("[red]x"))), Item("", (Text("[/]"),)), "t1"
     )

@@ -1,4 +1,4 @@
-"""Nothing lost: scoring is really killed, at three points, and what is left goes on to the same pool."""
+"""Scoring loses nothing: a process is killed at three points, and the next runs finish the same pool."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slow(table, path, **options):
     global written
     write(table, path, **options)
     written += 1
-    if point == f"writing {written}":  # the shard is there under its temporary name
+    if point == f"writing {written}":  # the shard has its temporary name
         (folder.parent / "here").touch()
         time.sleep(60)
 
@@ -56,7 +56,7 @@ select.score(make_pairs(22), Slow(), folder, progress=False)
 
 
 def kill_at(point: str, pool: Path) -> None:
-    """Scores in a process of its own and kills it where it says that it is at the point."""
+    """Scores in another process, and kills the process when it reports that it has reached the point."""
     here = pool.parent / "here"
     command = [sys.executable, "-c", SCRIPT, str(ROOT), str(pool), point]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -72,7 +72,7 @@ def kill_at(point: str, pool: Path) -> None:
 
 @pytest.fixture
 def new_pool(tmp_path: Path) -> Callable[[str], Path]:
-    """An unscored pool of six shards."""
+    """Makes unscored pools of six shards."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name / "pool"
@@ -83,22 +83,22 @@ def new_pool(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
-def test_scores_killed_at_three_points_end_as_if_nothing_had_happened(new_pool: Callable[[str], Path]) -> None:
+def test_scoring_killed_at_three_points_ends_with_the_same_scores(new_pool: Callable[[str], Path]) -> None:
     whole, pool = new_pool("whole"), new_pool("killed")
     score(make_pairs(22), ByNumber(), whole, progress=False)
     kill_at("scoring 1", pool)  # before anything is written
     assert list(pool.glob("scores-*.parquet")) == []
-    kill_at("writing 3", pool)  # a shard half done: two are there, the third has a temporary name
+    kill_at("writing 3", pool)  # a half-written shard: two are whole, the third has a temporary name
     assert len(list(pool.glob("scores-*.parquet"))) == 2
     assert list(pool.glob("*.part"))
     kill_at("scoring 3", pool)  # after two more
     assert len(list(pool.glob("scores-*.parquet"))) == 4
     assert not RationalePool.open(pool).complete
 
-    assert not list(pool.glob("*.part"))  # a run takes away what a killed one was writing
+    assert not list(pool.glob("*.part"))  # a run removes the unfinished files of a killed run
     evaluator = ByNumber()
     score(make_pairs(22), evaluator, pool, progress=False)
-    assert evaluator.calls == 2  # the two shards that were missing
+    assert evaluator.calls == 2  # the two missing shards
     for path in whole.iterdir():
         assert path.read_bytes() == (pool / path.name).read_bytes()
     found, wanted = RationalePool.open(pool), RationalePool.open(whole)

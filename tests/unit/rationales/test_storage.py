@@ -1,4 +1,4 @@
-"""One process makes a pool's shards at a time; scores are numbers; one file reads as the folder it was made of."""
+"""Only one process makes a pool's shards at a time. Scores are finite. A single file reads like its folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def candidates_only(pairs: list[Pair], path: Path) -> RationalePool:
 
 
 class Other(ByNumber):
-    """The same under another name, which may give no number for one pair's rationales."""
+    """The same evaluator under another name, which may score one pair's rationales with nan."""
 
     def __init__(self, unsure: str = "") -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Other(ByNumber):
         ]
 
 
-def test_two_processes_do_not_make_one_pool(tmp_path: Path) -> None:
+def test_two_processes_cannot_make_one_pool(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     with (
         sole_maker(tmp_path / "pool"),
@@ -48,7 +48,7 @@ def test_two_processes_do_not_make_one_pool(tmp_path: Path) -> None:
     assert candidates_only(pairs, tmp_path / "pool").complete
 
 
-def test_two_processes_do_not_score_by_one_evaluator_but_by_two(tmp_path: Path) -> None:
+def test_two_processes_can_score_only_by_different_evaluators(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     pool = candidates_only(pairs, tmp_path / "pool")
     with sole_maker(pool.path, "scores-ByNumber"):
@@ -58,16 +58,16 @@ def test_two_processes_do_not_score_by_one_evaluator_but_by_two(tmp_path: Path) 
     assert score(pairs, ByNumber(), pool.path, progress=False).complete
 
 
-def test_a_score_that_is_no_number_is_refused_and_what_was_scored_is_kept(tmp_path: Path) -> None:
+def test_a_nan_score_is_refused_and_finished_scores_are_kept(tmp_path: Path) -> None:
     pairs = make_pairs(10)
     pool = candidates_only(pairs, tmp_path / "pool")
-    with pytest.raises(ValueError, match=r"evaluator 'Other': the score of the pair '.*' with .* is nan, no finite"):
+    with pytest.raises(ValueError, match=r"evaluator 'Other': the score of the pair '.*' with .* is nan, not a finite"):
         score(pairs, Other(unsure=pairs[5].id), pool.path, progress=False)
-    assert len(list(pool.path.glob("scores-Other-*"))) == 1  # the first shard; the second holds the pair
+    assert len(list(pool.path.glob("scores-Other-*"))) == 1  # the first shard only: the pair is in the second
     assert score(pairs, Other(), pool.path, progress=False).complete
 
 
-def test_a_single_file_is_indexed_piece_by_piece_and_has_groups_of_one_size(
+def test_a_single_file_is_indexed_in_pieces_and_has_row_groups_of_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_files, "ROW_GROUP", 5)

@@ -1,8 +1,9 @@
-"""The bundled data set: emoji and flags by two vendors, facts on countries, scenes drawn from a seed; eight tasks.
+"""The bundled data set with its eight tasks.
 
-Five further styles of many emoji are shown in training only.
+It has emoji and flags drawn by two vendors, facts about countries, and scenes drawn from a seed. Training also shows
+many of the emoji in five further styles.
 
-Light: no torch, and no picture is decoded before `open_picture` is asked for it.
+Importing it is cheap: it does not import torch, and only `open_picture` decodes a picture.
 """
 
 from mmemb.data.bundled.entities import SPLITS

@@ -1,4 +1,4 @@
-"""The entities of the bundled data set: what is drawn, what it is called, and which split may show it."""
+"""The entities of the bundled data set: their pictures, their names, and the splits that may show them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from mmemb.common.digests import number_of
 SPLITS = ("train", "control", "validation", "test")
 VENDORS = ("noto", "twemoji")
 TRAINING_STYLES = ("fluent", "emojione", "fxemoji", "fluent-color", "streamline")
-"""Further styles, shown in training only: without withheld pictures or a place in a held-out query or candidate."""
+"""Further styles, shown in training only. None of their pictures is withheld or in a held-out query or candidate."""
 STYLES = (*VENDORS, *TRAINING_STYLES)
 ATTRIBUTES = ("currency", "language", "region")
 
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A thing or a country, drawn by both vendors.
+    """A thing or a country that both vendors have drawn.
 
     Attributes:
-        key: code points in hexadecimal, joined by ``-``; the picture is ``<vendor>/<key>``.
-        name: what it is called: unique, lower case, at most three words.
-        category: ``animal``, ``food``, ...; ``flag`` for countries.
+        key: code points in hexadecimal, joined by ``-``. The picture is ``<vendor>/<key>``.
+        name: its name: unique, lower case, at most three words.
+        category: ``animal``, ``food`` and so on. ``flag`` for countries.
         kind: ``emoji`` or ``flag``.
-        withheld: the held-out split a vendor's picture belongs to; at most one vendor: the other is for training.
-        scene: scenes may show it (both vendors' pictures are training pictures).
-        split: of a country: where its flag -> attribute compositions belong; ``train`` otherwise.
-        attributes: of a country: currency, language, region.
-        styles: further styles that draw it, too.
+        withheld: vendor -> the held-out split that its picture belongs to. At most one vendor, so that the other
+            vendor's picture is for training.
+        scene: whether scenes may show it. If so, the pictures of both vendors are training pictures.
+        split: for a country, the split of its flag -> attribute compositions. ``train`` otherwise.
+        attributes: for a country, its currency, language and region.
+        styles: further styles that have a picture of it.
     """
 
     key: str
@@ -45,17 +46,17 @@ class Entity:
     styles: tuple[str, ...] = ()
 
     def train_vendors(self) -> tuple[str, ...]:
-        """Vendors whose picture every split may show: one or two."""
+        """Returns the vendors whose picture every split may show: one or two."""
         return tuple(vendor for vendor in VENDORS if vendor not in self.withheld)
 
     def train_styles(self) -> tuple[str, ...]:
-        """Styles that training may show it in: the vendors not withheld, and the further styles that have it."""
+        """Returns the styles that training may show: vendors that are not withheld, and the further styles."""
         return (*self.train_vendors(), *self.styles)
 
 
 @cache
 def entities() -> Mapping[str, Entity]:
-    """Every entity by key, in the order of the data file."""
+    """Returns all entities by key, in the order of the data file."""
     table = json.loads((resources.files(__package__) / "entities.json").read_text(encoding="utf-8"))["entities"]
     known = Entity.__dataclass_fields__.keys()
     rows = {key: {**row, "styles": tuple(row.get("styles", ()))} for key, row in table.items()}
@@ -63,17 +64,17 @@ def entities() -> Mapping[str, Entity]:
 
 
 def countries(split: str | None = None) -> list[Entity]:
-    """The countries, of one composition split if given."""
+    """Returns the countries, or only those of one composition split."""
     return [entity for entity in entities().values() if entity.kind == "flag" and split in (None, entity.split)]
 
 
 def scene_vocabulary() -> list[Entity]:
-    """The things scenes are made of (flags apart)."""
+    """Returns the things that scenes may show, without the flags."""
     return [entity for entity in entities().values() if entity.scene and entity.kind == "emoji"]
 
 
 def check_split(split: str) -> str:
-    """The split itself.
+    """Returns the split if there is one of this name.
 
     Raises:
         ValueError: there is no such split.
@@ -84,5 +85,5 @@ def check_split(split: str) -> str:
 
 
 def order(*parts: object) -> int:
-    """A stable pseudo-random number of its arguments, 64 bits: the same in every process and on every machine."""
+    """Hashes its arguments to a 64-bit number. The number is the same in every process and on every machine."""
     return number_of("/".join(map(str, parts)))

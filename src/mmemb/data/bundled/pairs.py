@@ -1,4 +1,4 @@
-"""Pairs and evaluation tasks of the bundled data set. Nothing here opens a picture: items name them."""
+"""Makes the pairs and evaluation tasks of the bundled data set. Items only name their pictures: none is opened here."""
 
 from __future__ import annotations
 
@@ -31,37 +31,38 @@ from mmemb.data.bundled.tasks import (
 from mmemb.types import EvaluationTask, Image, Item, Pair, Text
 
 QUERIES = {"train": 2000, "control": 300, "validation": 60, "test": 150}
-"""Scene queries a task draws in each split; in held-out splits also the most queries of any other task."""
+"""Number of queries that each scene task draws in a split. In held-out splits, also the maximum for other tasks."""
 NEAR_MISSES = {"control": 50, "validation": 50, "test": 50}
-"""Near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
+"""Maximum number of near-miss scenes among the candidates of ``scenematch`` and ``findscene``."""
 NAME_CANDIDATES, VALUE_CANDIDATES = 150, 200
 _DRAW = {"test": "test, seventh draw"}
-"""Test scenes are drawn anew when a setting of the main job was chosen after one before it had been scored on them."""
+"""Name of the draw of test scenes. Test scenes are drawn again if a setting of the main job was chosen after an earlier
+setting had been scored on them."""
 
 
 def picture_item(name: str) -> Item:
-    """A picture as a target."""
+    """Returns a target with one picture."""
     return Item("", (Image(PREFIX + name),))
 
 
 def text_item(text: str) -> Item:
-    """A text as a target."""
+    """Returns a target with one text."""
     return Item("", (Text(text),))
 
 
 def load_pairs(
     split: str, *, tasks: Sequence[str] | None = None, seed: int = 0, scenes_per_task: int | None = None
 ) -> list[Pair]:
-    """The pairs of a split, task after task; opens no picture.
+    """Makes the pairs of a split, one task after the other. Opens no picture.
 
     Args:
         split: ``train``, ``control``, ``validation`` or ``test``.
-        tasks: names from `TASKS`; all of them by default.
-        seed: draws the scenes; the other tasks do not depend on it.
-        scenes_per_task: queries each scene task draws; by default `QUERIES` of the split.
+        tasks: names from `TASKS`. By default, all.
+        seed: seed of the scenes. Tasks without scenes do not depend on it.
+        scenes_per_task: number of queries that each scene task draws. By default, `QUERIES` of the split.
 
     Raises:
-        ValueError: unknown split or task, or more scenes asked for than a split has.
+        ValueError: the split or a task is unknown, or the split does not have that many scenes.
     """
     check_split(split)
     count = QUERIES[split] if scenes_per_task is None else scenes_per_task
@@ -77,7 +78,7 @@ def load_pairs(
 
 
 def check_tasks(tasks: Sequence[str] | None) -> list[str]:
-    """The task names, all of them for None.
+    """Returns the task names if they all exist. None means all tasks.
 
     Raises:
         ValueError: there is no such task.
@@ -90,14 +91,15 @@ def check_tasks(tasks: Sequence[str] | None) -> list[str]:
 
 
 def evaluation_tasks(split: str, *, tasks: Sequence[str] | None = None) -> list[EvaluationTask]:
-    """The retrieval tasks of a split: its pairs (seed 0) as queries, each task with its own candidates.
+    """Makes the retrieval tasks of a split. The queries are its pairs with seed 0. Each task has its own candidates.
 
-    Candidates are the positives of all queries, then distractors of the same sort: names or values of the data set; for
-    scene pictures near misses of the first positives (two cells swapped, or one replaced). Over the train split a task
-    shows what training has memorised (scenes: as many queries as in control).
+    Candidates are the positives of all queries, then distractors of the same kind: names, values or pictures of the
+    data set. For scenes, the distractors are near misses of the first positives: two cells swapped, or one replaced.
+
+    A task of the train split shows what training has memorised. Scene tasks then have as many queries as in control.
 
     Raises:
-        ValueError: unknown split or task.
+        ValueError: the split or a task is unknown.
     """
     check_split(split)
     return [_evaluation_task(split, task) for task in check_tasks(tasks)]
@@ -128,7 +130,7 @@ def _evaluation_task(split: str, task: str) -> EvaluationTask:
 
 
 def _text_distractors(split: str, task: str) -> list[str]:
-    """Texts of the sort the task answers with, the most confusable first, then in an order of their own."""
+    """Returns texts of the kind that answers the task. The most confusable ones come first, then in order of a hash."""
     if task in ("name", "left1"):
         first = {entity.name for entity in scene_vocabulary()} if task == "left1" else set()
         kinds = ("emoji",) if task == "left1" else ("emoji", "flag")
@@ -190,9 +192,9 @@ def _names(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
 
 
 def _vendors(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
-    # Held out: the withheld picture is query or target, in one direction an entity: with both, a query's own picture
-    # would stand among the candidates. Train: every two pictures that training may show and of which one is a vendor's,
-    # in both directions, but never what a held-out query shows.
+    # Held-out splits: the withheld picture is the query or the target, in one direction per entity. With both
+    # directions, a query's own picture would be among the candidates. Train: any two pictures that training may show,
+    # at least one by a vendor, in both directions. A training query never shows what a held-out query shows.
     for entity in entities().values():
         held_out = (VENDORS, VENDORS[::-1])[order("direction", entity.key) % 2]
         if split == "train":
@@ -234,7 +236,7 @@ def _cells(scene: Sequence[Entity]) -> str:
 
 
 def _distinct(task: str, split: str, count: int, draw: Callable[[], Pair | None]) -> Iterator[Pair]:
-    """So many different pairs of those drawn; None is a draw that was refused."""
+    """Draws until there are ``count`` different pairs. ``draw`` returns None for a draw that does not fit."""
     seen = set[str]()
     for _ in range(1000 + 200 * count):
         if len(seen) == count:
@@ -245,8 +247,8 @@ def _distinct(task: str, split: str, count: int, draw: Callable[[], Pair | None]
             yield pair
     if len(seen) < count:
         raise ValueError(
-            f"scenes_per_task: task {task!r} found only {len(seen)} different queries in split {split!r}, "
-            f"asked for {count}; ask for fewer"
+            f"scenes_per_task: task {task!r} has only {len(seen)} different queries in split {split!r}, but "
+            f"{count} were requested; set a lower number"
         )
 
 
@@ -274,7 +276,7 @@ def _find_scenes(split: str, rng: random.Random, count: int) -> Iterator[Pair]:
         name = scene_name(rng.choice(VENDORS), tuple(entity.key for entity in scene))
         words = frozenset((first.key, second.key))
         held = {frozenset((a.key, b.key)) for a in scene for b in scene if a is not b}
-        # Held out, the positive alone shows both things; in training that would leave too few scenes.
+        # In held-out splits, only the positive shows both things. In training, that would leave too few scenes.
         if split != "train" and (words in shown or held & asked):
             return None
         asked.add(words)

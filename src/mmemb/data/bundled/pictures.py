@@ -1,7 +1,8 @@
-"""Pictures of the bundled data set, decoded one at a time when asked for.
+"""Decodes pictures of the bundled data set, one at a time.
 
-`noto/1f34e` is one picture, 64 x 64; `noto/mirrored/1f34e` the same, left and right exchanged;
-`noto/scene/1f34e+1f415+1f408+26f5` a scene of four, 128 x 128, in reading order.
+- `noto/1f34e` is one picture, 64 x 64.
+- `noto/mirrored/1f34e` is the same picture with left and right exchanged.
+- `noto/scene/1f34e+1f415+1f408+26f5` is a scene of four in reading order, 128 x 128.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _archives: dict[int, zipfile.ZipFile] = {}
 
 
 def _archive() -> zipfile.ZipFile:
-    # One handle a process: a forked data-loader worker that shared its parent's would move the parent's file position.
+    # One handle per process. A forked data-loader worker with its parent's handle would move the parent's position.
     process = os.getpid()
     if process not in _archives:
         _archives.clear()
@@ -34,17 +35,17 @@ def _archive() -> zipfile.ZipFile:
 
 
 def picture_names() -> list[str]:
-    """Every single picture's name, sorted."""
+    """Returns the names of all single pictures, sorted."""
     return [name.removesuffix(".webp") for name in _archive().namelist()]
 
 
 def scene_name(vendor: str, keys: tuple[str, ...]) -> str:
-    """The name of the scene that shows four entities, cells in reading order."""
+    """Returns the name of the scene that shows four entities in reading order."""
     return f"{vendor}/scene/{'+'.join(keys)}"
 
 
 def open_picture(name: str) -> PILImage:
-    """Decodes a picture: RGB, 64 x 64, or a 128 x 128 scene of four.
+    """Decodes a picture to RGB: 64 x 64, or 128 x 128 for a scene of four.
 
     Args:
         name: ``<style>/<code points>``, ``<style>/mirrored/<code points>`` or ``<style>/scene/<a>+<b>+<c>+<d>``, with
@@ -63,7 +64,7 @@ def open_picture(name: str) -> PILImage:
         return _single(name)
     keys = rest.removeprefix("scene/").split("+")
     if len(keys) != CELLS:
-        raise ValueError(f"bundled scene {name!r} has {len(keys)} cells, expected {CELLS} joined by '+'")
+        raise ValueError(f"bundled scene {name!r} has {len(keys)} cells; give {CELLS}, joined by '+'")
     scene = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
     for cell, key in enumerate(keys):
         scene.paste(_single(f"{vendor}/{key}"), (cell % 2 * SIDE, cell // 2 * SIDE))
@@ -77,7 +78,7 @@ def _single(name: str) -> PILImage:
         data = _archive().read(f"{name}.webp")
     except KeyError:
         raise ValueError(
-            f"no bundled picture {name!r}; names are <style>/<code points> like {picture_names()[0]!r}, "
-            f"styles: {', '.join(STYLES)}"
+            f"there is no bundled picture {name!r}; names are <style>/<code points> like {picture_names()[0]!r}, "
+            f"and the styles are {', '.join(STYLES)}"
         ) from None
     return Image.open(io.BytesIO(data)).convert("RGB")

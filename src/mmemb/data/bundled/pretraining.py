@@ -1,9 +1,15 @@
-"""Next-token data for pretraining the default backbone, and the probes that say what it has learnt.
+"""Makes next-token data for pretraining the default backbone, and probes that measure what it has learnt.
 
-Perception and memory only: names of pictures, facts in text, captions of scenes, whole or up to a thing asked for,
-neighbours in a text. Never a withheld picture, a held-out scene or phrasing, nor a composition: flag -> attribute, or
-who stands beside whom in a picture. A caption up to a thing names its left neighbour just before, but is never asked
-for it.
+Pretraining teaches perception and memory only:
+
+- names of pictures
+- facts in text
+- captions of scenes, whole or up to a thing asked for
+- neighbours in a text
+
+It never shows a withheld picture, or a held-out scene or phrasing. It never asks for a composition: the attribute of a
+flag, or the neighbour of a thing in a picture. One caveat: a caption that ends at a thing names its left neighbour just
+before, although the question is not about the neighbour.
 """
 
 from __future__ import annotations
@@ -37,41 +43,41 @@ from mmemb.data.bundled.tasks import (
 from mmemb.types import Image, Item, Pair, Part, Text
 
 SIZE = 10_000_000
-"""Length of `PretrainingSamples`: more than any run draws; sample i is made when asked for."""
+"""Length of `PretrainingSamples`: more than any run draws. A sample is made on access."""
 
 
 WEIGHTS = {"picture": 0.54, "scene": 0.2, "fact": 0.1, "text_scene": 0.16, "find": 0.8}
-"""How often each task of pretraining is drawn, relative to the others."""
+"""How often each pretraining task is drawn, relative to the others."""
 
 
 def reverse_question(attribute: str, value: str) -> str:
-    """Asks for the country of a value that only one country has."""
+    """Returns the question for the only country that has a value."""
     return f"which country has the {attribute} {value} ?"
 
 
 def neighbours_text(names: Sequence[str], asked: Sequence[int]) -> str:
-    """A captioned scene, then the neighbour in the same row of each cell asked for."""
+    """Returns the caption of a scene, then the neighbour in the same row of each cell in ``asked``."""
     said = (f"{'left' if cell % 2 else 'right'} of {names[cell]} : {names[cell ^ 1]}" for cell in asked)
     return " ; ".join((caption(names), *said))
 
 
 class PretrainingSamples:
-    """Map-style, endless in practice: ``samples[i]`` is a pure function of (seed, i).
+    """A map-style data set without end in practice: ``samples[i]`` is a pure function of the seed and i.
 
-    The query is a prompt, the positive one text: the response the model should write. By task:
+    The query is a prompt. The positive is one text, the response that the model should write. The tasks:
 
-    - ``picture``: a single picture -> its name; half of the emoji with left and right exchanged.
-    - ``scene``: a fresh training scene -> its caption.
-    - ``fact``: a question in text -> the value (a tenth of them reversed: value -> country).
-    - ``text_scene``: a caption in text -> the same, with who stands left or right of whom.
-    - ``find``: a fresh training scene and a thing in it -> its caption up to that thing.
+    - ``picture``: a single picture -> its name. Half of the emoji have left and right exchanged.
+    - ``scene``: a newly drawn training scene -> its caption.
+    - ``fact``: a question in text -> the value. A tenth of them are reversed: value -> country.
+    - ``text_scene``: a caption in text -> the same caption, then left or right neighbours.
+    - ``find``: a newly drawn training scene and a thing in it -> its caption up to that thing.
 
     Args:
-        seed: draws everything.
-        tasks: which are drawn; all by default. One named several times is drawn so many times as often.
+        seed: seed of all draws.
+        tasks: tasks to draw. By default, all. A task that is named several times is drawn that many times as often.
 
     Raises:
-        ValueError: a task that there is not, or none.
+        ValueError: ``tasks`` is empty or has an unknown task.
     """
 
     def __init__(self, seed: int = 0, *, tasks: Sequence[str] | None = None) -> None:
@@ -79,7 +85,7 @@ class PretrainingSamples:
         self.tasks = tuple(WEIGHTS if tasks is None else tasks)
         if not self.tasks or not set(self.tasks) <= WEIGHTS.keys():
             asked = ", ".join(self.tasks) or "none"
-            raise ValueError(f"pretraining tasks: got {asked}; there are {', '.join(WEIGHTS)}")
+            raise ValueError(f"pretraining tasks: got {asked}; choose from {', '.join(WEIGHTS)}")
 
     def __len__(self) -> int:
         return SIZE
@@ -120,12 +126,12 @@ class PretrainingSamples:
 
     def _picture(self, rng: random.Random, key: str) -> Pair:
         style, entity = rng.choice(self._train_pictures)
-        # Styles draw a thing facing either way; a flag's sides are fixed.
+        # The same thing may face left or right, depending on the style. The sides of a flag are fixed.
         mirrored = "mirrored/" if entity.kind == "emoji" and rng.random() < 0.5 else ""
         return describe("picture", key, f"{style}/{mirrored}{entity.key}", entity.name)
 
     def _draw(self, rng: random.Random) -> tuple[str, Scene]:
-        # Half of the scenes hold a flag, as in `flagscene`: any country, since only flag -> attribute is held out.
+        # Half of the scenes show a flag, as in `flagscene`. Any country may occur: only flag -> attribute is held out.
         if rng.random() < 0.5:
             return rng.choice(VENDORS), draw_scene(rng, self._things, "train")
         country = rng.choice(self._countries)
@@ -145,7 +151,7 @@ class PretrainingSamples:
         return answer("fact", key, question, place.attributes[attribute])
 
     def _text_scene(self, rng: random.Random, key: str) -> Pair:
-        # Several questions a row, both ways round: with one, the model guessed between the left-hand cells for long.
+        # Two questions per sample, left or right. With one, the model guessed between the left-hand cells for long.
         _, scene = self._draw(rng)
         names = [entity.name for entity in scene]
         return answer("text_scene", key, caption(names), neighbours_text(names, rng.sample(range(4), 2)))
@@ -157,19 +163,19 @@ class PretrainingSamples:
 
 
 def find(key: str, picture: str, names: Sequence[str], cell: int, phrasing: int = 0) -> Pair:
-    """A scene and one of its things, asked for in a phrasing, with the caption that ends at it."""
+    """Makes a pair: a scene and a question for one of its things -> the caption that ends at this thing."""
     return describe("find", key, picture, caption(names[: cell + 1]), asked=find_thing(names[cell], phrasing))
 
 
 def describe(task: str, key: str, picture: str, response: str, *, asked: str | None = None) -> Pair:
-    """A picture, and perhaps what to look for, with what should be said of it."""
+    """Makes a pair: a picture, perhaps with a question -> the text that describes it."""
     parts: tuple[Part, ...] = (Image(PREFIX + picture), *(() if asked is None else (Text(asked),)))
     query = Item(DESCRIBE, parts)
     return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
 
 
 def answer(task: str, key: str, question: str, response: str) -> Pair:
-    """A question in text with its answer."""
+    """Makes a pair: a question in text -> its answer."""
     query = Item(ANSWER, (Text(question),))
     return Pair(f"pretraining/{task}/{key}", task, query, text_item(response), f"text:{response}")
 
@@ -177,7 +183,8 @@ def answer(task: str, key: str, question: str, response: str) -> Pair:
 def is_right(task: str, response: str, given: str) -> bool:
     """Whether a model's answer to a pretraining prompt of a task is as good as the response.
 
-    That is, equal to it; of ``text_scene``, where the model asks itself, a caption and neighbours that fit it.
+    The answer must equal the response. For ``text_scene``, the model chooses itself which neighbours to name. Its
+    answer must be the caption and at least one neighbour, all of them correct.
     """
     if task != "text_scene":
         return given == response
@@ -187,14 +194,16 @@ def is_right(task: str, response: str, given: str) -> bool:
 
 
 def probe_samples(split: str) -> list[Pair]:
-    """What a pretrained model should be able to say of a held-out split, in pretraining's own prompts.
+    """Makes probes for what a pretrained model should know about a split, as prompts of pretraining.
 
-    By task: ``picture`` (withheld picture -> name), ``fact`` (the split's phrasing -> value), ``scene`` (its scene ->
-    caption), ``text_scene`` (caption of one of its scenes -> the same with the left neighbours), ``find`` (scene and
-    one of its right-hand things -> the caption up to it).
+    - ``picture``: a withheld picture -> its name.
+    - ``fact``: a phrasing of the split -> the value.
+    - ``scene``: a scene of the split -> its caption.
+    - ``text_scene``: the caption of a scene of the split -> the same caption with the left neighbours.
+    - ``find``: a scene and one of its right-hand things -> the caption up to that thing.
 
     Raises:
-        ValueError: unknown split.
+        ValueError: the split is unknown.
     """
     check_split(split)
     probes = []
@@ -219,7 +228,7 @@ def probe_samples(split: str) -> list[Pair]:
 
 
 def all_texts() -> list[str]:
-    """What a tokenizer must know: names, values, instructions, templates of questions filled with an example."""
+    """Returns the texts that a tokenizer must cover: names, values, instructions, and filled question templates."""
     texts = {entity.name for entity in entities().values()} | {v for c in countries() for v in c.attributes.values()}
     texts |= {spec.instruction for spec in TASKS.values()} | {DESCRIBE, *ATTRIBUTES}
     country, (a, b) = countries()[0], scene_vocabulary()[:2]

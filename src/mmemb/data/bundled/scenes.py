@@ -1,7 +1,8 @@
-"""Scenes of four entities, drawn from a seed and disjoint between splits by construction.
+"""Draws scenes of four entities from a seed. Splits share no scene.
 
-The *set* of four entities decides the split by a hash, so that no rearrangement, and no other vendor's drawing, of a
-held-out scene is ever seen in training. `findscene` asks for two entities in words: the pair gets a split the same way.
+A hash of the *set* of four entities determines the split. So training never shows a held-out scene, not even rearranged
+or drawn by the other vendor. `findscene` asks for two entities in words, and a hash of the two determines their split
+in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mmemb.data.bundled.entities import Entity, order
 Scene = tuple[Entity, Entity, Entity, Entity]
 """Four distinct entities in reading order: top left, top right, bottom left, bottom right."""
 
-# Upper bounds in percent. Pairs are few (80 choose 2 = 3160), so held-out splits take a larger share of them.
+# Upper bounds in percent. There are few pairs (80 choose 2 = 3160), so held-out splits get a larger share of them.
 _SCENE_SHARES = (("train", 70), ("control", 80), ("validation", 90), ("test", 100))
 _PAIR_SHARES = (("train", 60), ("control", 78), ("validation", 84), ("test", 100))
 
@@ -25,26 +26,26 @@ def _assign(shares: Sequence[tuple[str, int]], *parts: object) -> str:
 
 
 def scene_split(scene: Sequence[Entity]) -> str:
-    """The split a scene belongs to, whatever its arrangement."""
+    """Returns the split of a scene. It does not depend on the arrangement."""
     return _assign(_SCENE_SHARES, "scene", *sorted(entity.key for entity in scene))
 
 
 def mention_split(first: Entity, second: Entity) -> str:
-    """The split in which a query may name these two entities together, in either order."""
+    """Returns the split in which a query may name these two entities together, in either order."""
     return _assign(_PAIR_SHARES, "mention", *sorted((first.key, second.key)))
 
 
 def draw_scene(
     rng: random.Random, things: Sequence[Entity], split: str, *, fixed: Sequence[Entity] = (), at_left: bool = False
 ) -> Scene:
-    """A scene of a split.
+    """Draws a scene of a split.
 
     Args:
         rng: source of randomness.
-        things: entities to fill the other cells with.
-        split: split the scene must belong to.
-        fixed: entities the scene must show.
-        at_left: the first of ``fixed`` stands in a left-hand cell.
+        things: entities for the other cells.
+        split: split that the scene must belong to.
+        fixed: entities that the scene must show.
+        at_left: whether the first of ``fixed`` must be in a left-hand cell.
     """
     while True:
         others = rng.sample(things, 4 - len(fixed))
@@ -59,13 +60,13 @@ def draw_scene(
 
 
 def near_miss(rng: random.Random, scene: Scene, things: Sequence[Entity], *, change: Sequence[Entity] = ()) -> Scene:
-    """A scene of the same split that differs from the given one in little: two cells swapped, or one cell replaced.
+    """Draws a scene of the same split that differs a little from the given one: two cells swapped, or one replaced.
 
     Args:
         rng: source of randomness.
-        scene: the scene to spoil.
-        things: entities a cell may be replaced by.
-        change: if given, one of these is replaced (no swap): the result no longer shows them all.
+        scene: the scene to change.
+        things: entities that may replace a cell.
+        change: if given, one of these entities is replaced and no cells are swapped, so that one of them is missing.
     """
     cells = list(scene)
     if not change and rng.random() < 0.5:

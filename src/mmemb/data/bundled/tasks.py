@@ -1,6 +1,6 @@
-"""The eight tasks in words: instructions, phrasings, and the template that renders each true rationale.
+"""The texts of the eight tasks: instructions, phrasings, and a template for the true rationale.
 
-All generated text is lower case and its punctuation stands apart, so that a vocabulary of some hundred words holds it.
+All generated text is lower case with blanks around punctuation, so that a vocabulary of a few hundred words is enough.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mmemb.data.bundled.entities import order
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """A task in words.
+    """The texts of a task.
 
     Attributes:
         instruction: the query's instruction, at most eight words.
         kind: ``easy`` (perception or memory alone), ``hop`` (perceive, then recall), ``spatial`` (look around first).
-        rationale: template over the query's fields: the shortest text from which the answer can be read off.
+        rationale: template with the query's fields. It renders the shortest text that contains the answer.
     """
 
     instruction: str
@@ -27,7 +27,7 @@ class TaskSpec:
     rationale: str
 
     def render(self, fields: Mapping[str, str]) -> str:
-        """The true rationale of a query with these fields."""
+        """Returns the true rationale of a query with these fields."""
         return self.rationale.format_map(fields)
 
 
@@ -43,14 +43,14 @@ TASKS: dict[str, TaskSpec] = {
 }
 """The tasks by name. ``scenematch``, ``findscene``, ``left1`` and ``flagscene`` draw their scenes from a seed.
 
-``{scanned}`` is the caption up to the cell asked about: what is left of that is then always the last name but one, so
-that the one thing to learn is where to stop.
+``{scanned}`` is the caption up to the cell of the question. The thing to its left is then always the second to last
+name, so the model only has to learn where to stop.
 """
 
 SCENE_TASKS = ("scenematch", "findscene", "left1", "flagscene")
 
 DESCRIBE = "describe the picture"
-"""Instruction of picture -> text samples in pretraining."""
+"""Instruction of samples picture -> text in pretraining."""
 
 ANSWER = TASKS["fact"].instruction
 
@@ -66,7 +66,7 @@ _PHRASING_SPLITS = ("train", "train", "train", "control", "validation", "test")
 
 
 def fact_phrasings(country: str, attribute: str, split: str) -> list[str]:
-    """The questions for one fact in a split: three in train, one in each other, rotated by a hash of the fact."""
+    """Returns the questions for a fact in a split: three in train, one elsewhere. A hash of the fact rotates them."""
     shift = order("phrasing, second draw", country, attribute)
     return [
         template.format(country=country, attribute=attribute)
@@ -76,34 +76,34 @@ def fact_phrasings(country: str, attribute: str, split: str) -> list[str]:
 
 
 def flag_question(attribute: str) -> str:
-    """The text of a ``flagattr`` query."""
+    """Returns the text of a ``flagattr`` query."""
     return f"what is the {attribute} ?"
 
 
 def left_question(anchor: str) -> str:
-    """The text of a ``left1`` query."""
+    """Returns the text of a ``left1`` query."""
     return f"what is left of the {anchor} ?"
 
 
 def flag_scene_question(attribute: str, anchor: str) -> str:
-    """The text of a ``flagscene`` query."""
+    """Returns the text of a ``flagscene`` query."""
     return f"{attribute} of the flag left of the {anchor}"
 
 
 def find_question(first: str, second: str) -> str:
-    """The text of a ``findscene`` query."""
+    """Returns the text of a ``findscene`` query."""
     return f"find a picture with {first} and {second}"
 
 
 FIND_PHRASINGS = ("find the {name}", "what is the {name} ?", "tell me of the {name}", "a picture with the {name}")
-"""What to look for in the picture of a scene, in pretraining; the probes ask in the first."""
+"""Questions for a thing in the picture of a scene, in pretraining. Probes use the first one."""
 
 
 def find_thing(name: str, phrasing: int = 0) -> str:
-    """Asks for a thing in one of `FIND_PHRASINGS`."""
+    """Returns the question for a thing in one of `FIND_PHRASINGS`."""
     return FIND_PHRASINGS[phrasing].format(name=name)
 
 
 def caption(names: Sequence[str]) -> str:
-    """The caption of a scene: its cells in reading order."""
+    """Returns the caption of a scene: its cells in reading order."""
     return " , ".join(names)
