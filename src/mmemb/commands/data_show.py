@@ -19,12 +19,10 @@ def main(argv: Sequence[str]) -> int:
     if words[:1] in (["-h"], ["--help"]):
         words = ["show", *words]
     if words[:1] != ["show"]:
-        raise UsageError(
-            "the only command of `mmemb data` is `mmemb data show` (`mmemb data show --help` lists the options)"
-        )
+        raise UsageError("`mmemb data` has one command: `mmemb data show` (`mmemb data show --help` lists the options)")
     parser = CommandParser(
         prog="mmemb data show",
-        description="Draws a contact sheet of the bundled data: a few queries per task with their targets and rationales.",
+        description="Draws a contact sheet of the bundled data: a few queries per task with target and rationale.",
         epilog=_EPILOG,
     )
     parser.add_argument("--split", type=str, default="test", help="the split: train, control, validation or test")

@@ -61,24 +61,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--budget", type=int, default=48, help="maximum number of rationale tokens per item")
     parser.add_argument("--dim", type=int, help="width of the embeddings: their first entries are kept; by default all")
-    parser.add_argument(
-        "--instruction", type=str, default="", help="the task in words, for items without an instruction"
-    )
-    parser.add_argument(
-        "--image_root", type=str, help="folder that picture paths are relative to; no path may leave it"
-    )
+    parser.add_argument("--instruction", type=str, default="", help="the task in words, for items without their own")
+    parser.add_argument("--image_root", type=str, help="folder that picture paths are relative to and must stay in")
     parser.add_argument("--limit", type=int, help="maximum number of items to embed")
     parser.add_argument("--batch_size", type=int, default=64, help="number of items per forward pass")
-    parser.add_argument(
-        "--part_rows", type=int, default=1024, help="items per saved part: an interrupted run loses at most one part"
-    )
+    parser.add_argument("--part_rows", type=int, default=1024, help="items saved at a time; a stop loses at most these")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one")
     options = parser.parse_args(list(argv[1:]))
     target = Path(options.output)
     if target.suffix != ".parquet":
         raise UsageError(f"--output {target}: embeddings are written as Parquet; give a name that ends in .parquet")
     if target.is_dir():
-        raise UsageError(f"--output {target} is a folder; give the name of a .parquet file")
+        raise UsageError(f"--output {target}: is a folder; give the name of a .parquet file")
     for name in ("budget", "batch_size", "part_rows", "limit"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"--{name} {options[name]}: give 1 or more")

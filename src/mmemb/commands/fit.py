@@ -128,6 +128,6 @@ def _written(value: Any) -> str:
     def other(each: Any) -> str:
         if isinstance(each, os.PathLike):
             return str(os.fspath(each))
-        raise UsageError(f"a setting must be a plain value, got {type(each).__name__}; name a part by its short name")
+        raise UsageError(f"settings are plain values, got {type(each).__name__}; name a part by its short name")
 
     return other(value) if isinstance(value, os.PathLike) else json.dumps(value, default=other)

@@ -1,4 +1,4 @@
-"""`mmemb rationales generate | score | stats | show`: works on the rationale pool of a training config, without training."""
+"""`mmemb rationales generate | score | stats | show`: makes or shows the rationale pool of a config."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
     model, datamodule, accelerator = build(["fit", *configs, *rest])
     if model.pool is None:
-        raise UsageError(
-            "the config has no model.pool; set its path (where candidates are kept) and its workers (which write them)"
-        )
+        raise UsageError("the config has no model.pool; set model.pool.path and model.pool.workers")
     datamodule.setup("fit")
     pairs = list(datamodule.train_pairs)
     tasks = sorted({pair.task for pair in pairs})
@@ -75,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _device(accelerator: Any) -> str:
-    """The device on which `mmemb fit` would make the pool: the GPU if there is one, unless the settings name the CPU."""
+    """The device on which `mmemb fit` would make the pool: the GPU if there is one and the settings allow it."""
     import torch
 
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
@@ -89,9 +87,7 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
     settings, parts = model.pool, model.model
     if action == "generate":
         if not settings.workers:
-            raise UsageError(
-                "model.pool.workers is empty; name the workers that write the candidates, e.g. [metadata, model]"
-            )
+            raise UsageError("model.pool.workers is empty; name the workers of the candidates, e.g. [metadata, model]")
         model.to(device)
         generate(
             pairs,
@@ -105,15 +101,13 @@ def _make(action: str, model: Any, pairs: Sequence[Any], *, device: str) -> None
         )
         return
     if settings.evaluator is None:
-        raise UsageError(
-            "model.pool.evaluator is missing; name the evaluator that scores the candidates, e.g. retrieval"
-        )
+        raise UsageError("model.pool.evaluator is missing; name what scores the candidates, e.g. retrieval")
     model.to(device)
     score(pairs, settings.evaluator, settings.path, model=parts)
 
 
 def _open(settings: Any, pairs: Sequence[Any]) -> Any:
-    """Opens the pool of these pairs with its leaks and, if the pool has been scored, the scores of the named evaluator."""
+    """Opens the pool of these pairs with its leaks and, if it has been scored, the named evaluator's scores."""
     from mmemb.rationales.pool import RationalePool
     from mmemb.rationales.score import evaluator_name
     from mmemb.rationales.storage import read_manifest
@@ -167,9 +161,7 @@ def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str],
     if pair_id is not None:
         chosen = [pair for pair in pairs if pair.id == pair_id]
         if not chosen:
-            raise UsageError(
-                f"--pair {pair_id}: none of the {len(pairs)} pairs has this id; an example of an id is {pairs[0].id}"
-            )
+            raise UsageError(f"--pair {pair_id}: none of the {len(pairs)} pairs has this id; one id is {pairs[0].id}")
     else:
         chosen = []
         for name in tasks:
@@ -183,6 +175,4 @@ def _show(model: Any, pairs: Sequence[Any], *, limit: int, tasks: Sequence[str],
             show(pair, pool)
             without_choice.append(str(error))
     if without_choice:
-        terminal.say(
-            f"the selector could not choose for {len(without_choice)} of {len(chosen)} pairs: {without_choice[0]}"
-        )
+        terminal.say(f"no choice is shown for {len(without_choice)} of {len(chosen)} pairs: {without_choice[0]}")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "--checkpoint",
         type=str,
         required=True,
-        help="the model of the index: a run's folder, a .ckpt file, a folder of Embedder.save, or a hub id",
+        help="the model that embedded the index: run, .ckpt, folder, hub id",
     )
     parser.add_argument("--index", type=str, required=True, help="a file that `mmemb embed` wrote")
     parser.add_argument("--query", type=str, help="the text to search for")

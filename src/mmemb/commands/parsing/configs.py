@@ -31,7 +31,7 @@ def check_yaml(path: Path) -> None:
         ValueError: the file is not valid YAML (the message names the line), or it is not a mapping.
     """
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"the config file {path} does not exist (current folder: {Path.cwd()})")
+        raise FileNotFoundError(errno.ENOENT, f"there is no config file {path} (current folder: {Path.cwd()})")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
@@ -40,4 +40,4 @@ def check_yaml(path: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a config must be a mapping (`model: ...`), got {type(content).__name__}")
+        raise ValueError(f"{path}: a config is a mapping (`model: ...`), not {type(content).__name__}")

@@ -102,8 +102,8 @@ def _explain_os(error: OSError) -> str | None:
         errno.ENOSPC,
         errno.EDQUOT,
         errno.EFBIG,
-    ):  # from a library that does not name the file, such as a logger
-        return f"{error.strerror}; free disk space where the run writes, and start it again"
+    ):  # from a library, without a file name
+        return f"{error.strerror}; make room where the run writes, and start it again"
     return _from_worker(str(error))
 
 

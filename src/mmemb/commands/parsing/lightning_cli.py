@@ -1,4 +1,4 @@
-"""`mmemb fit | validate | test | predict`: LightningCLI for our module and data, with short names and safe checkpoints."""
+"""`mmemb fit | validate | test | predict`: LightningCLI with our module, data and checkpoint format."""
 
 from __future__ import annotations
 
@@ -122,9 +122,7 @@ class MmembCLI(LightningCLI):
                 f"no --ckpt_path was given: `mmemb {subcommand}` uses the untrained model that the settings build"
             )
         if path is not None and "://" not in path and not Path(path).exists():
-            raise FileNotFoundError(
-                2, "the file of --ckpt_path does not exist; give a .ckpt file of an earlier run", path
-            )
+            raise FileNotFoundError(2, "--ckpt_path: there is no such file; give a .ckpt file of an earlier run", path)
 
     # -- building and running ----------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def _reworded(line: str, given: str | None, class_path: str | None) -> str:
         return f"{dotted[1]!r} is not a known class; give a dotted path, such as torch.optim.AdamW"
     if other := _NO_SUBCLASS.match(line):
         example = ", such as torch.optim.AdamW" if other[2] == "Optimizer" else ""
-        return f"{other[1]!r} is not a subclass of {other[2]}; give the path of one{example}"
+        return f"{other[1]!r} is no {other[2]}; give the path of a subclass of {other[2]}{example}"
     if abstract := re.match(r"Expected an instantiatable class, but (\S+) is abstract", line):
         return f"{abstract[1]} is abstract; name a class that implements it (`mmemb components` lists them)"
     if contract := re.match(r"Not a valid subclass of (\w+)", line):

@@ -17,9 +17,7 @@ _WARNINGS = (
 
 _LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("Tip:", "`weights_only` was not set"),
-    "lightning.pytorch.trainer.connectors.checkpoint_connector": (
-        "`weights_only` was not set",
-    ),  # our reader always sets it to True
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),  # we always set it
     "bitsandbytes.backends.cpu.ops": ("kernels-community",),  # an optional faster kernel; the built-in one works
 }
 
