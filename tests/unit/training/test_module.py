@@ -103,7 +103,7 @@ def test_the_model_before_training_is_scored_for_the_direct_path_alone(
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the run has no end.*give max_steps or max_epochs"):
+    with pytest.raises(ValueError, match=r"the run has no end.*trainer\.max_steps or trainer\.max_epochs"):
         small_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(small_module(), datamodule=small_data(batch_size=8))
 
 

@@ -82,9 +82,9 @@ def test_spans_cover_the_run_and_are_cut_where_it_ends() -> None:
 @pytest.mark.parametrize(
     ("phases", "run_steps", "told"),
     [
-        ([], None, "model.phases: is empty"),
-        ([phase(), phase(steps=3)], None, r"model.phases\[0\].steps: is missing"),
-        ([phase(steps=3), phase(steps=4)], 8, "trainer.max_steps: the run has 8 steps, its phases 7"),
+        ([], None, "model.phases is empty"),
+        ([phase(), phase(steps=3)], None, r"model.phases\[0\].steps is missing"),
+        ([phase(steps=3), phase(steps=4)], 8, "trainer.max_steps: the run has 8 steps, .* 7 in total"),
     ],
 )
 def test_phases_that_do_not_fit_are_refused(phases: list[Phase], run_steps: int | None, told: str) -> None:
