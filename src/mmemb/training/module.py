@@ -1,7 +1,7 @@
 """The LightningModule: combines backbone, pooler, phases, selector and controllers, and runs the phases in order.
 
-Optimisation is manual, because the gradient cache needs two passes. Other features of the trainer (strategies, precision,
-callbacks, loggers, resume) keep working. The module depends on interfaces only: it receives its parts already built.
+Optimisation is manual, because the gradient cache needs two passes. Other features of the trainer keep working:
+strategies, precision, callbacks, loggers and resume. The module depends on interfaces only and receives built parts.
 """
 
 from __future__ import annotations

@@ -125,9 +125,7 @@ class Control(Objective, name="control"):
         self.rewards = [Utility(), Format(weight=0.1), OverLength(weight=0.1)] if rewards is None else rewards
         names = [reward.name for reward in self.rewards]
         if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"control: the rewards are {names or 'none'}; give at least one, and each class once"
-            )
+            raise ValueError(f"control: the rewards are {names or 'none'}; give at least one, and each class once")
         self.grpo = grpo if grpo is not None else GRPO(scaling="batch")
         self.group_size = group_size
         self.temperature = temperature
@@ -318,9 +316,7 @@ class Control(Objective, name="control"):
         decision_size = Size.of(decided, longest=1)
         rationale_size = Size.of(token_mask, longest=self.max_new_tokens + 1)
         gradients = plan.contrast.gradients
-        sums = torch.zeros(
-            5, device=token_mask.device
-        )  # two losses, KL, two counts of clipped tokens
+        sums = torch.zeros(5, device=token_mask.device)  # two losses, KL, two counts of clipped tokens
         last = len(batch.chunks) - 1
         targets = thoughts = 0
         for index, ((prompt, target), (queries, rows, source)) in enumerate(

@@ -38,7 +38,7 @@ class Outcome:
         tokens: [R] int64, rationale tokens, including ``<think>`` and ``</think>``; 0 if the rollout does not reason.
         truncated: [R] bool, whether the budget ended the rationale.
         rationale: R texts, empty if the rollout does not reason.
-        log_probability: [R], log-probability of the positive among the task's candidates by this embedding.
+        log_probability: [R], log-probability of the positive among the task's candidates.
         rank: [R], rank of the positive among these candidates, from 1; a tie counts half.
         direct_log_probability: [R], the log-probability by the query's direct embedding.
         direct_rank: [R], the rank by the query's direct embedding.
