@@ -82,7 +82,7 @@ def contrast(
             raise ValueError(
                 f"infonce.symmetric is true and several rows of the {path.label} path share a query and its "
                 "positive; set symmetric to false or, in the joint phase, use a selector that chooses one rationale "
-                "per pair (not `all`)"
+                "per pair, not `all`"
             )
         result = infonce.with_grads(
             embeddings.get(path.name, target.new_zeros(0, target.shape[1])),

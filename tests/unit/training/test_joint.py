@@ -93,7 +93,7 @@ def test_a_cached_step_has_the_gradients_of_the_plain_loss(
     module.phases[0].objective.setup(
         SetupContext(choose=lambda pair, seed: metadata_choice(pair, seed) * (1 + seed % 2))
     )
-    module.phases[0].objective.augment = None  # each chunk numbers its own rows, so augmentation would differ
+    module.phases[0].objective.augment = None  # off, because chunks draw it for their own rows
     module.phases[0].objective.chunk_size = len(pairs)
     with monkeypatch.context() as apart:
         separately(apart)

@@ -35,10 +35,11 @@ class Outcome:
         pairs: the N queries with their targets.
         query: [R] int64, the query that each rollout belongs to.
         think: [R] bool, whether the rollout reasons.
-        tokens: [R] int64, rationale tokens, including ``<think>`` and ``</think>``; 0 if the rollout does not reason.
+        tokens: [R] int64, rationale tokens with ``<think>`` and ``</think>``; 0 if the rollout does not reason.
         truncated: [R] bool, whether the budget ended the rationale.
         rationale: R texts, empty if the rollout does not reason.
-        log_probability: [R], log-probability of the positive among the task's candidates.
+        log_probability: [R], log-probability of the positive among the task's candidates, by the rollout's
+            embedding.
         rank: [R], rank of the positive among these candidates, from 1; a tie counts half.
         direct_log_probability: [R], the log-probability by the query's direct embedding.
         direct_rank: [R], the rank by the query's direct embedding.
@@ -64,7 +65,7 @@ class Outcome:
         return self.log_probability, self.direct_log_probability
 
     def mean_by_query(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Averages values [R] over each query's rollouts in ``rows`` [R] bool. The mean [N] is nan if there are none."""
+        """Averages values [R] over each query's rollouts in ``rows`` [R] bool; [N], nan for a query without any."""
         total = values.new_zeros(len(self.pairs)).index_add(0, self.query[rows], values[rows])
         count = values.new_zeros(len(self.pairs)).index_add(0, self.query[rows], torch.ones_like(values[rows]))
         return total / count
@@ -147,7 +148,7 @@ class OverLength(Reward, name="over_length"):
 
     Args:
         soft: number of rationale tokens, including ``<think>`` and ``</think>``, that cost nothing.
-        hard: number of rationale tokens from which the reward is -1.
+        hard: number of rationale tokens at and above which the reward is -1.
         weight: see `Reward`.
 
     Raises:
