@@ -107,7 +107,7 @@ def test_options_may_stand_in_a_file(cli: Cli, model: Path, pictures: Path) -> N
     code, out, _ = cli("embed", "--config", "embed.yaml", "--input", "pictures", "--output", "all.parquet")
     assert code == 0
     assert "3 embeddings of 8 dimensions" in out
-    assert "100% thought about" in out
+    assert "100% with reasoning" in out
     assert max(pq.read_table("all.parquet")["tokens"].to_pylist()) <= 4
     code, out, _ = search(cli, model, "--image", "pictures/red.png")  # the query is cut to the index's width
     assert code == 0
@@ -151,7 +151,7 @@ def test_two_processes_one_of_them_killed(
     monkeypatch.setenv("RANK", "1")
     code, out, _ = embed(cli, model, *words)
     assert code == 0
-    assert f"{left - 150} were there from an earlier run" in out
+    assert f"{left - 150} from an earlier run" in out
     assert not parts.exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
@@ -167,7 +167,7 @@ def test_two_processes_one_of_them_killed(
     [
         (["--input", "pictures", "--dim", "7000"], "dim is 7000"),
         (["--input", "pictures", "--budget", "0"], "--budget 0"),
-        (["--input", "pictures", "--limit", "-1"], "--limit -1: it counts from 1"),
+        (["--input", "pictures", "--limit", "-1"], "--limit -1: give 1 or more"),
         (["--input", "pictures", "--output", "a.txt"], "a name that ends in .parquet"),
         (["--input", "none"], "none"),
         (["--input", "pictures", "--checkpoint", "none"], "none"),
@@ -201,7 +201,7 @@ def test_mistakes_of_embed(cli: Cli, model: Path, pictures: Path, words: list[st
     [
         ([], "nothing to search for"),
         (["--query", "a", "--top", "0"], "--top 0"),
-        (["--query", "a"], "all.parquet: no such index; make it by `mmemb embed`"),
+        (["--query", "a"], "all.parquet: the index does not exist; make one with `mmemb embed`"),
         (["--query", "a", "--index", "bad.parquet"], "bad.parquet: not a readable Parquet file"),
         (["--image", "none.png", "--index", "bad.parquet"], "there is no picture none.png"),
     ],

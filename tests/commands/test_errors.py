@@ -35,7 +35,7 @@ def config(**content: Any) -> str:
         (["--model.selector", "embed_token"], ["no selector named 'embed_token': that is a pooler", "Registered: "]),
         (["--model.selector=random", "--model.selector.seed=abc"], ["model.selector.seed: expected int, got 'abc'"]),
         (["--model.selector=random", "--model.selector.sed=4"], ["no argument 'sed'; did you mean 'seed'?"]),
-        (["--model.selector.seed=3"], ["model.selector: say which one", "mmemb components"]),
+        (["--model.selector.seed=3"], ["model.selector: ", "is abstract", "mmemb components"]),
         (
             ["--model.selector=counterfactual", "--model.selector.temperature=-1"],
             ["temperature is -1.0; give a"],

@@ -196,7 +196,7 @@ def test_mistakes(cli: Cli, words: list[str], part: str) -> None:
 def test_mistakes_in_what_to_show(cli: Cli) -> None:
     assert rationales(cli, "generate").code == 0
     assert "the data has the tasks capital, colour" in rationales(cli, "show", "--task", "nope").err
-    assert "there is no such pair among 6; e.g. pair0" in rationales(cli, "show", "--pair", "nope").err
+    assert "none of the 6 pairs has this id" in rationales(cli, "show", "--pair", "nope").err
 
 
 def test_settings_are_asked_for(cli: Cli) -> None:

@@ -157,7 +157,7 @@ def test_what_is_printed_loads_again(fit: Fit, capsys: pytest.CaptureFixture[str
         ),
         (["--model.selector={seed: 4}"], ["model.selector: there is no selector named 'seed'", "Registered: all, "]),
         (["--model.selector={random: {sed: 1}}"], ["has no argument 'sed'; did you mean 'seed'?"]),
-        (["--model.selector={random: 4}"], ["the arguments of 'random' are a mapping", "got 4"]),
+        (["--model.selector={random: 4}"], ["the arguments of 'random' must be a mapping", "got 4"]),
         (
             ["--model.controllers=[{threshold: null, token_share: 0.6}]"],
             ["model.controllers: the name 'threshold' is on one level with 'token_share'", "indent"],

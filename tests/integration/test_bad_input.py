@@ -144,8 +144,8 @@ CASES = {
     "missing model": Case(
         ["none/at/all"], ["--model.backbone=transformers", "--model.backbone.init_args.model=none/at/all"]
     ),
-    "missing checkpoint": Case(["none.ckpt: --ckpt_path names no file"], ["--ckpt_path=none.ckpt"]),
-    "checkpoint by a word": Case(["last: --ckpt_path names no file"], ["--ckpt_path=last"]),
+    "missing checkpoint": Case(["none.ckpt: --ckpt_path: there is no such file"], ["--ckpt_path=none.ckpt"]),
+    "checkpoint by a word": Case(["last: --ckpt_path: there is no such file"], ["--ckpt_path=last"]),
     "unknown strategy": Case(["trainer: ", "strategy", "fast"], ["--trainer.strategy=fast"]),
     "selector without a pool": Case(["model.selector is ", "model.pool is null"], ["--model.pool=null"]),
     "controller that nothing fits": Case(
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_pooler(told: Callable[..., str], cli: Cli) -> N
 
 
 def test_an_evaluation_without_a_checkpoint_says_so(cli: Cli) -> None:
-    with pytest.warns(UserWarning, match="no --ckpt_path: `mmemb test` takes the model as the settings build it"):
+    with pytest.warns(UserWarning, match="no --ckpt_path was given: `mmemb test` uses the untrained model"):
         assert cli("test", *write_settings(Path.cwd())).code == 0
 
 

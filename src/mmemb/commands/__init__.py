@@ -1,1 +1,1 @@
-"""The commands of `mmemb` beside training, one file each; every module has ``main(argv) -> int``."""
+"""The commands of `mmemb`, including those of the trainer. Each module has ``main(argv) -> int``."""

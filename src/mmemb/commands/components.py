@@ -1,4 +1,4 @@
-"""`mmemb components`: the swappable parts, without importing any of the built-in ones."""
+"""`mmemb components`: lists the swappable parts without importing any of the built-in ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mmemb.registry import KINDS, listings
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse alone: jsonargparse would cost more than the whole command."""
+    """Plain argparse: importing jsonargparse would take longer than the whole command."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (`{self.prog} --help` lists the options)")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table, or JSON for programs."""
+    """Prints the components as a table, or as JSON for programs."""
     parser = _Parser(
         prog="mmemb components",
-        description="Lists the parts a config can name; a short name stands for its class (`selector: random`).",
+        description="Lists the parts that a config can name. A short name stands for its class (`selector: random`).",
     )
-    parser.add_argument("--kind", choices=KINDS, help="one kind only")
+    parser.add_argument("--kind", choices=KINDS, help="list this kind only")
     parser.add_argument("--json", action="store_true", help="print a JSON list of kind, name, summary and class path")
     options = parser.parse_args(argv[1:])
     found = [item for item in listings() if options.kind in (None, item.kind)]

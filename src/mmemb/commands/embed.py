@@ -1,4 +1,4 @@
-"""`mmemb embed`: items of a file, or the pictures of a folder, to a Parquet file of embeddings."""
+"""`mmemb embed`: embeds the items of a file, or the pictures of a folder, and writes them to a Parquet file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmemb.commands.parsing.parser import CommandParser
 if TYPE_CHECKING:
     from mmemb.inference.corpus import Ranks
 
-_EPILOG = """A row of the file is an item, with an optional "id": {"text": "..."}, {"image": "a.png"} or
-{"instruction": "...", "parts": [...]}. A folder gives one item a picture, sub-folders included.
+_EPILOG = """Each row of the file is an item, with an optional "id": {"text": "..."}, {"image": "a.png"} or
+{"instruction": "...", "parts": [...]}. A folder gives one item per picture, including those in its sub-folders.
 
-Options may stand in YAML files, too (--config, later ones and the command line win). Started by torchrun or srun, the
-processes share the work. A run that was interrupted goes on when it is started again.
+Options may also be in YAML files (--config). A later file overrides an earlier one, and the command line overrides
+both. When started by torchrun or srun, the processes share the work. To continue an interrupted run, start it again.
 
 examples:
   mmemb embed --checkpoint runs/r1/version_0 --input photos/ --output photos.parquet
@@ -28,7 +28,7 @@ examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads, embeds, writes."""
+    """Reads the items, embeds them and writes the embeddings."""
     parser = CommandParser(
         prog="mmemb embed", description="Embeds a file of items or a folder of pictures.", epilog=_EPILOG
     )
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         "--checkpoint",
         type=str,
         required=True,
-        help="a run's folder, a .ckpt of it, a folder of Embedder.save, or its hub id",
+        help="a run's folder, one of its .ckpt files, a folder that Embedder.save wrote, or the hub id of one",
     )
     parser.add_argument("--input", type=str, required=True, help="a .jsonl, .json or .parquet file, or a folder")
     parser.add_argument("--output", type=str, required=True, help="the .parquet file to write")
@@ -45,36 +45,37 @@ def main(argv: Sequence[str]) -> int:
         "--side",
         type=Literal["query", "target"],
         default="target",
-        help="what the items are: queries, or what they look for",
+        help="whether the items are queries or targets (what queries search for)",
     )
     parser.add_argument(
         "--reason",
         type=Literal["auto", "always", "never"],
         default="auto",
-        help="whether items are thought about first; auto: queries as the model decides, targets never",
+        help="whether to reason about items first; auto: the model decides for each query, and targets skip reasoning",
     )
     parser.add_argument(
         "--offset",
         type=float,
-        help="auto: added to the logit of <think>, the dial; lower thinks less; by default as the run calibrated it",
+        help="with --reason auto: added to the logit of <think>; a lower value means less reasoning; "
+        "by default the value that the run calibrated",
     )
-    parser.add_argument("--budget", type=int, default=48, help="most rationale tokens of an item")
-    parser.add_argument("--dim", type=int, help="width of the embeddings, their first entries; by default all")
+    parser.add_argument("--budget", type=int, default=48, help="maximum number of rationale tokens per item")
+    parser.add_argument("--dim", type=int, help="width of the embeddings: their first entries are kept; by default all")
     parser.add_argument("--instruction", type=str, default="", help="the task in words, for items without their own")
-    parser.add_argument("--image_root", type=str, help="folder that picture paths are relative to and may not leave")
-    parser.add_argument("--limit", type=int, help="embed at most this many")
-    parser.add_argument("--batch_size", type=int, default=64, help="rows of one forward pass")
-    parser.add_argument("--part_rows", type=int, default=1024, help="rows between two safe states of a run")
+    parser.add_argument("--image_root", type=str, help="folder that picture paths are relative to and must stay in")
+    parser.add_argument("--limit", type=int, help="maximum number of items to embed")
+    parser.add_argument("--batch_size", type=int, default=64, help="number of items per forward pass")
+    parser.add_argument("--part_rows", type=int, default=1024, help="items saved at a time; a stop loses at most these")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one")
     options = parser.parse_args(list(argv[1:]))
     target = Path(options.output)
     if target.suffix != ".parquet":
         raise UsageError(f"--output {target}: embeddings are written as Parquet; give a name that ends in .parquet")
     if target.is_dir():
-        raise UsageError(f"--output {target}: is a folder; name a file in it, or another one")
+        raise UsageError(f"--output {target}: is a folder; give the name of a .parquet file")
     for name in ("budget", "batch_size", "part_rows", "limit"):
         if options[name] is not None and options[name] < 1:
-            raise UsageError(f"--{name} {options[name]}: it counts from 1")
+            raise UsageError(f"--{name} {options[name]}: give 1 or more")
     from dataclasses import replace
 
     from mmemb.data.items import read_items
@@ -100,11 +101,11 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     share = embed_to_parquet(embedder, items, target, ranks=ranks, part_rows=options.part_rows, options=settings)
     seconds = time.monotonic() - started
-    details = [f"{share.embedded / max(seconds, 1e-9):.0f} a second"]
+    details = [f"{share.embedded / max(seconds, 1e-9):.0f} per second"]
     if share.found:
-        details.append(f"{share.found} were there from an earlier run")
+        details.append(f"{share.found} from an earlier run")
     if share.thought:
-        details.append(f"{share.thought / share.embedded:.0%} thought about")
+        details.append(f"{share.thought / share.embedded:.0%} with reasoning")
     what = f"{options.dim or embedder.pooler.size} dimensions in {seconds:.1f} s ({', '.join(details)})"
     if share.joined:
         print(f"{target}: {len(items)} embeddings of {what}")
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _own_device(ranks: Ranks) -> str | None:
-    """One GPU a process where several share a machine; None leaves the choice to the embedder."""
+    """Gives each process its own GPU if several share a machine. None leaves the choice to the embedder."""
     import torch
 
     if ranks.world_size == 1 or not torch.cuda.is_available():

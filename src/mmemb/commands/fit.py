@@ -1,4 +1,4 @@
-"""`mmemb.fit`: trains from Python exactly as ``mmemb fit`` trains from a shell."""
+"""`mmemb.fit`: trains from Python exactly as the command ``mmemb fit`` trains from a shell."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mmemb.training.callbacks.interrupt import InterruptCheckpoint, Interrupted
 from mmemb.training.module import EmbeddingModule
 
 _GROUPS = ("trainer", "model", "data")
-"""Settings that are groups of settings: a mapping given for one of them changes only the settings it names."""
+"""Groups of settings. A mapping given for a group changes only the settings that it names."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training leaves behind.
+    """The result of a training run.
 
     Attributes:
         folder: the run's folder, with ``config.yaml``, the log, the checkpoints and the evaluation.
         module: the trained module, in memory.
-        checkpoint: the last checkpoint; None if the settings keep none.
-        summary: the content of ``summary.json``; None if the run had no evaluation on the test split.
+        checkpoint: the last checkpoint. None if the settings keep no checkpoint.
+        summary: the content of ``summary.json``. None if the run was not evaluated on the test split.
     """
 
     folder: Path
@@ -42,25 +42,25 @@ class FitResult:
 
 
 def fit(*configs: str | os.PathLike[str] | Mapping[str, Any], **settings: Any) -> FitResult:
-    """Trains a model, and evaluates it on the test split.
+    """Trains a model and evaluates it on the test split.
 
-    The run's folder is ``runs/<config names>/version_<n>`` below the current folder::
+    The run's folder is ``runs/<config names>/version_<n>`` in the current folder::
 
         run = fit("recipes/r1.yaml", trainer={"max_steps": 20}, seed_everything=4)
         run = fit("recipes/r1.yaml", "own.yaml", {"model.selector": "random", "model.selector.seed": 4})
         run.summary["modes"]["never"]["hit@1"]
 
     Args:
-        *configs: in order, so that a later one wins: paths of YAML files, and mappings of settings. The keys of a
-            mapping are those of the command line (``trainer.max_steps``); ``trainer``, ``model`` and ``data`` also
+        *configs: paths of YAML files and mappings of settings. A later one overrides an earlier one. The keys of a
+            mapping are those of the command line (``trainer.max_steps``). ``trainer``, ``model`` and ``data`` also
             take nested mappings.
-        **settings: one more mapping, applied last. ``ckpt_path`` resumes a training.
+        **settings: one more mapping, applied last. ``ckpt_path`` resumes a run from a checkpoint.
 
     Raises:
         mmemb.commands.parsing.errors.UsageError: a setting is unknown or missing, or a value or the data is refused.
-            It is a `ValueError` with the one line that the command prints.
+            It is a `ValueError`, and its message is the line that the command prints.
         OSError: a file is missing or cannot be written.
-        KeyboardInterrupt: Ctrl-C; the message names the checkpoint to resume from.
+        KeyboardInterrupt: Ctrl-C was pressed. The message names the checkpoint to resume from.
     """
     quiet()
     words = ["fit"]
@@ -95,7 +95,7 @@ def _result(cli: MmembCLI) -> FitResult:
         trainer.checkpoint_callback, "best_model_path", ""
     )
     summary = folder / "summary.json"
-    evaluated = trainer.state.fn == TrainerFn.TESTING  # else a file there is of an earlier run
+    evaluated = trainer.state.fn == TrainerFn.TESTING  # otherwise the file is from an earlier run
     return FitResult(
         folder=folder,
         module=cast(EmbeddingModule, cli.model),
@@ -105,12 +105,12 @@ def _result(cli: MmembCLI) -> FitResult:
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
-    """The words of a shell that set the same."""
+    """The command-line words that make these settings."""
     return [f"--{key}={value if isinstance(value, str) else _written(value)}" for key, value in _flat(settings)]
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings by dotted key; the mapping of a group becomes one setting for each of its keys."""
+    """Yields settings by dotted key. The mapping of a group becomes one setting per key."""
     for key, value in settings.items():
         if key in _GROUPS and isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", each) for inner, each in value.items())
@@ -119,10 +119,10 @@ def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _written(value: Any) -> str:
-    """A value as JSON, which YAML reads alike. Paths are written as text.
+    """Writes a value as JSON, which YAML reads in the same way. Paths are written as text.
 
     Raises:
-        UsageError: the value has no form as text, such as a part that is already built.
+        UsageError: the value cannot be written as text. An example is a part that is already built.
     """
 
     def other(each: Any) -> str:

@@ -1,4 +1,4 @@
-"""`mmemb search`: a text or a picture, or both, against a file that `mmemb embed` wrote."""
+"""`mmemb search`: searches a file that `mmemb embed` wrote with a text, a picture or both."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ _EPILOG = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Embeds the query, prints the nearest items and draws them."""
+    """Embeds the query, then prints and draws the nearest items."""
     parser = CommandParser(
         prog="mmemb search",
-        description="Finds what is nearest to a text, a picture or both, and draws the top results.",
+        description="Finds the items nearest to a text, a picture or both, and draws the top results.",
         epilog=_EPILOG,
     )
     parser.add_argument(
-        "--checkpoint", type=str, required=True, help="what the index was embedded with: run, .ckpt, folder, hub id"
+        "--checkpoint",
+        type=str,
+        required=True,
+        help="the model that embedded the index: run, .ckpt, folder, hub id",
     )
     parser.add_argument("--index", type=str, required=True, help="a file that `mmemb embed` wrote")
     parser.add_argument("--query", type=str, help="the text to search for")
-    parser.add_argument("--image", type=str, help="the picture to search for; with --query, one query of both")
+    parser.add_argument("--image", type=str, help="the picture to search for; with --query, both form one query")
     parser.add_argument("--instruction", type=str, default="", help="the task in words, as in training")
-    parser.add_argument("--top", type=int, default=5, help="results")
+    parser.add_argument("--top", type=int, default=5, help="number of results")
     parser.add_argument(
         "--reason",
         type=Literal["never", "always", "auto"],
         default="auto",
-        help="whether the query is thought about first; auto: as the model decides",
+        help="whether to reason about the query first; auto: the model decides",
     )
-    parser.add_argument("--output", type=str, default="results.png", help="the picture of the results")
+    parser.add_argument("--output", type=str, default="results.png", help="the picture of the results to write")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one")
     options = parser.parse_args(list(argv[1:]))
     if not options.query and not options.image:
-        raise UsageError('nothing to search for: give --query "some words", --image a.png, or both')
+        raise UsageError('there is nothing to search for; give --query "some words", --image a.png, or both')
     if options.top < 1:
         raise UsageError(f"--top {options.top}: ask for at least one result")
     if not Path(options.index).is_file():
-        raise FileNotFoundError(2, "no such index; make it by `mmemb embed`", options.index)
+        raise FileNotFoundError(2, "the index does not exist; make one with `mmemb embed`", options.index)
     from mmemb.drawing.cards import draw_results
     from mmemb.inference.embedder import Embedder, as_item
     from mmemb.search.exact import read_embeddings
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     embedder = Embedder.from_checkpoint(options.checkpoint, device=options.device, progress=True)
     index = read_embeddings(options.index, model=embedder.identity)
     width = index.embeddings.shape[1]
-    # An index of fewer dimensions was cut to its first ones; so is the query.
+    # An index with fewer dimensions was cut to its first ones, so the query is cut too.
     dim = width if width < embedder.pooler.size else None
     encoded = embedder.encode([query], reason=options.reason, return_rationales=True, dim=dim)
     hits = index.search(encoded.embedding, k=options.top)[0]
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print(hits: Sequence[Any], rationale: str) -> None:
-    """A table of the results; the thought first, if there was one."""
+    """Prints the rationale, if there is one, and a table of the results."""
     from rich.table import Table
     from rich.text import Text
 
@@ -76,7 +79,7 @@ def _print(hits: Sequence[Any], rationale: str) -> None:
 
     console = table_console()
     if rationale:
-        console.print(Text("thought: ", style="dim").append(rationale, style="italic"))
+        console.print(Text("rationale: ", style="dim").append(rationale, style="italic"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("cosine", justify="right")

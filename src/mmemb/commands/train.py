@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one of Lightning's commands.
 
     Returns:
-        0, or 128 plus the signal that stopped it.
+        0, or 128 plus the number of the signal that stopped the command.
     """
     interrupt = InterruptCheckpoint()
     try:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _how_to_go_on(argv: Sequence[str], interrupt: InterruptCheckpoint) -> str:
-    """What to type after a stop: the training again from where it was, or the evaluation that it had come to."""
+    """Says how to continue after a stop: resume the training, or run the evaluation if the training had finished."""
     if interrupt.path is not None:
         return f"resume with: {_with_checkpoint(argv, interrupt.path)}"
     if interrupt.trained is not None:

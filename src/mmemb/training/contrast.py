@@ -1,4 +1,4 @@
-"""InfoNCE on several paths of the same queries against one set of targets, with gradients for a cached step.
+"""Computes InfoNCE on several paths of the same queries against one set of targets, with gradients for a cached step.
 
 Legend: N queries, n rows of a path, M targets, D embedding width.
 """
@@ -18,7 +18,7 @@ from mmemb.losses.infonce import InfoNCE
 
 
 class Identities(Protocol):
-    """Who is whose positive: a training batch.
+    """The part of a training batch that says which target is the positive of which query.
 
     Attributes:
         query_id: [N] int64.
@@ -36,11 +36,11 @@ class Path:
     """One way to embed queries.
 
     Attributes:
-        label: what its loss is logged as: ``infonce_<label>``.
-        name: its embeddings [n, D]; absent where no query of this rank takes the path.
+        label: the loss of the path is logged as ``infonce_<label>``.
+        name: name of its embeddings [n, D]. They are absent if no query of this rank takes the path.
         scale: weight of its loss.
-        rows: [n] int64, the query each row embeds.
-        weight: [n], weight of each row; None for equal ones.
+        rows: [n] int64, the query that each row embeds.
+        weight: [n], weight of each row. None for equal weights.
     """
 
     label: str
@@ -53,17 +53,17 @@ class Path:
 def contrast(
     infonce: InfoNCE, embeddings: dict[str, Tensor], identities: Identities, paths: Sequence[Path]
 ) -> CachedLoss:
-    """The weighted sum of the paths' losses against ``embeddings["target"]``, over all ranks.
+    """Computes the weighted sum of the paths' losses against ``embeddings["target"]``, over all ranks.
 
     Args:
-        infonce: the loss; its temperature's gradient comes back as the cached loss's term.
-        embeddings: by name, detached; ``target`` [M, D] and one entry a path.
-        identities: of all N queries and M targets.
-        paths: every rank must name the same ones.
+        infonce: the loss. The term of the cached loss carries the gradient of its temperature.
+        embeddings: detached embeddings by name: ``target`` [M, D] and one entry per path.
+        identities: identities of all N queries and M targets.
+        paths: the paths. Every rank must name the same ones.
 
     Raises:
-        ValueError: the loss is symmetric and a query has several rows of a path: they share a positive, and only one of
-            them could be its query.
+        ValueError: the loss is symmetric and a query has several rows of a path. They share a positive, and in the
+            symmetric loss a positive can have only one query.
     """
     target = embeddings["target"]
     gradients = {name: torch.zeros_like(value, dtype=InfoNCE.grad_dtype(value)) for name, value in embeddings.items()}
@@ -73,16 +73,16 @@ def contrast(
     for path in paths:
         if not path.scale:
             continue
-        # Every rank must take part in a path's collectives, also one that has no row of it, and learn of a refusal.
+        # Every rank must take part in a path's collectives, even without rows, and all must see a refusal.
         count, repeated = len(path.rows), len(path.rows) - len(path.rows.unique())
         count, repeated = all_sum(torch.tensor([count, repeated], device=target.device)).tolist()
         if count == 0:
             continue
         if infonce.options.symmetric and repeated:
             raise ValueError(
-                f"infonce.symmetric is true and several rows of the {path.label} path are one query's and share its "
-                "positive; set symmetric to false or, in the joint phase, take a selector that chooses one rationale a "
-                "pair, not `all`"
+                f"infonce.symmetric is true and several rows of the {path.label} path share a query and its "
+                "positive; set symmetric to false or, in the joint phase, use a selector that chooses one rationale "
+                "per pair, not `all`"
             )
         result = infonce.with_grads(
             embeddings.get(path.name, target.new_zeros(0, target.shape[1])),

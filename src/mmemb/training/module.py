@@ -1,7 +1,7 @@
-"""The LightningModule: composes backbone, pooler, phases, selector and controllers, and runs the phases one by one.
+"""The LightningModule: combines backbone, pooler, phases, selector and controllers, and runs the phases in order.
 
-Optimisation is manual, because the gradient cache needs two passes; everything else of the trainer (strategies,
-precision, callbacks, loggers, resume) keeps working. The module knows contracts only: the parts come built.
+Optimisation is manual, because the gradient cache needs two passes. Other features of the trainer keep working:
+strategies, precision, callbacks, loggers and resume. The module depends on interfaces only and receives built parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mmemb.training.random_state import random_state, restore_random_state
 from mmemb.types import EvaluationResults, EvaluationTask, Item, Pair
 
 BOTH_PATHS = ("never", "always_reason")
-"""The controllers that score one path alone; they need no calibration."""
+"""The controllers that score a single path. They need no calibration."""
 
 
 class EmbeddingModule(L.LightningModule):
@@ -50,20 +50,20 @@ class EmbeddingModule(L.LightningModule):
 
     Args:
         backbone: the vision-language model.
-        pooler: hidden states -> embedding.
-        phases: what is trained, in order: each phase has its objective, its data and its length.
-        selector: which rationale candidate a pair trains on; null trains the direct path alone.
-        controllers: compared in evaluation, each under its short name; calibrated on validation data where needed.
-        pool: where rationale candidates come from and are kept.
-        true_rationale: worker whose rationales are the evaluation's `true_rationale` row; null leaves the row out.
-        optimizer: any torch optimiser, e.g. AdamW or bitsandbytes.optim.AdamW8bit. Its weight decay leaves norms,
-            biases and the temperature alone.
-        gradient_clip: maximum gradient norm; 0 for none.
-        encode_batch_size: rows of one forward pass in evaluation.
-        budget: maximum rationale tokens per row in evaluation; a controller's own smaller budget holds, and so does
-            the backbone's max_rationale_tokens.
-        validation_queries: queries per task scored at each validation during training; `mmemb validate` and the final
-            evaluation take all.
+        pooler: turns hidden states into an embedding.
+        phases: what is trained, in order. Each phase has its own objective, data and length.
+        selector: chooses the rationale candidate that a pair trains on. null trains the direct path only.
+        controllers: compared in evaluation, each under its short name, and calibrated on validation data if needed.
+        pool: where rationale candidates come from and where they are kept.
+        true_rationale: worker whose rationales are the evaluation's `true_rationale` row. null leaves the row out.
+        optimizer: any torch optimiser, e.g. AdamW or bitsandbytes.optim.AdamW8bit. Norms, biases and the temperature
+            get no weight decay.
+        gradient_clip: maximum gradient norm. 0 means no clipping.
+        encode_batch_size: rows per forward pass in evaluation.
+        budget: maximum number of rationale tokens per row in evaluation. A controller's smaller budget and the
+            backbone's max_rationale_tokens still apply.
+        validation_queries: queries per task that each validation during training scores. `mmemb validate` and the final
+            evaluation score all queries.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class EmbeddingModule(L.LightningModule):
         check_numbers("model", at_least=0, gradient_clip=gradient_clip)
         check_numbers("model", at_least=1, encode_batch_size=encode_batch_size, validation_queries=validation_queries)
         check_numbers("model", at_least=1, budget=budget)
-        # Under LightningCLI these are class paths and plain values, from which a checkpoint rebuilds the parts. Built
-        # in Python they would be the parts themselves, which belong in no checkpoint.
+        # Under LightningCLI the hyperparameters are class paths and plain values. A checkpoint rebuilds the parts from
+        # them. In Python they would be the parts themselves, which do not belong in a checkpoint.
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
         phase_spans(phases)
@@ -102,7 +102,9 @@ class EmbeddingModule(L.LightningModule):
         for controller in controllers or []:
             name = controller.name or type(controller).__name__
             if name in self.controllers:
-                raise ValueError(f"controllers: {name!r} is there twice, and a summary has one row per name; drop one")
+                raise ValueError(
+                    f"controllers: {name!r} is there twice, and a summary has one row per name; remove one"
+                )
             self.controllers[name] = controller
         self.pool = pool
         self.true_rationale = true_rationale
@@ -124,12 +126,12 @@ class EmbeddingModule(L.LightningModule):
 
     @property
     def run_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Number of optimiser steps of the whole run."""
         return int(self.trainer.estimated_stepping_batches)
 
     @property
     def spans(self) -> list[PhaseSpan]:
-        """Where each phase lies within the run."""
+        """The first step and the length of each phase within the run."""
         return phase_spans(self.phases, run_steps=self.run_steps)
 
     def phase_at(self, step: int) -> PhaseSpan:
@@ -142,7 +144,7 @@ class EmbeddingModule(L.LightningModule):
         return cast(PairDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def encoder(self, *, progress: bool = False) -> Encoder:
-        """An encoder over the model as it is now."""
+        """Returns an encoder that uses the current weights of the model."""
         return Encoder(
             self.backbone, self.pooler, batch_size=self.encode_batch_size, budget=self.budget, progress=progress
         )
@@ -157,7 +159,7 @@ class EmbeddingModule(L.LightningModule):
         if self.datamodule.sources["test"] and not self.datamodule.sources["validation"]:
             check_calibrated(self.controllers)
         if isinstance(self.trainer.strategy, DDPStrategy):
-            # The backward pass that reduces may belong to a chunk without pictures, which leaves the vision part out.
+            # The backward pass that reduces may be of a chunk without pictures, which does not use the vision part.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         choose = self._open_pool()
         self._contexts = []
@@ -179,11 +181,11 @@ class EmbeddingModule(L.LightningModule):
         return phase.objective.needs_rationales and self.selector is not None and self.pool is not None
 
     def _open_pool(self) -> Choose | None:
-        """Makes or opens the rationale pool for the pairs of the phases that read it; None where no phase does."""
+        """Makes or opens the rationale pool for the pairs of the phases that read it. None if no phase reads it."""
         if self.pool is None or self.selector is None or not any(map(self._reads_pool, self.phases)):
             return None
         if self.pool.workers:
-            # The trainer moves the model only after this hook; a pool is made where the model will train.
+            # The trainer moves the model only after this hook, but the pool is made on the device of the training.
             self.to(self.trainer.strategy.root_device)
         pool = self.pool.open(
             self.rationale_pairs(self.datamodule),
@@ -194,14 +196,14 @@ class EmbeddingModule(L.LightningModule):
         return self.pool.choice(pool, self.selector)
 
     def rationale_pairs(self, datamodule: PairDataModule) -> Sequence[Pair]:
-        """The pairs of every phase that trains on rationales, after the data module's ``setup("fit")``."""
+        """The pairs of every phase that trains on rationales. Call the data module's ``setup("fit")`` first."""
         streams = list(dict.fromkeys(phase.data for phase in self.phases if phase.objective.needs_rationales))
         if len(streams) == 1:
             return datamodule.stream_pairs(streams[0])
         return [pair for name in streams for pair in datamodule.stream_pairs(name)]
 
     def use_choice(self, choose: Choose) -> None:
-        """Sets the phases that train on rationales up again, with another choice: the pool has grown."""
+        """Sets up the phases that train on rationales again, with another choice, because the pool has grown."""
         for number, phase in enumerate(self.phases):
             if phase.objective.needs_rationales:
                 self._contexts[number] = replace(self._contexts[number], choose=choose)
@@ -218,12 +220,12 @@ class EmbeddingModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         try:
             optimizer = self.optimizer(parameter_groups(self, without_decay=self._vectors))
-        except ValueError as error:  # of torch, about a value such as a negative lr
+        except ValueError as error:  # from torch, about a value such as a negative lr
             raise ValueError(f"model.optimizer: {error}") from error
         if self.trainer.estimated_stepping_batches == float("inf"):
             raise ValueError(
-                "trainer: the run has no end, and the schedule needs one; give every phase its steps, or the trainer "
-                "max_steps or max_epochs"
+                "trainer: the run has no end, and the schedule needs one; set the steps of every phase, or "
+                "trainer.max_steps or trainer.max_epochs"
             )
         schedule = scheduler(optimizer, self.spans)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -234,22 +236,22 @@ class EmbeddingModule(L.LightningModule):
             self._score_before({"never": vocabulary.BEFORE_TRAINING})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # As late as can be: making loaders and sanity checks draw random numbers that the uninterrupted run did not.
+        # As late as possible: loaders and sanity checks draw random numbers that the uninterrupted run did not draw.
         if self._random_state is not None:
             restore_random_state(self._random_state, self.device, rank=self.global_rank)
             self._random_state = None
         span = self.phase_at(self.global_step)
         if span.number and self.global_step == span.first_step:
-            # Moments of the gradients of another objective would steer the first steps of this one.
+            # The optimiser's moments from another objective would distort the first steps of this one.
             cast(LightningOptimizer, self.optimizers()).optimizer.state.clear()
             if self.global_step > 0:
                 self._score_before({row: vocabulary.before_phase(row, span.name) for row in BOTH_PATHS})
 
     def _score_before(self, names: Mapping[str, str]) -> None:
-        """Scores the model as it is on the test split, for further rows of the summary; once, across resumes.
+        """Scores the current model on the test split for extra rows of the summary, once even if the run is resumed.
 
         Args:
-            names: controller -> name of the row; controllers that the run does not have are left out.
+            names: controller -> name of its row. Controllers that the run does not have are left out.
         """
         controllers = {name: part for name, part in self.controllers.items() if name in names}
         known = any(row in self.earlier_rows for row in names.values())
@@ -273,10 +275,10 @@ class EmbeddingModule(L.LightningModule):
         self.log("loss", logs["loss"], prog_bar=True, logger=False)
 
     def _step_context(self, optimizer: torch.optim.Optimizer, span: PhaseSpan) -> StepContext:
-        """What this step's objective needs of the trainer."""
+        """What the objective of this step needs from the trainer."""
 
         def update() -> None:
-            # Past the wrapper, which would count it as a step of the run.
+            # Without Lightning's wrapper, which would count this update as a step of the run.
             raw = getattr(optimizer, "optimizer", optimizer)
             self.trainer.strategy.optimizer_step(raw, lambda: None, model=self)
             optimizer.zero_grad()
@@ -288,7 +290,7 @@ class EmbeddingModule(L.LightningModule):
 
         return StepContext(
             backward=self.manual_backward,
-            # Only strategies that reduce gradients have the context; the others have nothing to hold back.
+            # Only strategies that reduce gradients have this context. The others have nothing to delay.
             no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
             step=self.global_step - span.first_step,
             steps=span.steps or 0,
@@ -297,7 +299,7 @@ class EmbeddingModule(L.LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Here and no earlier: a gradient scaler (precision 16-mixed) has undone its factor by now.
+        # Not earlier: only here has a gradient scaler (precision 16-mixed) removed its factor.
         if self.gradient_clip:
             trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             clip_gradient_norm(trained, maximum=self.gradient_clip)
@@ -323,17 +325,17 @@ class EmbeddingModule(L.LightningModule):
         self._random_state = checkpoint["random_state"]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's.
+        """Loads the weights as torch does.
 
         Raises:
-            ValueError: the weights are of other parts.
+            ValueError: the weights belong to other parts.
         """
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint does not fit the settings ({' '.join(str(error).split())[:300]}); give the config "
-                "that it was trained with (config.yaml in its run folder)"
+                "that it was trained with (config.yaml in the folder of its run)"
             ) from error
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ class EmbeddingModule(L.LightningModule):
         fitting = self.trainer.state.fn == "fit"
         most = self.validation_queries if fitting else None
         short = EvaluationTask(task.name, task.queries[:most], task.candidates, task.candidate_ids)
-        # While training, the two paths alone: what a controller makes of them needs a calibration.
+        # During training only the two paths are scored: other controllers need calibration first.
         controllers = {name: part for name, part in self.controllers.items() if not fitting or name in BOTH_PATHS}
         results = evaluate(self.encoder(progress=True), [short], controllers=controllers, true_rationale=None)
         self._results.append(results)
@@ -367,7 +369,7 @@ class EmbeddingModule(L.LightningModule):
     def _calibrate(self) -> None:
         tasks = self.datamodule.evaluation_tasks("validation")
         if tasks and self.controllers:
-            rank_zero_info("Calibrating controllers on the validation split.")
+            rank_zero_info("Calibrating the controllers on the validation split.")
             calibrate(self.encoder(progress=True), tasks, self.controllers)
 
     def test_step(self, task: EvaluationTask, batch_idx: int) -> None:
@@ -382,7 +384,7 @@ class EmbeddingModule(L.LightningModule):
         if not results.modes or not self.trainer.is_global_zero:
             return
         results.modes |= self.earlier_rows
-        step = self.global_step or self.trained_steps  # `mmemb test` takes no step of its own
+        step = self.global_step or self.trained_steps  # `mmemb test` takes no training step
         settings = {"step": step, "split": "test", **self._settings()}
         seconds = self.trained_seconds + time.monotonic() - self._started
         summary = report.summary(results, settings=settings, seconds=seconds)
@@ -392,7 +394,7 @@ class EmbeddingModule(L.LightningModule):
             self.log(f"test/{mode}/hit@1", row["hit@1"], rank_zero_only=True)
 
     def _settings(self) -> dict[str, Any]:
-        """What makes a result comparable: the parts by class, the data seed, budgets."""
+        """The settings that make a result comparable: the classes of the parts, the seeds and the budget."""
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "seed": None if seed is None else int(seed),
@@ -411,5 +413,5 @@ class EmbeddingModule(L.LightningModule):
         }
 
     def predict_step(self, items: Sequence[Item], batch_idx: int) -> Tensor:
-        """Embeddings [B, D] of a batch of items, direct path."""
+        """Returns the embeddings [B, D] of a batch of items on the direct path."""
         return self.encoder().encode_targets(items)

@@ -1,4 +1,7 @@
-"""What a phase optimises: how its batch is made and what one step's backward computes. Knows contracts only."""
+"""The interface of objectives: how a phase makes a batch and computes the gradients of a step.
+
+It depends on the interfaces of the parts only.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,21 @@ if TYPE_CHECKING:
 
 
 def _nothing() -> None:
-    """Updates nothing: a step outside a trainer leaves its gradients to the caller."""
+    """Does nothing: outside a trainer, a step leaves the update to the caller."""
 
 
 @dataclass
 class StepContext:
-    """What a step needs of its trainer.
+    """What a step needs from the trainer.
 
     Attributes:
-        backward: runs a backward pass (the strategy's own, so that scaling and hooks apply).
-        no_sync: a context in which gradients are not yet reduced across ranks.
+        backward: runs a backward pass. It is the strategy's own, so that scaling and hooks apply.
+        no_sync: a context in which gradients are not reduced across ranks yet.
         step: number of this step within the phase, from 0.
-        steps: length of the phase.
-        update: takes an optimiser step with the gradients so far and clears them, for objectives that update more
-            than once on a batch; the last update is the trainer's own.
-        show: puts a picture into the run's log under a name; None where nobody would see it.
+        steps: number of steps of the phase.
+        update: takes an optimiser step with the gradients so far and clears them. It is for objectives that update more
+            than once per batch. The trainer makes the last update itself.
+        show: adds a picture to the run's log under a name. None if no logger takes pictures.
     """
 
     backward: Callable[[Tensor], None] = Tensor.backward
@@ -47,37 +50,40 @@ class StepContext:
 
 
 class Objective(nn.Module, Component, ABC, kind="objective"):
-    """A phase's loss. Its own parameters (a learnable temperature) are trained with the model."""
+    """The loss of a phase. Its own parameters, such as a learnable temperature, are trained with the model."""
 
     needs_rationales: bool = False
-    """Whether the phase wants a rationale pool to be made before it starts."""
+    """Whether the phase needs a rationale pool before it starts."""
     needs_candidates: bool = False
-    """Whether the phase wants the candidates of its data's tasks."""
+    """Whether the phase needs the candidates of the tasks in its data."""
 
     def setup(self, context: SetupContext) -> None:
-        """Receives the selector's choice, the tasks of the phase's data, and the objective of the phase before.
+        """Receives the selector's choice, the tasks of the phase's data, and the objective of the previous phase.
 
-        Called before the first batch, and again with another choice when the rationale pool has grown.
+        It is called before the first batch. It is called again with another choice when the rationale pool has grown.
         """
 
     def phase_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides parameters for a resumed phase to go on exactly; plain containers."""
+        """Returns what a checkpoint needs, in addition to parameters, to resume the phase exactly: plain containers."""
         return {}
 
     def load_phase_state(self, state: dict[str, Any]) -> None:
-        """Takes up a `phase_state`, before the first step."""
+        """Restores a `phase_state` before the first step."""
 
     @abstractmethod
     def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> Any:
-        """Pairs -> a batch of CPU tensors; runs in data-loader workers; deterministic in the seed."""
+        """Makes a batch of CPU tensors from pairs.
+
+        It runs in data-loader workers. Equal seeds give equal batches.
+        """
 
     @abstractmethod
     def step(self, model: Model, batch: Any, context: StepContext) -> dict[str, Tensor]:
-        """Accumulates gradients for one batch; returns scalars to log, ``loss`` among them."""
+        """Accumulates the gradients of one batch. Returns the scalars to log, including ``loss``."""
 
 
 def augmenter(augment: PictureAugment | None, seeds: Sequence[int]) -> Callable[[Any, int], Any] | None:
-    """The picture hook of `Backbone.prepare`: each row's pictures change by the row's own seed."""
+    """Returns the picture hook of `Backbone.prepare`, which augments the pictures of each row with the row's seed."""
     if augment is None:
         return None
 
@@ -88,16 +94,16 @@ def augmenter(augment: PictureAugment | None, seeds: Sequence[int]) -> Callable[
 
 
 def next_token_loss(backbone: Backbone, hidden: Tensor, inputs: ModelInputs, rows: Tensor | None = None) -> Tensor:
-    """Sum of next-token cross-entropies over the labelled positions (of the given rows only, if asked).
+    """Sums the next-token cross-entropies over the labelled positions, of the given rows only if there are any.
 
     Args:
-        backbone: gives the logits; only labelled positions reach the vocabulary projection.
+        backbone: computes the logits. Only labelled positions go through the vocabulary projection.
         hidden: [B, T, H].
         inputs: labels [B, T] as in `ModelInputs`.
-        rows: [B] bool, rows that count.
+        rows: [B] bool, the rows that count. None: all.
 
     Returns:
-        a scalar float32.
+        A float32 scalar.
     """
     labels = inputs.labels[:, 1:]
     wanted = labels != -100

@@ -1,4 +1,4 @@
-"""Between a module and its optimiser: which parameters decay, and how long the gradient may be."""
+"""Decides which parameters get weight decay, and clips the gradient norm."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_or
 
 
 def vector_names(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters of fewer than two dimensions: norms' gains, biases, a temperature.
+    """Names the parameters with fewer than two dimensions, such as gains of norms, biases and a temperature.
 
-    To be asked before a strategy wraps the module: FSDP makes every shard one-dimensional.
+    Call it before a strategy wraps the module, because FSDP makes every shard one-dimensional.
     """
     return frozenset(plain_name(name) for name, parameter in module.named_parameters() if parameter.ndim < 2)
 
 
 def parameter_groups(module: nn.Module, *, without_decay: Collection[str]) -> list[dict[str, Any]]:
-    """The trainable parameters as an optimiser's groups: first what decays, then what does not.
+    """Splits the trainable parameters into optimiser groups: first those with weight decay, then those without.
 
     Args:
-        module: may be wrapped by a strategy meanwhile.
-        without_decay: names whose group gets weight decay 0, whatever the optimiser's is (`vector_names`).
+        module: the module. A strategy may have wrapped it.
+        without_decay: names from `vector_names`. Their group gets weight decay 0, whatever the optimiser's setting.
 
     Returns:
-        the groups that have parameters, so none if nothing trains.
+        The groups that have parameters. The list is empty if no parameter is trained.
     """
     decaying: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -41,19 +41,20 @@ def parameter_groups(module: nn.Module, *, without_decay: Collection[str]) -> li
 
 
 def clip_gradient_norm(parameters: Iterable[Tensor], *, maximum: float) -> Tensor:
-    """Scales all gradients alike so that their common norm is at most this; sharded ones (FSDP2) count as a whole.
+    """Scales all gradients by one factor so that their common norm is at most ``maximum``.
 
-    Every rank must call it if any parameter is sharded.
+    Sharded gradients (FSDP2) count as a whole. Every rank must call it if any parameter is sharded.
 
     Args:
-        parameters: those without a gradient do not count. Gradients that are not sharded must be equal on all ranks.
-        maximum: of the 2-norm, above 0.
+        parameters: the parameters. Those without a gradient do not count. Gradients that are not sharded must be equal
+            on all ranks.
+        maximum: maximum of the 2-norm, above 0.
 
     Returns:
-        the norm before clipping, 0-d, equal on all ranks.
+        The norm before clipping, 0-d, equal on all ranks.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    # Sharded and whole gradients do not mix in one foreach operation.
+    # One foreach operation cannot mix sharded and whole gradients.
     kinds = [
         [each for each in trained if isinstance(each.grad, DTensor)],
         [each for each in trained if not isinstance(each.grad, DTensor)],
@@ -68,5 +69,5 @@ def clip_gradient_norm(parameters: Iterable[Tensor], *, maximum: float) -> Tenso
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what FSDP, activation checkpointing and torch.compile put into it."""
+    """Removes what FSDP, activation checkpointing and torch.compile add to the name of a parameter."""
     return _WRAPPERS.sub("", name)

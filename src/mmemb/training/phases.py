@@ -1,6 +1,6 @@
-"""The phases of a run: what each optimises, on which data, for how long, at which learning rate.
+"""The phases of a run: the objective, data, length and learning rate of each.
 
-A run is a list of phases, one after the other. Step numbers count over the whole run; a phase's own steps count from 0.
+A run is a list of phases, one after the other. Step numbers count over the whole run. Steps in a phase count from 0.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from mmemb.training.objective import Objective
 Schedule: TypeAlias = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"
 ]
-"""Learning-rate schedules of the transformers library that need no settings but warm-up and length."""
+"""Learning-rate schedules of the transformers library that need only a warm-up and a length."""
 
 
 class Phase:
     """One entry of ``model.phases``.
 
-    Every phase but the first starts with an empty optimiser state: moments of other gradients are dropped.
+    Every phase but the first starts with an empty optimiser state, without the moments of the previous phase.
 
     Args:
         objective: what the phase optimises.
         data: where its pairs come from: ``train`` for ``data.train``, or a name in ``data.streams``.
-        steps: optimiser steps; 0 skips the phase. Only the last phase may leave it out: it lasts until the run ends.
-        learning_rate_factor: the phase's highest learning rate divided by the optimiser's own.
-        schedule: learning-rate schedule over the phase's steps, by the transformers library.
+        steps: number of optimiser steps. 0 skips the phase. Only the last phase may leave it out, and then lasts until
+            the run ends.
+        learning_rate_factor: the phase's highest learning rate divided by the optimiser's learning rate.
+        schedule: learning-rate schedule over the phase's steps, from the transformers library.
         warmup_steps: steps of linear warm-up.
-        name: what logs and result rows call the phase; by default the objective's short name.
+        name: name of the phase in logs and result rows. By default the objective's short name.
 
     Raises:
         ValueError: a number is out of its range.
@@ -63,14 +64,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """Where a phase lies within a run.
+    """The place of a phase within a run.
 
     Attributes:
-        number: its place in the list, from 0.
-        name: unique within the run: a second phase of the same name gets ``_2``.
+        number: position of the phase in the list, from 0.
+        name: name of the phase, unique within the run. A second phase of the same name gets the suffix ``_2``.
         phase: the phase.
-        first_step: step of the run at which it starts.
-        steps: its length in this run, which may end before the phase does; None where nothing says when it ends.
+        first_step: step of the run at which the phase starts.
+        steps: length of the phase in this run, which may end before the phase does. None if the length is unknown.
     """
 
     number: int
@@ -81,27 +82,25 @@ class PhaseSpan:
 
 
 def phase_spans(phases: Sequence[Phase], *, run_steps: int | None = None) -> list[PhaseSpan]:
-    """Lays the phases out one after the other.
+    """Computes where each phase starts and ends in the run.
 
     Args:
         phases: at least one.
-        run_steps: length of the run; None where it is not known yet.
+        run_steps: length of the run. None if it is not known yet.
 
     Raises:
         ValueError: there is no phase, a phase before the last has no length, or the run is longer than its phases.
     """
     if not phases:
-        raise ValueError("model.phases: is empty; give at least one phase, such as [{objective: joint}]")
+        raise ValueError("model.phases is empty; give at least one phase, such as [{objective: joint}]")
     for number, phase in enumerate(phases[:-1]):
         if phase.steps is None:
-            raise ValueError(
-                f"model.phases[{number}].steps: is missing, and another phase follows; only the last may leave it out"
-            )
+            raise ValueError(f"model.phases[{number}].steps is missing; only the last phase may leave it out")
     total = total_steps(phases)
     if run_steps is not None and total is not None and run_steps > total:
         raise ValueError(
-            f"trainer.max_steps: the run has {run_steps} steps, its phases {total} together; lengthen a phase, leave "
-            "out the last one's steps, or lower trainer.max_steps"
+            f"trainer.max_steps: the run has {run_steps} steps, but its phases have {total} in total; lengthen a "
+            "phase, leave out the steps of the last phase, or lower trainer.max_steps"
         )
     spans: list[PhaseSpan] = []
     first = 0
@@ -118,23 +117,23 @@ def phase_spans(phases: Sequence[Phase], *, run_steps: int | None = None) -> lis
 
 
 def total_steps(phases: Sequence[Phase]) -> int | None:
-    """Steps of all phases together; None where the last one lasts until the run ends."""
+    """Counts the steps of all phases. None if the last phase lasts until the run ends."""
     lengths = [phase.steps for phase in phases]
     return None if None in lengths else sum(length or 0 for length in lengths)
 
 
 def span_at(spans: Sequence[PhaseSpan], step: int) -> PhaseSpan:
-    """The phase that a step of the run belongs to; a phase without steps is passed over."""
+    """Finds the phase that a step of the run belongs to. Phases without steps are skipped."""
     return [span for span in spans if span.first_step <= step][-1]
 
 
 def scheduler(optimizer: torch.optim.Optimizer, spans: Sequence[PhaseSpan]) -> LambdaLR:
-    """A learning-rate schedule of one phase after the other; every parameter group follows it alike.
+    """Joins the phases' learning-rate schedules into one, which every parameter group follows.
 
     Args:
-        optimizer: whose learning rate is the highest of a phase with factor 1.
-        spans: with their lengths. Phases that the run does not reach are left out, so that a run that ends before one
-            and is resumed with more steps does not start at that phase's rate.
+        optimizer: the optimiser. Its learning rate is the highest one of a phase with factor 1.
+        spans: the phases with their lengths. Phases that the run does not reach are left out. Otherwise a run that ends
+            before a phase and is resumed with more steps would start at the learning rate of that phase.
     """
     reached = [span for span in spans if span.number == 0 or span.steps]
     factors = [_factor(span) for span in reached]
@@ -148,8 +147,8 @@ def scheduler(optimizer: torch.optim.Optimizer, spans: Sequence[PhaseSpan]) -> L
 
 
 def _factor(span: PhaseSpan) -> Callable[[int], float]:
-    """The library's schedule as a function of the phase's step, for a learning rate of 1."""
-    from transformers import get_scheduler  # loads peft and bitsandbytes, seconds that only a training should take
+    """Returns the transformers schedule as a function of the phase's step, for a learning rate of 1."""
+    from transformers import get_scheduler  # imports peft and bitsandbytes, which takes seconds
 
     steps = span.steps or 0
     one = torch.optim.SGD([torch.zeros(1)], lr=1.0)

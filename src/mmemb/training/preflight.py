@@ -1,4 +1,4 @@
-"""What a training would find missing only at its end, or never: refused before its first step."""
+"""Checks the settings before the first step for mistakes that training would notice at its end, or never."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mmemb.rationales.settings import PoolSettings
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses strategies that a gradient cache cannot run in.
+    """Refuses strategies that the gradient cache does not support.
 
     Raises:
-        ValueError: the strategy is FSDP's first version.
+        ValueError: the strategy is the first version of FSDP.
     """
     if isinstance(strategy, FSDPStrategy):
         raise ValueError(
-            "trainer.strategy is fsdp, which makes the whole training step one forward pass; the gradient cache runs "
-            "backward passes inside it, which FSDP does not allow. Use ddp; for a model that is too large, lora, "
+            "trainer.strategy is fsdp, which makes the whole training step one forward pass. The gradient cache runs "
+            "backward passes inside it, and FSDP does not allow that. Use ddp. If the model is too large, set lora, "
             "quantization or gradient_checkpointing of the backbone"
         )
 
@@ -28,24 +28,24 @@ def check_choice(selector: Selector | None, pool: PoolSettings | None) -> None:
     """Refuses a selector that has nothing to choose from.
 
     Raises:
-        ValueError: there is a selector and no pool.
+        ValueError: there is a selector but no pool.
     """
     if selector is not None and pool is None:
         raise ValueError(
-            f"model.selector is {selector.name or type(selector).__name__}, but model.pool is null and there is "
-            "nothing to choose from; name a pool, or set model.selector to null to train the direct path alone"
+            f"model.selector is {selector.name or type(selector).__name__}, but model.pool is null, so there is "
+            "nothing to choose from; name a pool, or set model.selector to null to train the direct path only"
         )
 
 
 def check_calibrated(controllers: Mapping[str, Controller]) -> None:
-    """For evaluation without validation queries: refuses a controller that must be fitted on them.
+    """Refuses a controller that must be fitted on validation queries. Call it if there are none.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a controller needs calibration.
     """
     for name, controller in controllers.items():
         if controller.needs_calibration:
             raise ValueError(
-                f"model.controllers: {name} is fitted on validation queries, and there is no data.validation; "
+                f"model.controllers: {name} is fitted on validation queries, but there is no data.validation; "
                 "give it a source, or leave the controller out"
             )

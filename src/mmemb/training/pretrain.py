@@ -1,6 +1,6 @@
-"""Next-token pretraining: the phase that turns random weights into a small VLM that can name, recall and caption.
+"""Next-token pretraining: turns random weights into a small VLM that can name, recall and caption.
 
-Each pair is a prompt (the query item) and a response (the positive's text). Memory holds one chunk's activations.
+Each pair is a prompt (the query item) and a response (the positive's text). Memory holds the activations of one chunk.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmemb.types import ModelInputs, Pair
 
 @dataclass
 class ResponseBatch:
-    """Prompts with responses, cut into chunks; a step moves each when it is its turn."""
+    """Prompts with responses, cut into chunks. A step moves each chunk to the device just before it uses it."""
 
     chunks: list[ModelInputs]
 
     def to(self, device: torch.device) -> ResponseBatch:
-        """Itself: without this a trainer would move every chunk at once."""
+        """Returns itself. Without this method, a trainer would move every chunk at once."""
         return self
 
 
@@ -35,11 +35,11 @@ class NextToken(Objective, name="next_token"):
     """Mean cross-entropy of the response tokens.
 
     Args:
-        chunk_size: rows of one backward pass.
-        augment: picture augmentation; null for none.
+        chunk_size: rows per backward pass.
+        augment: picture augmentation. null means none.
 
     Raises:
-        ValueError: ``chunk_size`` below one.
+        ValueError: ``chunk_size`` is below one.
     """
 
     def __init__(self, *, chunk_size: int = 32, augment: PictureAugment | None = None) -> None:
@@ -49,7 +49,7 @@ class NextToken(Objective, name="next_token"):
         self.augment = augment
 
     def collate(self, model: Model, pairs: Sequence[Pair], seed: int) -> ResponseBatch:
-        # Rows of one task are of like length: sorted, a chunk wastes little on padding.
+        # Rows of a task have similar lengths: sorted by task, a chunk has little padding.
         rows = sorted(enumerate(pairs), key=lambda row: row[1].task)
         chunks = []
         for start in range(0, len(rows), self.chunk_size):
@@ -64,7 +64,7 @@ class NextToken(Objective, name="next_token"):
 
     def step(self, model: Model, batch: ResponseBatch, context: StepContext) -> dict[str, Tensor]:
         counts = torch.stack([(chunk.labels[:, 1:] != -100).sum() for chunk in batch.chunks])
-        # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
+        # Data-parallel training averages gradients over ranks. The factor world size turns this into the global mean.
         device = model.backbone.device
         total = all_sum(counts.sum().to(device)).clamp(min=1)
         scale = world_size() / total

@@ -1,4 +1,4 @@
-"""Every recipe says how it is run and parses; the overlay for clusters trains on a shrunken model."""
+"""Every recipe names the command that runs it and can be parsed. The 4B overlay trains on a shrunken model."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ SCALE = ROOT / "recipes" / "scale" / "qwen3vl_4b.yaml"
 def command(recipe: Path) -> list[str]:
     """The words of the command in a recipe's first line."""
     first = recipe.read_text(encoding="utf-8").split("\n", 1)[0]
-    assert first.startswith("# mmemb "), f"{recipe.name} opens with {first!r}, not with the command that runs it"
+    assert first.startswith("# mmemb "), f"{recipe.name} opens with {first!r}; open it with the command that runs it"
     return shlex.split(first.removeprefix("# "))[1:]
 
 
-def test_the_recipes_are_there() -> None:
+def test_the_main_recipes_exist() -> None:
     names = {recipe.relative_to(ROOT / "recipes").as_posix() for recipe in RECIPES}
     assert names >= {"r1.yaml", "pretrain_tiny.yaml", "scale/qwen3vl_4b.yaml"}
     assert any(name.startswith("baselines/") for name in names)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_first_line_runs_the_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_in_the_first_line_parses_the_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmemb.commands.parsing.configs import config_paths
     from mmemb.commands.parsing.lightning_cli import check_config
 
     monkeypatch.chdir(ROOT)
     words = command(recipe)
     assert words[0] == "fit"
-    assert config_paths(words)[-1].resolve() == recipe  # an overlay comes last, on what it lies on
+    assert config_paths(words)[-1].resolve() == recipe  # an overlay comes last, after the recipe that it changes
     parsed = leaves(check_config(words).as_dict())
     said = leaves(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     numbers = {key: value for key, value in said.items() if isinstance(value, int | float)}
     assert {key: parsed[key] for key in numbers} == numbers
 
 
-def test_the_main_job_caches_gradients_over_four_chunks_at_least() -> None:
+def test_the_main_job_caches_gradients_over_at_least_four_chunks() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "r1.yaml").read_text(encoding="utf-8"))
     settings, batch = recipe["model"]["objective"]["init_args"], recipe["data"]["batch_size"]
     assert batch >= 4 * settings["chunk_size"]
     assert settings["kept_graphs"] * settings["chunk_size"] < batch
 
 
-def test_the_baselines_train_as_long_as_the_main_job_before_its_control_phase() -> None:
+def test_the_baselines_train_as_long_as_the_joint_phase_of_the_main_job() -> None:
     read = lambda name: yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))  # noqa: E731
     start = read("r1.yaml")["model"]["control"]["start"]
     overlays = {name: read(f"baselines/{name}.yaml") for name in ("never", "always_reason", "threshold", "direct_only")}
@@ -65,7 +65,7 @@ def test_the_baselines_train_as_long_as_the_main_job_before_its_control_phase() 
 
 
 def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted keys with values that are no mappings; whether a part has a class path of its own makes no difference."""
+    """Flattens settings to dotted keys, without ``init_args``: a part with or without a class path gives the same."""
     found = {}
     for key, value in content.items():
         place = above if key == "init_args" else f"{above}{key}."
@@ -76,7 +76,7 @@ def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_comments_open_the_recipe_and_do_not_repeat_the_documentation(recipe: Path) -> None:
     lines = recipe.read_text(encoding="utf-8").split("\n")
-    assert lines[1].startswith("# "), "the second line says what the recipe is for"
+    assert lines[1].startswith("# "), "the second line must be a comment that says what the recipe is for"
     assert not [line for line in lines[2:] if "#" in line]
 
 
@@ -109,7 +109,7 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
     mmeb_train: Path,
     cli: Callable[..., Any],
 ) -> None:
-    """What the shrunken run changes is the size and the machine; LoRA, optimiser, pool and data stay the recipe's."""
+    """The shrunken run changes the size and the machine. LoRA, optimiser, pool and data stay those of the recipe."""
     backbone = {"model": str(model_folder("qwen3_vl")), "dtype": "float32"}
     worker = {"class_path": "model", "init_args": {"max_new_tokens": 4}}
     shrunken = {
@@ -125,7 +125,7 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
         "model": {
             "backbone": {"class_path": "transformers", "init_args": backbone},
             "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 2}},
-            # the shrunken model's vocabulary has no whole " Yes"
+            # the shrunken model's vocabulary does not have " Yes" as one token
             "pool": {
                 "workers": [worker],
                 "evaluator": {"class_path": "judge", "init_args": {"yes": "Y", "no": "N"}},
@@ -169,7 +169,7 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
 
 
 def scalars(run: Path, name: str) -> list[float]:
-    """What TensorBoard was told."""
+    """Reads the values of a scalar from the TensorBoard log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return [event.value for event in EventAccumulator(str(run)).Reload().Scalars(name)]

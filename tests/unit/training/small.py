@@ -1,4 +1,4 @@
-"""A small training run of the real parts: the tiny model from random weights, two tasks of the bundled data."""
+"""A small training run with real parts: the tiny model with random weights and two tasks of the bundled data."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from mmemb.types import Pair, Rationale
 
 
 def metadata_choice(pair: Pair, seed: int) -> list[tuple[Rationale, float]]:
-    """The row's own rationale, for two pairs in three: the rest train the direct path alone."""
+    """Chooses the pair's own rationale for two pairs in three. The others train the direct path only."""
     if sum(pair.id.encode()) % 3 == 0:
         return []
     return [(MetadataWorker().propose([pair.query], 1, seed=seed)[0][0], 1.0)]
 
 
 def small_module(*, chunk_size: int = 4, lr: float = 0.05, **settings: Any) -> EmbeddingModule:
-    """Plain SGD, so that a difference of weights is a difference of gradients.
+    """Makes a module with SGD, so that a difference of weights is a difference of gradients.
 
     Args:
-        chunk_size: of the joint phase.
+        chunk_size: chunk size of the joint phase.
         lr: learning rate.
-        **settings: ``steps`` of the joint phase, phases ``following`` it, and arguments of the module.
+        **settings: ``steps`` of the joint phase, the phases ``following`` it, and arguments of the module.
     """
     torch.manual_seed(0)
     objective = Joint(chunk_size=chunk_size, infonce=InfoNCE(temperature=0.2), augment=PictureAugment())
@@ -54,13 +54,13 @@ def small_module(*, chunk_size: int = 4, lr: float = 0.05, **settings: Any) -> E
 
 
 def small_data(*, batch_size: int = 16, sub_batch_size: int = 8, **settings: Any) -> PairDataModule:
-    """Names of pictures and flags' attributes; 16 rows a global batch unless told."""
+    """Data of the tasks name and flagattr, by default with 16 rows per global batch."""
     sources = [Source(path="bundled:train", tasks=["name", "flagattr"])]
     return PairDataModule(train=sources, batch_size=batch_size, sub_batch_size=sub_batch_size, **settings)
 
 
 def small_trainer(folder: Path, **settings: Any) -> L.Trainer:
-    """One CPU process unless told; no bars, no logger."""
+    """A trainer without bars and logger, by default with one CPU process."""
     options: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -75,11 +75,11 @@ def small_trainer(folder: Path, **settings: Any) -> L.Trainer:
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and buffers."""
+    """Copies all parameters and buffers."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    """The largest absolute difference of two sets of weights."""
+    """The largest absolute difference between two sets of weights."""
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left if left[name].numel())

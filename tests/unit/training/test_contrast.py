@@ -1,4 +1,4 @@
-"""How many functions are between the joint objective's loss and the engine that computes it."""
+"""The number of function calls between the joint objective's loss and the engine that computes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmemb.training.joint.objective import Joint
 SOURCE = Path(mmemb.__file__).parent
 
 MOST = 7
-"""Functions of ours on the call stack, the loss call of the objective and the engine's function included."""
+"""Maximum number of our functions on the call stack, from the objective's loss to the engine's function."""
 
 
 class Rows:
@@ -32,14 +32,14 @@ class Rows:
 
 
 def joint_batch() -> Any:
-    """What the loss reads of a training batch: three queries with their positives in one chunk."""
+    """The part of a training batch that the loss reads: three queries with their positives in one chunk."""
     index = torch.arange(3)
     chunk = SimpleNamespace(query=Rows(), reasoned_weight=torch.ones(3))
     return SimpleNamespace(chunks=[chunk], query_id=index, candidate_id=index, positive=index)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one_direction", "symmetric"])
-def test_the_way_from_embeddings_to_the_engine_is_short(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_calls_lie_between_the_embeddings_and_the_engine(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "symmetric" if symmetric else "one_direction"
     solved = getattr(engine, name)
     ways: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The control phase: on-policy passes, gradients that do not depend on chunks, credit, reference, exact resume."""
+"""The control phase: on-policy passes, gradients independent of chunks, advantages, reference, exact resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.unit.training.small import largest_difference, small_data, small_modu
 
 
 class WhereItPays(Reward):
-    """1 for thinking about questions of the task ``hard`` and for not thinking about others."""
+    """1 for reasoning on the task ``hard`` and for skipping reasoning on other tasks."""
 
     def __call__(self, outcome: Outcome) -> Tensor:
         hard = torch.tensor([pair.task == "hard" for pair in outcome.pairs])[outcome.query]
@@ -37,14 +37,14 @@ class WhereItPays(Reward):
 
 
 class Nothing(Reward):
-    """The same for every rollout."""
+    """The same reward for every rollout."""
 
     def __call__(self, outcome: Outcome) -> Tensor:
         return torch.full((len(outcome.think),), 0.1)
 
 
 def pairs(count: int = 6) -> list[Pair]:
-    """Questions of two tasks, which their first word tells apart."""
+    """Queries of two tasks. Their first word says which task it is."""
     made = []
     for number in range(count):
         task = ("hard", "easy")[number % 2]
@@ -101,7 +101,7 @@ def test_gradients_do_not_depend_on_chunks(pooler: type[FakePooler], kl_weight: 
 
 
 def test_the_first_pass_is_on_policy() -> None:
-    """Ratios are 1: nothing is clipped, the KL to a copy made now is 0, and the loss is minus the mean advantage."""
+    """The ratios are 1: nothing is clipped, the KL to a fresh copy is 0, and the loss is minus the mean advantage."""
     logs, _, _ = one_step(pairs(), grpo=GRPO(kl_weight=1.0, clip_low=1e-4, clip_high=1e-4))
     assert float(logs["decision_clip_share"]) == float(logs["rationale_clip_share"]) == 0
     assert float(logs["kl"]) == pytest.approx(0, abs=1e-8)
@@ -134,7 +134,7 @@ def test_equal_rewards_give_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("decision_weight", "rationale_weight"), [(1.0, 0.0), (0.0, 1.0)])
-def test_decision_and_rationale_get_their_credit_apart(decision_weight: float, rationale_weight: float) -> None:
+def test_decision_and_rationale_have_separate_advantages(decision_weight: float, rationale_weight: float) -> None:
     _, found, _ = one_step(
         pairs(),
         decision_weight=decision_weight,
@@ -142,7 +142,7 @@ def test_decision_and_rationale_get_their_credit_apart(decision_weight: float, r
         direct_weight=0.0,
         reasoned_weight=0.0,
     )
-    # A reward for the decision alone leaves nothing to learn for the rationale.
+    # If only the decision is rewarded, the rationale has nothing to learn.
     _, told, _ = one_step(
         pairs(),
         rewards=[WhereItPays()],
@@ -155,7 +155,7 @@ def test_decision_and_rationale_get_their_credit_apart(decision_weight: float, r
     assert any(value.any() for value in told.values()) is (decision_weight > 0)
 
 
-def test_the_decision_is_learned_where_the_best_one_is_known() -> None:
+def test_the_model_learns_the_decision_that_is_known_to_be_best() -> None:
     rows = pairs(8)
     made, own = control(rows, rewards=[WhereItPays()], rationale_weight=0.0, final_exploration=0.0), parts()
     optimizer = torch.optim.Adam(own.backbone.parameters(), lr=0.02)
@@ -171,8 +171,8 @@ def test_the_decision_is_learned_where_the_best_one_is_known() -> None:
     assert float(logs["decision_entropy"]) < float(first["decision_entropy"])
 
 
-def test_the_decision_starts_undecided_whatever_the_model_leans_to() -> None:
-    """Shifting all decision logits moves the policy's center with them, so the rollouts stay the same."""
+def test_the_decision_starts_undecided_even_if_the_model_has_a_preference() -> None:
+    """A shift of all decision logits shifts the policy's center too, so the rollouts stay the same."""
     rows = pairs(8)
     logs, _, made = one_step(rows)
     again, own = control(rows), parts()
@@ -192,7 +192,7 @@ def test_the_decision_starts_undecided_whatever_the_model_leans_to() -> None:
     assert 0.3 < float(logs["think_probability"]) < 0.7
 
 
-def test_a_restored_phase_that_never_stepped_keeps_its_state() -> None:
+def test_a_restored_phase_without_a_step_keeps_its_state() -> None:
     rows = pairs()
     _, _, made = one_step(rows)
     state = made.phase_state()
@@ -204,7 +204,7 @@ def test_a_restored_phase_that_never_stepped_keeps_its_state() -> None:
     assert again.phase_state()["policy"] == state["policy"]
 
 
-def test_updates_on_the_same_rollouts_leave_the_policy_and_are_clipped() -> None:
+def test_further_updates_on_the_same_rollouts_are_off_policy_and_clipped() -> None:
     rows = pairs()
     made, own = control(rows, iterations=3, grpo=GRPO(clip_low=0.01, clip_high=0.01, kl_weight=0.1)), parts()
     optimizer = torch.optim.SGD(own.backbone.parameters(), lr=0.3)
@@ -222,7 +222,7 @@ def test_updates_on_the_same_rollouts_leave_the_policy_and_are_clipped() -> None
     assert "infonce_direct" in logs
 
 
-def test_logits_are_made_for_rationales_alone_and_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_for_rationales_only_and_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "TOKENS_AT_ONCE", 5)
     _, expected, _ = one_step(pairs())
     sizes: list[int] = []
@@ -244,7 +244,7 @@ def test_logits_are_made_for_rationales_alone_and_a_few_at_a_time(monkeypatch: p
         assert largest_difference(expected, other) <= 1e-4 * scale
 
 
-def test_the_reference_is_the_base_under_the_adapters() -> None:
+def test_the_reference_is_the_model_without_its_adapters() -> None:
     torch.manual_seed(0)
     backbone = TinyBackbone(weights="random", lora=LoraSettings(rank=2))
     reference = policy.Reference(backbone)
@@ -260,7 +260,7 @@ def test_the_reference_is_the_base_under_the_adapters() -> None:
     assert not torch.allclose(backbone(inputs), base)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     for wrong, said in (
         ({"group_size": 1}, "group_size is 1; give 2 or more"),
         ({"exploration": 0.1, "final_exploration": 0.2}, "final_exploration is 0.2; give a number from 0 to 0.1"),
@@ -282,7 +282,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def two_phases(*, start: int = 2, kl_weight: float = 0.1, lora: bool = True) -> EmbeddingModule:
-    """Joint, then control, of a module whose joint steps draw random numbers."""
+    """A module with a joint and a control phase. Its joint steps draw random numbers."""
     objective = Control(
         rewards=[Utility()],
         grpo=GRPO(kl_weight=kl_weight),
@@ -326,7 +326,7 @@ def test_a_run_resumed_in_either_phase_equals_the_uninterrupted_one(tmp_path: Pa
     kept = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
     assert kept["phases"][1]["bank"]["embedded"].keys() == {"name", "flagattr"}
     assert bool(kept["phases"][1]["reference"]) is not lora
-    for step in ("1", "2", "4"):  # in the joint phase, where it ends, and between two refreshes of the candidates
+    for step in ("1", "2", "4"):  # in the joint phase, at its end, and between two refreshes of the candidates
         torch.manual_seed(99)
         resumed = run(tmp_path, steps=6, resume=step, lora=lora)
         assert largest_difference(weights(whole), weights(resumed)) == 0.0, f"resumed after {step} steps"
@@ -336,14 +336,14 @@ def test_a_run_resumed_in_either_phase_equals_the_uninterrupted_one(tmp_path: Pa
     assert str(kept["phases"]) == str(other["phases"])
 
 
-def test_a_run_that_ends_before_control_never_comes_to_it(tmp_path: Path) -> None:
+def test_a_run_that_ends_before_the_control_phase_does_not_enter_it(tmp_path: Path) -> None:
     module = run(tmp_path, steps=2, start=5)
     assert module.phase_at(2).name == "joint"
     assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["phases"] == [{}, {}]
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_control_steps_of_one(tmp_path: Path) -> None:
+def test_two_ranks_take_the_same_control_steps_as_one(tmp_path: Path) -> None:
     def trained(folder: str, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         objective = Control(rewards=[Utility()], group_size=4, max_new_tokens=4, bank_size=8, chunk_size=2)
         module = small_module(steps=0, following=[Phase(objective, data="control", warmup_steps=5)])
@@ -368,7 +368,7 @@ def test_a_batch_moves_to_the_device_without_its_chunks() -> None:
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_a_step_moves_prompts_and_targets_when_it_is_their_turn(
+def test_a_step_moves_prompts_and_targets_just_before_it_uses_them(
     kl_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = pairs()

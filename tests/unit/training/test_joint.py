@@ -1,4 +1,4 @@
-"""The joint objective: its cached gradients are the plain ones, on one rank and on two, and every term trains."""
+"""The joint objective: cached gradients equal plain gradients, on one rank and on two, and every term trains."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def pairs() -> list:
 
 
 def apart(pairs: list) -> list:
-    """One pair a positive."""
+    """One pair per positive."""
     return list({pair.positive_id: pair for pair in pairs}.values())
 
 
 def plain_loss(module, batch: TrainBatch) -> torch.Tensor:
-    """The objective written down in one piece: one chunk, autograd through everything."""
+    """The objective written in one piece: a single chunk, and autograd through everything."""
     (chunk,) = batch.chunks
     paths = chunk.query
     assert isinstance(paths, SeparatePaths)
@@ -78,22 +78,22 @@ def gradients(module) -> dict[str, torch.Tensor]:
 
 
 def separately(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the model cannot share a prompt between its paths."""
+    """Prevents the model from sharing a prompt between its paths."""
     monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", False)
 
 
 @pytest.mark.parametrize(
     ("chunk_size", "kept", "shared"), [(13, 1, True), (5, 1, True), (1, 1, True), (5, 1, False), (5, 3, True)]
 )
-def test_cached_step_has_the_gradients_of_the_plain_loss(
+def test_a_cached_step_has_the_gradients_of_the_plain_loss(
     pairs: list, chunk_size: int, kept: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = small_module()
-    # Some pairs are without a rationale; these may have two.
+    # Some pairs have no rationale. The others may have two.
     module.phases[0].objective.setup(
         SetupContext(choose=lambda pair, seed: metadata_choice(pair, seed) * (1 + seed % 2))
     )
-    module.phases[0].objective.augment = None  # chunks draw their augmentation by their own rows
+    module.phases[0].objective.augment = None  # off, because chunks draw it for their own rows
     module.phases[0].objective.chunk_size = len(pairs)
     with monkeypatch.context() as apart:
         separately(apart)
@@ -117,7 +117,7 @@ def test_cached_step_has_the_gradients_of_the_plain_loss(
     assert "objective.infonce.log_temperature" in found
 
 
-def test_a_pooler_that_looks_at_every_state_gets_both_paths_whole(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pooler_that_needs_every_state_gets_both_paths_whole(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for keeps in (True, False):
         monkeypatch.setattr(TinyBackbone, "keeps_cache_in_training", keeps)
@@ -128,7 +128,7 @@ def test_a_pooler_that_looks_at_every_state_gets_both_paths_whole(pairs: list, m
     assert results[0] == results[1]
 
 
-def test_both_kinds_of_paths_augment_a_picture_alike(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_kinds_of_paths_augment_a_picture_in_the_same_way(pairs: list, monkeypatch: pytest.MonkeyPatch) -> None:
     module = small_module()
     module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: [(Rationale("a flag"), 1.0)]))
     shared = module.phases[0].objective.collate(module.model, pairs[:4], 0).chunks[0].query.prompt
@@ -138,27 +138,27 @@ def test_both_kinds_of_paths_augment_a_picture_alike(pairs: list, monkeypatch: p
         assert torch.equal(inputs.tensors["pixel_values"], shared.tensors["pixel_values"])
 
 
-def test_gradient_checkpointing_rules_out_a_shared_prompt() -> None:
+def test_gradient_checkpointing_prevents_a_shared_prompt() -> None:
     assert TinyBackbone(weights="random").keeps_cache_in_training
     backbone = TransformersBackbone(str(FOLDER), weights="random", gradient_checkpointing=True)
     assert not backbone.keeps_cache_in_training
 
 
-def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_against_thinking(pairs: list) -> None:
+def test_pairs_without_a_rationale_train_the_direct_path_and_the_decision_not_to_reason(pairs: list) -> None:
     module = small_module()
     module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: []))
     batch = module.phases[0].objective.collate(module.model, pairs, 0)
     assert all(len(chunk.query.rows) == 0 for chunk in batch.chunks)
     logs = module.phases[0].objective.step(module.model, batch, StepContext())
     assert "infonce_reasoned" not in logs
-    # One label a row, <emb>, against a vocabulary of random weights: near log V.
+    # Each row has one label, <emb>. With random weights the loss is near log V.
     assert float(logs["next_token"]) == pytest.approx(
         float(torch.tensor(module.backbone.logits(torch.zeros(1, module.backbone.hidden_size)).shape[-1]).log()),
         rel=0.2,
     )
 
 
-def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
+def test_the_selectors_weight_scales_the_reasoned_loss_of_a_row(pairs: list) -> None:
     rows = apart(pairs)[:4]
     texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
 
@@ -174,7 +174,7 @@ def test_the_selectors_weight_scales_a_rows_reasoned_loss(pairs: list) -> None:
     assert results[0] != pytest.approx(results[1], rel=1e-6)
 
 
-def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: list) -> None:
+def test_a_pair_may_train_several_rationales_as_weighted_rows(pairs: list) -> None:
     rows = apart(pairs)[:4]
     texts = [MetadataWorker().propose([pair.query], 1, seed=0)[0][0] for pair in rows]
     several = [[(texts[0], 0.25), (texts[0], 0.75)], [], [(texts[2], 1.0)], [(texts[3], 1.0)]]
@@ -191,7 +191,7 @@ def test_a_pair_may_train_several_rationales_as_so_many_weighted_rows(pairs: lis
         logs = module.phases[0].objective.step(module.model, batch, StepContext())
         results.append((float(logs["infonce_reasoned"]), gradients(module)))
     (one, first), (other, second) = results
-    assert one == pytest.approx(other, rel=1e-5)  # a text at two shares of a weight is the text at that weight
+    assert one == pytest.approx(other, rel=1e-5)  # a text twice, with its weight split, counts as the text once
     scale = max(float(value.abs().max()) for value in second.values())
     assert largest_difference(first, second) <= 1e-5 * scale
 
@@ -204,7 +204,7 @@ def test_batches_are_equal_for_equal_seeds_and_differ_otherwise(pairs: list) -> 
     assert not torch.equal(pixels[0], pixels[2])
 
 
-def test_duplicated_targets_are_no_negatives(pairs: list) -> None:
+def test_duplicated_targets_are_not_negatives(pairs: list) -> None:
     module = small_module()
     module.phases[0].objective.setup(SetupContext(choose=lambda pair, seed: []))
     module.phases[0].objective.next_token_weight = 0.0
@@ -216,7 +216,7 @@ def test_duplicated_targets_are_no_negatives(pairs: list) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_ranks_take_the_same_steps_as_one(tmp_path: Path) -> None:
     one = small_module()
     small_trainer(tmp_path / "one").fit(one, datamodule=small_data(batch_size=16))
     two = small_module()
@@ -237,7 +237,7 @@ def test_a_batch_moves_to_the_device_without_its_chunks(pairs: list) -> None:
     assert not any(chunk.target.emb_position.is_meta or chunk.query.rows.is_meta for chunk in batch.chunks)
 
 
-def test_a_step_moves_each_chunk_to_the_batchs_device_when_it_is_its_turn(
+def test_a_step_moves_each_chunk_to_the_device_just_before_it_uses_it(
     pairs: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, moved = small_module(), []
@@ -249,9 +249,9 @@ def test_a_step_moves_each_chunk_to_the_batchs_device_when_it_is_its_turn(
         return of_class(chunk, device)
 
     monkeypatch.setattr(TrainChunk, "to", to)
-    monkeypatch.setattr(TrainChunk, "__eq__", object.__eq__)  # by identity: tensors have no one answer
+    monkeypatch.setattr(TrainChunk, "__eq__", object.__eq__)  # by identity: == on tensors gives no bool
     module.phases[0].objective.step(module.model, batch, StepContext())
-    assert [number for number, _ in moved] == [0, 1, 2, 3, 0, 1, 2]  # the last keeps its graph
+    assert [number for number, _ in moved] == [0, 1, 2, 3, 0, 1, 2]  # the last chunk keeps its graph
     assert {device for _, device in moved} == {batch.query_id.device}
 
 

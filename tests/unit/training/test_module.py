@@ -1,4 +1,4 @@
-"""The module under a real trainer: resume is exact, runs with one seed are equal, other backbones are refused."""
+"""The module in a real trainer: resume is exact, runs with equal seeds are equal, other backbones are refused."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def train(folder: Path, *, steps: int, ckpt_path: Path | None = None, make: Any 
     return module
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_dropout_included(tmp_path: Path) -> None:
+def test_a_resumed_run_with_dropout_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", steps=6)
     train(tmp_path / "part", steps=4)
-    torch.manual_seed(99)  # whatever happened before the resume must not matter
+    torch.manual_seed(99)  # the random state before the resume must not matter
     resumed = train(tmp_path / "part", steps=6, ckpt_path=tmp_path / "part" / "step=2.ckpt")
     assert largest_difference(weights(whole), weights(resumed)) == 0.0
     left, right = (torch.load(tmp_path / run / "step=6.ckpt", weights_only=True) for run in ("whole", "part"))
@@ -47,7 +47,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_dropout_included
     assert torch.equal(left["random_state"]["cpu"], right["random_state"]["cpu"])
 
 
-def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
+def test_two_runs_with_the_same_seed_are_equal(tmp_path: Path) -> None:
     left, right = (train(tmp_path / name, steps=2, make=small_module) for name in "ab")
     assert largest_difference(weights(left), weights(right)) == 0.0
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_made_in_python_holds_plain_values_only(tmp_path: Path) -> 
     assert "hyper_parameters" not in checkpoint
 
 
-def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itself(
+def test_validation_scores_a_few_queries_during_training_and_all_queries_on_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
@@ -87,7 +87,7 @@ def test_validating_scores_a_few_queries_during_training_and_all_of_them_by_itse
 
 
 @pytest.mark.parametrize(("controllers", "scored"), [([Never(), AlwaysReason()], [["never"]]), ([AlwaysReason()], [])])
-def test_the_model_before_training_is_scored_for_the_direct_path_alone(
+def test_the_model_before_training_is_scored_on_the_direct_path_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: list[Controller], scored: list[list[str]]
 ) -> None:
     seen: list[list[str]] = []
@@ -103,7 +103,7 @@ def test_the_model_before_training_is_scored_for_the_direct_path_alone(
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the run has no end.*give max_steps or max_epochs"):
+    with pytest.raises(ValueError, match=r"the run has no end.*trainer\.max_steps or trainer\.max_epochs"):
         small_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(small_module(), datamodule=small_data(batch_size=8))
 
 
@@ -127,6 +127,6 @@ def test_a_number_out_of_range_is_named(name: str, value: float) -> None:
         small_module(**{name: value})
 
 
-def test_what_the_optimizer_refuses_is_told_with_its_key(tmp_path: Path) -> None:
+def test_an_error_of_the_optimizer_names_its_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.optimizer: Invalid learning rate: -1$"):
         small_trainer(tmp_path).fit(small_module(lr=-1), datamodule=small_data(batch_size=8))

@@ -1,4 +1,4 @@
-"""What decays and what does not, in whatever a strategy has wrapped the module."""
+"""Which parameters get weight decay, however a strategy has wrapped the module, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def test_a_group_without_parameters_is_left_out() -> None:
         ("norm.bias", "norm.bias"),
     ],
 )
-def test_wrappers_do_not_show_in_names(given: str, expected: str) -> None:
+def test_plain_names_leave_out_wrappers(given: str, expected: str) -> None:
     assert plain_name(given) == expected
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, bitsandbytes.optim.AdamW8bit])
-def test_an_optimiser_of_any_kind_takes_the_groups(kind: type[torch.optim.Optimizer]) -> None:
+def test_every_kind_of_optimiser_accepts_the_groups(kind: type[torch.optim.Optimizer]) -> None:
     module = model()
     optimizer = kind(parameter_groups(module, without_decay=vector_names(module)), lr=1e-3, weight_decay=0.3)  # type: ignore[call-arg]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
-def test_decay_moves_matrices_alone(tmp_path: Path) -> None:
-    # The decay is a tenth a step, the gradient's part nothing.
+def test_decay_moves_matrices_only(tmp_path: Path) -> None:
+    # The decay is a tenth per step. The gradient contributes nothing.
     module = small_module(optimizer=partial(torch.optim.AdamW, lr=1e-12, weight_decay=1e11))
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     small_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data(batch_size=8))
@@ -97,7 +97,7 @@ def test_without_gradients_nothing_is_clipped() -> None:
 
 
 def test_a_step_is_clipped(tmp_path: Path) -> None:
-    """Plain SGD moves the weights by at most the rate times the clipped norm, at every step."""
+    """In every step, SGD moves the weights by at most the learning rate times the clipped norm."""
     module = small_module(optimizer=partial(torch.optim.SGD, lr=1.0), gradient_clip=1e-3)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     small_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data(batch_size=8))
@@ -107,7 +107,7 @@ def test_a_step_is_clipped(tmp_path: Path) -> None:
 
 def test_fsdp_is_refused_before_anything_is_wrapped(tmp_path: Path) -> None:
     module, trainer = small_module(), small_trainer(tmp_path)
-    trainer._accelerator_connector.strategy = FSDPStrategy()  # a trainer itself takes it with a GPU alone
+    trainer._accelerator_connector.strategy = FSDPStrategy()  # the trainer itself accepts FSDP only with a GPU
     module.trainer = trainer
     with pytest.raises(ValueError, match="strategy is fsdp.* Use ddp"):
         module.setup("fit")

@@ -1,4 +1,4 @@
-"""Phases: each has its own schedule; the data module changes streams where one starts."""
+"""Phases: each has its own schedule, and the data module changes streams where a phase starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.training.small import small_data
 
 
 class Nothing(Objective):
-    """Optimises nothing."""
+    """An objective that optimises nothing."""
 
     def collate(self, model: Model, pairs: Any, seed: int) -> Any:
         return pairs
@@ -60,7 +60,7 @@ def test_each_phase_follows_its_own_schedule_from_its_first_step() -> None:
     assert found[16:] == [0.0, 0.0]
 
 
-def test_a_first_phase_of_no_steps_leaves_the_second_alone() -> None:
+def test_a_first_phase_without_steps_does_not_change_the_second() -> None:
     phases = [
         phase(steps=0, warmup_steps=5),
         phase(steps=4, schedule="constant", warmup_steps=0, learning_rate_factor=0.5),
@@ -82,9 +82,9 @@ def test_spans_cover_the_run_and_are_cut_where_it_ends() -> None:
 @pytest.mark.parametrize(
     ("phases", "run_steps", "told"),
     [
-        ([], None, "model.phases: is empty"),
-        ([phase(), phase(steps=3)], None, r"model.phases\[0\].steps: is missing"),
-        ([phase(steps=3), phase(steps=4)], 8, "trainer.max_steps: the run has 8 steps, its phases 7"),
+        ([], None, "model.phases is empty"),
+        ([phase(), phase(steps=3)], None, r"model.phases\[0\].steps is missing"),
+        ([phase(steps=3), phase(steps=4)], 8, "trainer.max_steps: the run has 8 steps, .* 7 in total"),
     ],
 )
 def test_phases_that_do_not_fit_are_refused(phases: list[Phase], run_steps: int | None, told: str) -> None:
@@ -136,7 +136,7 @@ def test_coming_pairs_are_those_of_the_phases_that_read_rationales() -> None:
     assert [pair.id for pair in data.coming_pairs(3)] == wanted
 
 
-def test_pairs_that_an_earlier_phase_has_seen_give_a_warning() -> None:
+def test_pairs_that_an_earlier_phase_has_trained_on_give_a_warning() -> None:
     seen = Stream([Source(path="bundled:train", tasks=["name"], limit=5)])
     data = small_data(streams={"control": seen})
     data.setup("fit")

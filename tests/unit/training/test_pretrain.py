@@ -1,4 +1,4 @@
-"""Next-token pretraining: the loss is the mean over response tokens, however the batch is cut."""
+"""Next-token pretraining: the loss is the mean over response tokens, whatever the chunk size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pairs() -> list[Pair]:
 
 
 def step(model: Model, pairs: list[Pair], **settings: object) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of one step, and the gradients that it leaves."""
+    """Returns the loss of one step and its gradients."""
     model.backbone.zero_grad()
     objective = NextToken(**settings)  # type: ignore[arg-type]
     logs = objective.step(model, objective.collate(model, pairs, 3), StepContext())
@@ -58,13 +58,13 @@ def test_chunks_do_not_change_the_gradient(model: Model, pairs: list[Pair]) -> N
             torch.testing.assert_close(gradient, whole[name], atol=1e-5, rtol=1e-4)
 
 
-def test_augmentation_follows_the_row_not_the_chunk(model: Model, pairs: list[Pair]) -> None:
+def test_augmentation_depends_on_the_row_and_not_on_the_chunk(model: Model, pairs: list[Pair]) -> None:
     losses = {step(model, pairs, chunk_size=size, augment=PictureAugment())[0] for size in (2, 7)}
     assert max(losses) == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) != step(model, pairs, chunk_size=7)[0]
 
 
-def test_chunks_stay_until_a_step_moves_each(model: Model, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_moves_each_chunk_itself(model: Model, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     objective, moved = NextToken(chunk_size=3), []
     batch = objective.collate(model, pairs, 3)
     assert batch.to(torch.device("meta")) is batch

@@ -1,4 +1,4 @@
-"""Refresh: the coming batches see what the model has just proposed, and a resumed run the same as one in one go."""
+"""Refresh: the coming batches see the new candidates, and a resumed run sees the same as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.unit.training.small import largest_difference, small_data, small_modu
 
 
 class Plain(Evaluator):
-    """Longer is better; cheap."""
+    """A cheap evaluator that scores longer rationales higher."""
 
     def setup(self, context: object) -> None: ...
 
@@ -53,7 +53,7 @@ def refresher(every: int = 2, **options: Any) -> RefreshPool:
 
 
 def run(folder: Path, callback: RefreshPool, *, steps: int, resume: Path | None = None, workers: int = 0) -> Any:
-    """A small run on the bundled pool; returns module and trainer."""
+    """Makes a small run on the bundled pool. Returns the module and the trainer."""
     module = small_module(selector=Random(), pool=PoolSettings("bundled:pool"))
     trainer = small_trainer(folder, max_steps=steps, callbacks=[callback])
     trainer.fit(module, datamodule=small_data(num_workers=workers), ckpt_path=resume)
@@ -61,7 +61,7 @@ def run(folder: Path, callback: RefreshPool, *, steps: int, resume: Path | None 
 
 
 def texts(folder: Path) -> dict[str, list[str | None]]:
-    """What each refresh of a run proposed."""
+    """Reads what each refresh of a run proposed."""
     found = {}
     for path in sorted((folder / FOLDER).glob("step-*/rank-*")):
         pool = RationalePool.open(path)
@@ -72,7 +72,7 @@ def texts(folder: Path) -> dict[str, list[str | None]]:
 def test_the_pairs_of_the_coming_steps_get_candidates_of_the_model_in_training(tmp_path: Path) -> None:
     callback = refresher(2, evaluator=RetrievalEvaluator(negatives=4))
     module, _ = run(tmp_path, callback, steps=4)
-    assert callback.steps == [2]  # none at the end: nothing would be trained on it
+    assert callback.steps == [2]  # none at the end: no step would train on it
     pool = RationalePool.open(tmp_path / FOLDER / "step-000000002" / "rank-0")
     data = small_data()
     data.setup("fit")
@@ -88,13 +88,13 @@ def test_the_pairs_of_the_coming_steps_get_candidates_of_the_model_in_training(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_batch_sees_them_and_the_batches_before_do_not(
+def test_only_batches_after_a_refresh_see_its_candidates(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[int, int]] = []
 
     class Newest(Random):
-        """The run's own candidate where there is one; marked by its weight."""
+        """Chooses the run's own candidate if there is one."""
 
         def select(self, candidates: Any, *, seed: int) -> Any:
             own = [row for row, each in enumerate(candidates.rationales) if each.seed in range(2**63) and each.tokens]
@@ -102,7 +102,7 @@ def test_the_next_batch_sees_them_and_the_batches_before_do_not(
             return Selection(of_run[0] if of_run else None)
 
     class High(Plain):
-        """Scores so high that the run's own candidates are known by it."""
+        """Gives high scores, by which the run's own candidates are recognised."""
 
         def score(self, pairs: Any, rationales: Any) -> list[float]:
             return [0.0 if text is None else 100.0 for text in rationales]
@@ -123,11 +123,11 @@ def test_the_next_batch_sees_them_and_the_batches_before_do_not(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_proposes_and_trains_as_one_in_one_go(tmp_path: Path) -> None:
+def test_a_resumed_run_proposes_and_trains_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, _ = run(tmp_path / "whole", refresher(2), steps=6)
     _, trainer = run(tmp_path / "first", refresher(2), steps=4)
-    trainer.save_checkpoint(tmp_path / "at4.ckpt")  # where a refresh was due, which the end left out
-    # What a process leaves that was killed after its last checkpoint.
+    trainer.save_checkpoint(tmp_path / "at4.ckpt")  # a refresh was due here, but the run had ended
+    # The folder that a process leaves if it is killed after its last checkpoint.
     shutil.copytree(tmp_path / "first" / FOLDER / "step-000000002", tmp_path / "first" / FOLDER / "step-000000004")
     resumed, _ = run(tmp_path / "second", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
     assert list(texts(tmp_path / "second")) == ["step-000000002", "step-000000004"]
@@ -139,7 +139,7 @@ def test_a_resumed_run_proposes_and_trains_as_one_in_one_go(tmp_path: Path) -> N
         run(tmp_path / "third", refresher(2), steps=6, resume=tmp_path / "at4.ckpt")
 
 
-def test_models_of_their_own_give_their_memory_back_after_each_refresh(tmp_path: Path) -> None:
+def test_workers_and_evaluators_free_their_own_models_after_each_refresh(tmp_path: Path) -> None:
     released: list[str] = []
 
     class Held(Plain):
@@ -156,14 +156,14 @@ def test_models_of_their_own_give_their_memory_back_after_each_refresh(tmp_path:
     assert released == ["worker", "evaluator"] * times
 
 
-def test_a_run_that_was_moved_takes_up_its_candidates(tmp_path: Path) -> None:
+def test_a_run_that_was_moved_finds_its_candidates(tmp_path: Path) -> None:
     _, trainer = run(tmp_path / "first", refresher(2), steps=3)
     trainer.save_checkpoint(tmp_path / "first" / "checkpoints" / "last.ckpt")
     proposed = texts(tmp_path / "first")
     assert list(proposed) == ["step-000000002"]
     (tmp_path / "first").rename(tmp_path / "moved")
     last = tmp_path / "moved" / "checkpoints" / "last.ckpt"
-    for folder in (tmp_path / "second", tmp_path / "moved"):  # another run's folder, and the moved run's own
+    for folder in (tmp_path / "second", tmp_path / "moved"):  # the folder of another run, and that of the moved run
         run(folder, refresher(2), steps=4, resume=last)
         assert texts(folder) == proposed
 
@@ -187,7 +187,7 @@ def test_the_share_of_self_made_candidates_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [4, None])
-def test_the_soonest_pairs_are_refreshed_and_shares_are_of_all_that_come(tmp_path: Path, most: int | None) -> None:
+def test_the_soonest_pairs_are_refreshed_and_shares_are_of_all_coming_pairs(tmp_path: Path, most: int | None) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     check, logger = LeakCheck(min_words=3), CSVLogger(tmp_path, name="log")
@@ -197,17 +197,17 @@ def test_the_soonest_pairs_are_refreshed_and_shares_are_of_all_that_come(tmp_pat
     trainer = small_trainer(tmp_path, max_steps=2, callbacks=[refresher(1, most_pairs=most)], logger=logger)
     trainer.fit(small_module(selector=Random(), pool=pool), datamodule=data)
     added = RationalePool.open(Path(logger.log_dir, FOLDER, "step-000000001", "rank-0"))
-    assert added.manifest.generation["leaks"] == check.settings  # the pool's, not the default
+    assert added.manifest.generation["leaks"] == check.settings  # the settings of the pool and not the default
     assert len(added) == (8 if most is None else most)
     with Path(logger.log_dir, "metrics.csv").open(encoding="utf-8", newline="") as file:
         (row,) = [each for each in csv.DictReader(file) if each.get("refresh/self_made")]
     assert float(row["refresh/covered"]) == len(added) / 8
     new = sum(len(added.candidates(pair).rationales) for pair in added)
-    assert float(row["refresh/self_made"]) == pytest.approx(new / (new + 8), abs=1e-4)  # one a pair was there
+    assert float(row["refresh/self_made"]) == pytest.approx(new / (new + 8), abs=1e-4)  # each pair had one before
 
 
 class Witness(L.Callback):
-    """Writes a rank's coming pairs after the first refresh, and what it would now choose for every pair."""
+    """Writes a rank's coming pairs after the first refresh, and its current choice for every pair."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -229,11 +229,11 @@ class Witness(L.Callback):
 def test_two_ranks_choose_from_one_pool_and_log_what_both_have_made(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
-    pool = PoolSettings(str(tmp_path / "pool"), workers=[MetadataWorker()], candidates=1)  # missing: rank zero makes it
+    pool = PoolSettings(str(tmp_path / "pool"), workers=[MetadataWorker()], candidates=1)  # rank zero makes it
     data = PairDataModule(
         train=[Source(path="bundled:train", tasks=["name"], limit=32)], batch_size=8, sub_batch_size=8
     )
-    # Of this seed's candidates each rank alone would log other figures than both.
+    # With this seed, each rank alone would log other figures than both together.
     callback = refresher(1, worker=Numbered(), evaluator=ByNumber(), candidates=3, most_pairs=6, seed=6)
     trainer = small_trainer(
         tmp_path,
@@ -252,12 +252,12 @@ def test_two_ranks_choose_from_one_pool_and_log_what_both_have_made(tmp_path: Pa
         assert list(own[rank]) == seen[rank]["coming"][:6]
     assert not set(seen[0]["coming"]) & set(seen[1]["coming"])
     assert seen[0]["choices"] == seen[1]["choices"]
-    for each in own:  # the ranks agree where one of them has proposed, too
+    for each in own:  # the ranks agree, also where only one of them has proposed
         new = {rationale.text for pair in each for rationale in each.candidates(pair).rationales}
         assert new & {text for choice in seen[0]["choices"].values() for text, _ in choice}
 
     grown = GrownPool(RationalePool.open(tmp_path / "pool"), own)
-    data.setup("fit")  # the ranks' own copies were set up in their processes
+    data.setup("fit")  # the ranks set up their own copies in their processes
     coming = [[pair for pair in data.stream_pairs("train") if pair.id in each["coming"]] for each in seen]
     gained = [[gain for pair in each for gain in gains(each.candidates(pair))] for each in own]
 
@@ -281,9 +281,9 @@ def test_two_ranks_choose_from_one_pool_and_log_what_both_have_made(tmp_path: Pa
         assert [name for name in both if abs(both[name] - alone[name]) < 1e-3] == ["covered"]
 
 
-def test_counts_are_of_candidates_and_of_what_is_chosen(tmp_path: Path) -> None:
+def test_candidates_are_counted_in_all_and_among_those_chosen(tmp_path: Path) -> None:
     class Last(Random):
-        """The run's own, where there is one."""
+        """Chooses the run's own candidate if there is one."""
 
         def select(self, candidates: Any, *, seed: int) -> Any:
             return Selection(len(candidates.rationales) - 1 if candidates.rationales else None)
@@ -309,7 +309,7 @@ def two_pools(folder: Path, *, is_scored: bool = True) -> tuple[list[Pair], Rati
     return pairs, RationalePool.open(folder / "base"), RationalePool.open(folder / "own")
 
 
-def test_a_grown_pool_keeps_every_gain_and_the_pools_own_candidates_first(tmp_path: Path) -> None:
+def test_a_grown_pool_keeps_every_gain_and_puts_the_base_pools_candidates_first(tmp_path: Path) -> None:
     pairs, base, own = two_pools(tmp_path)
     grown = GrownPool(base, [own])
     seen = 0
@@ -324,7 +324,7 @@ def test_a_grown_pool_keeps_every_gain_and_the_pools_own_candidates_first(tmp_pa
         seen += len(new.rationales)
     assert seen > 5
     for pair in pairs:
-        assert GrownPool(base, [base]).candidates(pair.id) == base.candidates(pair.id)  # nothing twice
+        assert GrownPool(base, [base]).candidates(pair.id) == base.candidates(pair.id)  # no candidate is there twice
         assert GrownPool(base, []).candidates(pair.id) == base.candidates(pair.id)
 
 
@@ -353,7 +353,7 @@ def test_a_run_without_a_pool_has_nothing_to_refresh(tmp_path: Path) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_the_recipe_adds_the_refresh_to_what_a_run_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_adds_the_refresh_to_the_default_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmemb.commands.parsing.lightning_cli import check_config
 
     monkeypatch.chdir(Path(__file__).resolve().parents[3])

@@ -1,4 +1,4 @@
-"""Rewards and the candidates they rest on, by hand."""
+"""Rewards, and the candidates that they are computed on, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pair(task: str, positive: int) -> Pair:
 
 
 def outcome() -> Outcome:
-    """Two queries: of the first, two rollouts think and one does not; of the second, nobody does."""
+    """Two queries. Two of three rollouts of the first query reason, and no rollout of the second does."""
     chance = torch.tensor([0.9, 0.5, 0.4, 0.2, 0.2, 0.2])
     return Outcome(
         pairs=[pair("a", 0), pair("a", 1)],
@@ -36,7 +36,7 @@ def outcome() -> Outcome:
     )
 
 
-def test_format_wants_words_and_an_end() -> None:
+def test_format_needs_words_and_a_closed_rationale() -> None:
     assert Format()(outcome()).tolist() == [1, 0, 1, 1, 1, 1]
     seen = outcome()
     wordless = Outcome(**{**vars(seen), "rationale": [" "] * 6})
@@ -49,7 +49,7 @@ def test_retrieval_scores_the_rollouts_own_embedding() -> None:
     torch.testing.assert_close(Retrieval("log_probability")(outcome()), outcome().log_probability)
 
 
-def test_utility_is_net_of_the_price_and_has_a_counterpart() -> None:
+def test_utility_subtracts_the_price_and_gives_direct_rollouts_the_counterpart() -> None:
     first, second = 0.5 - 10 * 0.01, 0.1 - 40 * 0.01
     expected = [first, second, -(first + second) / 2, 0, 0, 0]
     assert Utility(price=0.01)(outcome()).tolist() == pytest.approx(expected, abs=1e-6)
@@ -61,7 +61,7 @@ def test_over_length_falls_between_its_limits() -> None:
         OverLength(soft=9, hard=9)
 
 
-def test_a_reward_of_ones_own_is_named_by_its_class() -> None:
+def test_a_users_reward_is_named_by_its_class() -> None:
     class VeryBrief(Reward):
         def __call__(self, outcome: Outcome) -> Tensor:
             return -outcome.tokens.float()
@@ -72,7 +72,7 @@ def test_a_reward_of_ones_own_is_named_by_its_class() -> None:
 
 
 class Tables:
-    """An encoder that knows a vector for each text."""
+    """An encoder that looks up a vector for each text."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
@@ -82,7 +82,7 @@ class Tables:
 
 
 def bank(vectors: Tensor, *, size: int = 9) -> CandidateBank:
-    """Task a has the candidates 0, 1, 2, task b the others."""
+    """Task a has the candidates 0, 1 and 2, and task b has the others."""
     split = {"a": range(3), "b": range(3, len(vectors))}
     tasks = [
         EvaluationTask(name, [], [Item("", (Text(str(i)),)) for i in rows], [f"id{i}" for i in rows])
@@ -107,15 +107,15 @@ def test_rollouts_compete_with_their_own_tasks_candidates_only() -> None:
     assert rank.tolist() == [1.5, 1, 2]  # a tie counts half
 
 
-def test_a_positive_competes_as_it_is_now_and_once() -> None:
+def test_a_positive_competes_once_with_its_current_embedding() -> None:
     vectors = torch.eye(5)
-    fresh = vectors[[2]]  # since the refresh the positive id1 has moved to where id2 was
+    fresh = vectors[[2]]  # since the refresh, the positive id1 has moved to the place of id2
     found, rank = bank(vectors).score([pair("a", 1)], fresh, vectors[[1]], torch.tensor([0]), temperature=1.0)
     assert found.item() == pytest.approx(-math.log(3))
     assert rank.item() == 2.0  # tied with the candidates 0 and 2
 
 
-def test_a_bank_is_cut_by_a_draw_and_its_state_comes_back() -> None:
+def test_a_bank_draws_its_candidates_and_restores_its_state() -> None:
     vectors = normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     small = bank(vectors, size=2)
     assert {task: len(value) for task, value in small.state()["embedded"].items()} == {"a": 2, "b": 2}
@@ -127,7 +127,7 @@ def test_a_bank_is_cut_by_a_draw_and_its_state_comes_back() -> None:
         bank(vectors).load_state(small.state())
 
 
-def test_a_task_without_candidates_is_named() -> None:
+def test_an_error_names_the_task_without_candidates() -> None:
     with pytest.raises(ValueError, match="no candidates for the task 'c', only for: a, b"):
         bank(torch.eye(5)).score([pair("c", 0)], torch.eye(5)[:1], torch.eye(5)[:1], torch.tensor([0]), temperature=1)
     with pytest.raises(ValueError, match="there are no tasks"):

@@ -1,4 +1,7 @@
-"""Config files as the shell names them, checked before a parser sees them so that an error can name file and line."""
+"""Finds the config files on the command line and checks them before they are parsed.
+
+The early check lets an error name the file and the line.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import yaml
 
 
 def config_paths(args: Sequence[str]) -> list[Path]:
-    """Files given by ``--config``, ``-c`` or ``--config=``, in order."""
+    """The files given by ``--config``, ``-c`` or ``--config=``, in order."""
     paths = []
     for position, word in enumerate(args):
         if word in ("-c", "--config") and position + 1 < len(args):
@@ -21,14 +24,14 @@ def config_paths(args: Sequence[str]) -> list[Path]:
 
 
 def check_yaml(path: Path) -> None:
-    """Makes sure that a config is a readable YAML mapping.
+    """Checks that a config file is a readable YAML mapping.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML (with the line), or no mapping.
+        ValueError: the file is not valid YAML (the message names the line), or it is not a mapping.
     """
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"there is no config file {path} (looked from {Path.cwd()})")
+        raise FileNotFoundError(errno.ENOENT, f"there is no config file {path} (current folder: {Path.cwd()})")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:

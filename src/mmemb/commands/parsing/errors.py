@@ -1,7 +1,7 @@
-"""How a mistake is told: one line on stderr that names the place and the remedy, exit code 2, no traceback.
+"""Reports a user's mistake in one line on stderr that names the place and the fix, with exit code 2 and no traceback.
 
-A mistake of the user's is a `ValueError` or `OSError` that our own code raised on what it was given, or anything a
-parser refused. Everything else is a defect, of ours or of a library's, and keeps its traceback. ``MMEMB_DEBUG=1`` shows
+A user's mistake is a `ValueError` or `OSError` that our own code raised about its input, or any input that a parser
+refused. Every other error is a defect, in our code or in a library, and keeps its traceback. ``MMEMB_DEBUG=1`` shows
 every traceback.
 """
 
@@ -27,7 +27,7 @@ _WORKER = re.compile(r"^Caught (\w+) in DataLoader worker process \d+\.", re.MUL
 
 
 class UsageError(ValueError):
-    """What was typed, or what a config says, cannot be understood; the message is one line."""
+    """The command line or a config cannot be understood. The message is one line."""
 
 
 def _own_folders() -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def _raised_in(package: str, error: BaseException) -> bool:
 
 
 def _from_worker(message: str) -> str | None:
-    """The one line of an error that our code raised in a data-loader worker; None for anything else."""
+    """The message of an error that our code raised in a data-loader worker. None for any other error."""
     if not _WORKER.match(message):
         return None
     files = re.findall(r'^\s*File "([^"]+)", line \d+', message, re.MULTILINE)
@@ -62,12 +62,12 @@ def _from_worker(message: str) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """Blank runs and line breaks become single spaces."""
+    """Replaces line breaks and runs of blanks by single spaces."""
     return " ".join(text.split())
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for a mistake of the user's; None where the traceback is wanted."""
+    """Explains a user's mistake in one line. None for a defect, which needs its traceback."""
     message: str | None = None
     if isinstance(error, UsageError | PluginError):
         message = str(error)
@@ -76,7 +76,7 @@ def explain(error: BaseException) -> str | None:
     elif isinstance(error, ValueError):
         message = _explain_value(error)
     elif type(error).__name__ == "MisconfigurationException":
-        # Lightning's word for settings that this machine cannot do; compared by name, for Lightning imports slowly
+        # Lightning raises it for settings that this machine does not support. Compared by name: importing it is slow.
         message = f"{error} (a setting of the trainer)"
     return one_line(message) if message is not None else None
 
@@ -86,7 +86,7 @@ def _explain_value(error: ValueError) -> str | None:
     while cause is not None:
         if isinstance(cause, ValueError) and _raised_by_us(cause):
             return str(cause)
-        # A part within a part that refuses its arguments comes wrapped in what jsonargparse says of each of its types.
+        # When a nested part refuses its arguments, jsonargparse wraps the error in one for each type that it tried.
         cause = (cause.__cause__ or cause.__context__) if _raised_in("jsonargparse", cause) else None
     return _from_worker(str(error))
 
@@ -98,24 +98,28 @@ def _explain_os(error: OSError) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if _raised_by_us(error):
         return error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a library's log, say, which names no file
+    if error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    ):  # from a library, without a file name
         return f"{error.strerror}; make room where the run writes, and start it again"
     return _from_worker(str(error))
 
 
 def tell_interrupted(hint: str) -> None:
-    """Prints the one line of a command that Ctrl-C or SIGTERM stopped."""
+    """Prints one line for a command that Ctrl-C or SIGTERM stopped."""
     print(f"mmemb: interrupted; {hint}" if hint else "mmemb: interrupted", file=sys.stderr, flush=True)
 
 
 def tell(message: str) -> None:
-    """Prints one error line; every rank of a multi-process run may say its own."""
+    """Prints one error line. In a run of several processes every rank may print its own."""
     print(f"mmemb: error: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """Keeps a thread that hands its error on from printing it first: the next write to TensorBoard raises it."""
+    """Prevents a thread from printing an error that the main thread raises later, on the next write to TensorBoard."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs, /) -> None:
@@ -132,15 +136,15 @@ def _told_once() -> Iterator[None]:
 
 
 def guarded(run: Callable[[], int], *, debug: bool = False, hint: str = "") -> int:
-    """Runs a command and turns mistakes into one line and exit code 2, Ctrl-C into one line and exit code 130.
+    """Runs a command and reports mistakes in one line with exit code 2, and Ctrl-C in one line with exit code 130.
 
     Args:
-        run: the command; returns its exit code.
-        debug: lets every error through with its traceback, as ``MMEMB_DEBUG=1`` does.
-        hint: how to go on after Ctrl-C.
+        run: the command. It returns its exit code.
+        debug: shows every error with its traceback, as ``MMEMB_DEBUG=1`` does.
+        hint: what to do after Ctrl-C.
 
     Returns:
-        the exit code.
+        The exit code.
     """
     debug = debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:

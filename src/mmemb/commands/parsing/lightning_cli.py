@@ -1,4 +1,4 @@
-"""`mmemb fit | validate | test | predict`: LightningCLI over our module and data, with short names and safe files."""
+"""`mmemb fit | validate | test | predict`: LightningCLI with our module, data and checkpoint format."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from mmemb.training.callbacks.progress import ProgressLines, StepsBar
 from mmemb.training.phases import total_steps
 
 RUNS = "runs"
-"""Folder of all runs, below the current one; a run's own is ``runs/<config names>/version_<n>``."""
+"""Folder of all runs, in the current folder. The folder of a run is ``runs/<config names>/version_<n>``."""
 
 _EPILOG = """examples:
   mmemb {command} --config recipes/r1.yaml{checkpoint}
-  mmemb {command} --config recipes/r1.yaml --config mine.yaml{checkpoint}      the later file wins
+  mmemb {command} --config recipes/r1.yaml --config mine.yaml{checkpoint}      the later file overrides
   mmemb {command} --config recipes/r1.yaml --model.selector random --model.selector.seed 4{checkpoint}
-  mmemb {command} --model.selector.help counterfactual                one part's arguments
+  mmemb {command} --model.selector.help counterfactual                the arguments of a part
   mmemb {command} --config recipes/r1.yaml --print_config             the merged settings
 """
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with errors of one line."""
+    """Lightning's parser with one-line errors."""
 
 
 def _trained() -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
-    """The module and the data module of every run; their imports take seconds and wait until a run needs them."""
+    """The module and the data module of every run. Importing them takes seconds, so it waits until a run needs them."""
     from mmemb.data.datamodule import PairDataModule
     from mmemb.training.module import EmbeddingModule
 
@@ -50,11 +50,11 @@ def _trained() -> tuple[type[L.LightningModule], type[L.LightningDataModule]]:
 
 
 class MmembCLI(LightningCLI):
-    """LightningCLI with the project's defaults.
+    """LightningCLI with the defaults of this project.
 
     Args:
         args: the words after ``mmemb``, the command first.
-        interrupt: what stops a run on a signal; the caller makes it listen.
+        interrupt: stops a run on a signal. The caller must make it listen.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class MmembCLI(LightningCLI):
     # -- parsing -----------------------------------------------------------------------------------------------------
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command given alone: the parsers of all four would take four times as long."""
+        """Returns the given command only: building the parsers of all four would take four times as long."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--evaluate``, and defaults that a config can override: where a run goes and what is kept of it."""
-        # every command knows it, so that the config.yaml of a `fit` serves `test` too
+        """Adds ``--evaluate`` and defaults that a config can override: the logger and the checkpoints."""
+        # Every command has this option, so that the config.yaml of a `fit` run works for `test` too.
         parser.add_argument(
             "--evaluate", type=bool, default=True, help="fit only: whether to evaluate on the test split at the end"
         )
@@ -105,7 +105,7 @@ class MmembCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the words given (Lightning's own way warns whenever ``sys.argv`` has words of another program)."""
+        """Parses the given words. Lightning's own method warns if ``sys.argv`` has the words of another program."""
         for path in config_paths(args):
             check_yaml(path)
         words, flags = take_phase_flags(args)
@@ -116,24 +116,24 @@ class MmembCLI(LightningCLI):
             self.config = parser.parse_object(settings)
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the settings as given: Lightning would replace the model section by the checkpoint's, unasked.
+        """Keeps the settings as given: Lightning would replace the model section by the checkpoint's without asking.
 
-        A checkpoint that does not fit the settings is refused when it is loaded. Lightning's own words (``last``,
-        ``best``) look into the new run's folder, where there is nothing yet.
+        A checkpoint that does not fit the settings is refused when it is loaded. Lightning's keywords (``last``,
+        ``best``) are not supported: they look in the new run's folder, which is still empty.
         """
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
         if path is None and subcommand != "fit":
             rank_zero_warn(
-                f"no --ckpt_path: `mmemb {subcommand}` takes the model as the settings build it, before any training"
+                f"no --ckpt_path was given: `mmemb {subcommand}` uses the untrained model that the settings build"
             )
         if path is not None and "://" not in path and not Path(path).exists():
-            raise FileNotFoundError(2, "--ckpt_path names no file; give a .ckpt file of an earlier run", path)
+            raise FileNotFoundError(2, "--ckpt_path: there is no such file; give a .ckpt file of an earlier run", path)
 
     # -- building and running ----------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds the checkpoint writer, the progress and the stop on Ctrl-C; drops what a disabled feature rules out."""
+        """Adds the checkpoint writer, progress reports and the stop on Ctrl-C; leaves out what the settings disable."""
         config = self._get(self.config_init, "trainer")
         callbacks = _listed(config.get("callbacks"))
         if config.get("enable_checkpointing") is False:
@@ -145,7 +145,7 @@ class MmembCLI(LightningCLI):
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if has_terminal(sys.stdout):
                 callbacks.append(StepsBar())
-            else:  # Lightning would add a bar of its own
+            else:  # otherwise Lightning adds its own bar
                 kwargs["enable_progress_bar"] = False
         callbacks.append(ProgressLines(show=shown))
         callbacks.append(self.interrupt)
@@ -154,32 +154,32 @@ class MmembCLI(LightningCLI):
 
             callbacks.append(EmbeddingWriter())
         if config.get("max_steps", -1) == -1 and config.get("max_epochs") is None:
-            # The run is as long as its phases unless the trainer says otherwise.
+            # The run is as long as its phases unless the trainer settings give a length.
             steps = total_steps(getattr(self.model, "phases", ())) or -1
             kwargs = {"max_steps": steps, **kwargs}
         try:
             return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-        except ValueError as error:  # an unknown strategy, for one
+        except ValueError as error:  # for example an unknown strategy
             raise UsageError(f"trainer: {error}") from error
 
     def before_predict(self) -> None:
-        """Keeps no embeddings in memory unless told to: they are written batch by batch."""
+        """Keeps no embeddings in memory unless the settings ask for it: they are written batch by batch."""
         settings = self.config_init.predict
         settings.return_predictions = bool(settings.return_predictions)
 
     def after_fit(self) -> None:
-        """Evaluates on the test split, if there is one (pretraining has none)."""
+        """Evaluates on the test split if there is one. Pretraining has none."""
         has_test = getattr(self.datamodule, "sources", {}).get("test", True)
         if has_test and self.config.fit.evaluate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # The evaluation prints a table of its own.
+            # The evaluation prints its own table, so Lightning's is switched off.
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 class _Check(MmembCLI):
-    """Parses only."""
+    """Parses the settings and does nothing else."""
 
     def _set_seed(self) -> None:
-        """Leaves the process's random state alone."""
+        """Does not change the random state of the process."""
 
     def instantiate_classes(self) -> None:
         """Builds nothing."""
@@ -189,13 +189,13 @@ class _Check(MmembCLI):
 
 
 def check_config(args: Sequence[str]) -> Namespace:
-    """Parses a command with its configs and builds nothing: how recipes are tested.
+    """Parses a command with its configs without building anything. Recipes are tested with it.
 
     Args:
         args: the words after ``mmemb``, e.g. ``["fit", "--config", "recipes/r1.yaml"]``.
 
     Returns:
-        the merged settings of the command.
+        The merged settings of the command.
 
     Raises:
         mmemb.commands.parsing.errors.UsageError: a key is unknown or missing, or a value does not fit.
@@ -205,20 +205,20 @@ def check_config(args: Sequence[str]) -> Namespace:
 
 
 class _Build(MmembCLI):
-    """Builds model and data, without a trainer."""
+    """Builds the model and the data without a trainer."""
 
     def instantiate_classes(self) -> None:
-        """Model and data only."""
+        """Builds the model and the data only."""
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves the running to the caller."""
+        """Runs nothing: the caller uses the parts."""
 
 
 class Built(NamedTuple):
-    """The parts of a training: model, data module, and the ``trainer.accelerator`` of the settings."""
+    """The parts of a training run: the model, the data module, and the setting ``trainer.accelerator``."""
 
     model: Any
     datamodule: Any
@@ -226,35 +226,35 @@ class Built(NamedTuple):
 
 
 def build(args: Sequence[str]) -> Built:
-    """What a command's settings name: for commands that need the parts of a training, not the training.
+    """Builds the parts that a command's settings name, for commands that use them without training.
 
     Args:
-        args: as `check_config` takes them.
+        args: the same as for `check_config`.
 
     Raises:
-        ValueError: as `check_config`, and whatever the parts refuse.
+        ValueError: the settings are refused, as by `check_config`, or a part refuses its arguments.
     """
     cli = _Build(args=args)
     return Built(cli.model, cli.datamodule, cli.config[cli.config.subcommand].trainer.accelerator)
 
 
 def _listed(value: Any) -> list[Any]:
-    """A setting of the trainer that may be a list, a single part or nothing."""
+    """Returns a trainer setting as a list. The setting may be a list, a single part or None."""
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _run_name(args: Sequence[str]) -> str:
-    """The stems of the configs in order, joined by ``+``: ``--config r1.yaml --config scale/a.yaml`` -> ``r1+a``."""
+    """Joins the stems of the configs by ``+``: ``--config r1.yaml --config scale/a.yaml`` -> ``r1+a``."""
     return "+".join(path.stem for path in config_paths(args)) or "default"
 
 
 def _help(command: str) -> dict[str, str]:
-    """Description and examples of a command."""
+    """The description and the examples in the help of a command."""
     descriptions = {
-        "fit": f"Trains, then evaluates on the test split. A run's folder is {RUNS}/<config names>/version_<n>.",
+        "fit": f"Trains, then evaluates on the test split. The run's folder is {RUNS}/<config names>/version_<n>.",
         "validate": "Evaluates a checkpoint on the validation split.",
         "test": "Evaluates a checkpoint on the test split and writes summary.json and summary.md.",
-        "predict": "Embeds data.predict with a checkpoint into embeddings.parquet in the run's folder.",
+        "predict": "Embeds data.predict with a checkpoint and writes embeddings.parquet to the run's folder.",
     }
     checkpoint = "" if command == "fit" else " --ckpt_path last.ckpt"
     return {

@@ -84,7 +84,7 @@ def condense(message: str, error: BaseException | None, keys: Sequence[str]) -> 
         option = found[1].split("=", 1)[0]
         return f"there is no option {option!r}{nearest(option, [f'--{key}' for key in keys])}"
     where = place(message)
-    if _SOURCES.match(where) and _NO_SOURCE.search(message):  # without the value, which may be a row of data
+    if _SOURCES.match(where) and _NO_SOURCE.search(message):  # the value is left out because it may be a row of data
         return f"{where}: expected a list of sources, such as [{{path: pairs.jsonl}}]"
     detail = _detail(message)
     return one_line(f"{where}: {detail}" if where else detail)
@@ -115,11 +115,11 @@ def _plain(value: str) -> str:
 
 
 def _reworded(line: str, given: str | None, class_path: str | None) -> str:
-    """Rewrites a message so that it says what to do."""
+    """Rewrites a message so that it says how to fix the error."""
     option = re.match(r"Option '([^']+)' is not accepted", line)
     if option and class_path:
         takes = _arguments(class_path)
-        listing = f"it takes {', '.join(takes)}" if takes else "it takes none"
+        listing = f"it takes {', '.join(takes)}" if takes else "it takes no arguments"
         return f"{class_path} has no argument {option[1]!r}{nearest(option[1], takes)} ({listing})"
     if dotted := re.match(r"Expected a dot import path string: (.*)", line):
         return f"{dotted[1]!r} is not a known class; give a dotted path, such as torch.optim.AdamW"
@@ -127,7 +127,7 @@ def _reworded(line: str, given: str | None, class_path: str | None) -> str:
         example = ", such as torch.optim.AdamW" if other[2] == "Optimizer" else ""
         return f"{other[1]!r} is no {other[2]}; give the path of a subclass of {other[2]}{example}"
     if abstract := re.match(r"Expected an instantiatable class, but (\S+) is abstract", line):
-        return f"say which one: {abstract[1]} is a contract; `mmemb components` lists the classes that implement it"
+        return f"{abstract[1]} is abstract; name a class that implements it (`mmemb components` lists them)"
     if contract := re.match(r"Not a valid subclass of (\w+)", line):
         line = f"expected the short name or class path of a {contract[1]}"
     if expected := re.match(r"Expected an? (.*)", _TYPE.sub(r"\1", line)):

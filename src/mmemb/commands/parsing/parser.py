@@ -1,4 +1,4 @@
-"""The parser of every command: jsonargparse with short names, and errors of one line."""
+"""The parser of every command: jsonargparse with short names and one-line errors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mmemb.commands.parsing.messages import condense
 
 
 class OneLineErrors:
-    """Mix-in before a jsonargparse parser: a refused input raises `UsageError` with one line; no usage is printed."""
+    """Mix-in for a jsonargparse parser: refused input raises `UsageError` with one line and prints no usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises `UsageError`; parsers that jsonargparse uses inside (``exit_on_error=False``) keep their own way."""
+        """Raises `UsageError`, except in the inner parsers of jsonargparse (``exit_on_error=False``)."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         raise UsageError(condense(message, ex, _keys(self))) from ex  # type: ignore[arg-type]
 
 
 def _keys(parser: argparse.ArgumentParser) -> list[str]:
-    """Every key the parser or one of its commands has, without leading dashes."""
+    """Lists the keys of the parser and of its commands, without leading dashes."""
     keys = []
     for action in parser._actions:
         keys += [option.lstrip("-") for option in action.option_strings]
@@ -33,11 +33,11 @@ def _keys(parser: argparse.ArgumentParser) -> list[str]:
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of examples."""
+    """A help formatter that keeps the line breaks of examples."""
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
-    """Parser of a command that is not Lightning's."""
+    """The parser of a command that does not come from Lightning."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         shortnames.install()

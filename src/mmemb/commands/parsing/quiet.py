@@ -1,4 +1,4 @@
-"""Leaves out messages of libraries that our users can do nothing about: each is named, with the reason."""
+"""Hides library messages that our users can do nothing about. Each is listed with the reason."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import logging
 import warnings
 
 _WARNINGS = (
-    r".*does not have many workers.*",  # small data: data.num_workers says how many
+    r".*does not have many workers.*",  # data.num_workers is the user's choice, and small data needs few
     r".*`srun` command is available.*",
-    r".*isinstance\(treespec, LeafSpec\).*",  # torch, inside Lightning
-    # the module steps its optimiser itself, and a checkpoint is meant to hold the state after the step
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning calls torch in a deprecated way
+    # The module steps its optimiser itself, and a checkpoint is meant to hold the state after the step.
     r"(?s).*ModelCheckpoint with manual optimization.*",
     r".*Total length of `list` across ranks is zero.*",  # training without validation data
-    r".*The dirpath has changed from.*",  # a resumed run has a folder of its own
+    r".*The dirpath has changed from.*",  # a resumed run has its own folder
 )
 
 _LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("Tip:", "`weights_only` was not set"),
-    "lightning.pytorch.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),  # ours is always True
-    "bitsandbytes.backends.cpu.ops": ("kernels-community",),  # an optional faster kernel; its own one works
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": ("`weights_only` was not set",),  # we always set it
+    "bitsandbytes.backends.cpu.ops": ("kernels-community",),  # an optional faster kernel; the built-in one works
 }
 
 
 def quiet() -> None:
-    """Filters them in this process; doing it twice changes nothing."""
+    """Installs the filters in this process. A second call changes nothing."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for logger, parts in _LOGS.items():
@@ -31,7 +31,7 @@ def quiet() -> None:
 
 
 class _Without(logging.Filter):
-    """Drops records that contain one of the parts."""
+    """Drops log records that contain one of the given texts."""
 
     def __init__(self, parts: tuple[str, ...]) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
-"""Turns the short way to write a part into the long one that jsonargparse reads.
+"""Turns the short form of a part into the long form that jsonargparse reads.
 
 In YAML, or as the value of a flag, a part with arguments may be a mapping of one key, its short name::
 
     threshold: {token_share: 0.6}      ->  {class_path: ..., init_args: {token_share: 0.6}}
 
-The same holds for optimizers, where the name is a class of `torch.optim`. The long form stays valid and is returned as
-it is. Where the class is already known, the arguments may also stand alone: a parameter of type `InfoNCE` takes
-``{temperature: 0.1}``, and a part that an earlier config named takes further arguments in the same way. A mapping with
-a short name as its key always means that name.
+The same holds for optimizers, where the name is a class of `torch.optim`. The long form stays valid and is returned
+unchanged. If the class is already known, the arguments can be given without it: a parameter of type `InfoNCE` takes
+``{temperature: 0.1}``. A part that an earlier config named takes further arguments in the same way. A mapping with a
+short name as its key always means that name.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class PartError(ValueError):
 
 
 def expand(value: Any, typehint: Any, *, previous: Any = None, append: bool = False) -> Any:
-    """Replaces every short form in a value by its long form. Other values are returned as they are.
+    """Replaces every short form in a value by its long form. Other values are returned unchanged.
 
     Args:
-        value: from a config, or from a flag after YAML is read.
+        value: from a config, or from a flag whose YAML has been read.
         typehint: the type of the parameter.
         previous: the value that the parameter has so far, in the long form.
         append: whether the value is one more element of a list, as in ``--model.controllers+``.
 
     Raises:
         PartError: a short name has other keys next to it, or its arguments are not a mapping.
-        mmemb.registry.UnknownComponentError: the only key is no short name and no known argument.
+        mmemb.registry.UnknownComponentError: the only key is neither a short name nor a known argument.
     """
     members = list(_members(typehint))
     if not any(_is_part(member) for member in _all_members(typehint)):
@@ -112,7 +112,7 @@ def _misplaced(name: str, keys: list[str], given: Any) -> PartError:
     others = ", ".join(repr(key) for key in keys if key != name)
     if others:
         return PartError(f"the name {name!r} is on one level with {others}; indent the arguments of {name!r} below it")
-    return PartError(f"the arguments of {name!r} are a mapping ({name}: {{argument: value}}), got {given!r}")
+    return PartError(f"the arguments of {name!r} must be a mapping ({name}: {{argument: value}}), got {given!r}")
 
 
 def _path_of(key: str, parts: list[Any]) -> str | None:
@@ -129,7 +129,7 @@ def _path_of(key: str, parts: list[Any]) -> str | None:
 
 
 def _unknown(key: str, parts: list[Any]) -> ValueError:
-    """The error for a key that is no name: the nearest name, and the names that exist."""
+    """The error for an unknown name, with the nearest name and the names that exist."""
     for part in parts:
         if kind := _kind(part):
             return unknown(kind, key)
@@ -143,7 +143,7 @@ def _unknown(key: str, parts: list[Any]) -> ValueError:
 
 
 def _known_class(parts: list[Any], previous: Any) -> type | None:
-    """The class whose arguments may stand alone: the one named before, or the only one that the type admits."""
+    """The class whose arguments may be given without its name: the one named before, or the only one admitted."""
     if isinstance(previous, dict | Namespace) and isinstance(path := _as_dict(previous).get("class_path"), str):
         module, _, name = path.rpartition(".")
         try:

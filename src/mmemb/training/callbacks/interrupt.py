@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM leave a checkpoint from which the run goes on as if nothing had happened.
+"""Writes a checkpoint on Ctrl-C and SIGTERM from which the run continues as if it had not stopped.
 
-A signal that comes while a batch is trained waits for the batch's end, where optimiser, sampler and counters agree;
-outside training it acts at once. A second signal does not wait. With several processes the ranks agree at each batch's
-end, so that one rank's signal stops all of them at the same step.
+A signal that arrives during a training batch waits for the end of the batch, where optimiser, sampler and counters
+agree. Outside training it acts at once. A second signal does not wait. With several processes, the ranks agree at the
+end of each batch, so that a signal to one rank stops all of them at the same step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHECKPOINT_NAME = "interrupted.ckpt"
 
 
 class Interrupted(BaseException):
-    """A run was stopped by a signal. Not an `Exception`: nothing on the way up may swallow it.
+    """A signal stopped the run. It is not an `Exception`, so that no caller catches it by accident.
 
     Attributes:
-        signum: the signal's number; the exit code is 128 plus it.
+        signum: the number of the signal. The exit code is 128 plus this number.
     """
 
     def __init__(self, signum: int) -> None:
@@ -38,9 +38,9 @@ class InterruptCheckpoint(L.Callback):
     """Turns SIGINT and SIGTERM into an orderly stop with a checkpoint.
 
     Attributes:
-        path: the checkpoint written, or None.
-        finished: whether the training has come to its end.
-        trained: its last checkpoint then, if one was kept.
+        path: the checkpoint that was written, or None.
+        finished: whether the training has finished.
+        trained: the last checkpoint of a finished training, or None if it kept none.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class InterruptCheckpoint(L.Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles both signals inside; must run in the main thread."""
+        """Handles both signals inside the context. Must run in the main thread."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -63,7 +63,7 @@ class InterruptCheckpoint(L.Callback):
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A forked loader process: Ctrl-C in a terminal reaches it too, but the batch it prepares is still wanted;
+            # This is a forked loader process. Ctrl-C in a terminal reaches it too, but its batch is still needed.
             # SIGTERM is how its parent ends it.
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
@@ -73,7 +73,7 @@ class InterruptCheckpoint(L.Callback):
             return
         raise Interrupted(signum)
 
-    # -- when waiting pays -------------------------------------------------------------------------------------------
+    # -- when to wait ------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training = True
@@ -87,7 +87,7 @@ class InterruptCheckpoint(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops here if a signal came; raised before any other callback saves, as the checkpoint is written now."""
+        """Stops the run if a signal came. It raises before any other callback saves a checkpoint of the same step."""
         requested = self._requested
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(requested is not None, all=False):
             requested = requested or signal.SIGTERM
@@ -100,12 +100,12 @@ class InterruptCheckpoint(L.Callback):
             raise Interrupted(self._requested)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes from what an evaluation that is stopped may be made up for."""
+        """Notes the last checkpoint, from which a stopped evaluation can be run again."""
         self.finished = True
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         self.trained = Path(last) if last and Path(last).exists() else None
 
-    # -- what is left ------------------------------------------------------------------------------------------------
+    # -- after a stop ------------------------------------------------------------------------------------------------
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._training = False
@@ -117,7 +117,7 @@ class InterruptCheckpoint(L.Callback):
 
 
 def _folder(trainer: L.Trainer) -> Path:
-    """Where the run keeps its checkpoints."""
+    """The folder in which the run keeps its checkpoints."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             return Path(callback.dirpath)

@@ -1,7 +1,7 @@
-"""`mmemb predict` keeps what it embeds: every process writes its share as Parquet, batch by batch.
+"""Writes the embeddings of `mmemb predict`: every process writes its share as Parquet, batch by batch.
 
-One process leaves ``embeddings.parquet`` in the run's folder; of several, each leaves its own
-``embeddings-<rank>-of-<processes>.parquet``. Memory holds one batch. `mmemb.search.exact` has the columns.
+A single process writes ``embeddings.parquet`` to the run's folder. With several processes, each writes its own
+``embeddings-<rank>-of-<processes>.parquet``. Memory holds one batch. `mmemb.search.exact` describes the columns.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mmemb.types import Item
 
 
 class EmbeddingWriter(L.Callback):
-    """Streams predicted embeddings into a temporary file, which gets its name when all are there.
+    """Streams predicted embeddings to a temporary file, which gets its final name when it is complete.
 
     Attributes:
-        path: the file of this process; None before a prediction.
-        rows: embeddings written.
+        path: the file of this process. None before the first prediction.
+        rows: number of embeddings written.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class EmbeddingWriter(L.Callback):
         self.rows = 0
         self._model = ""
         self._file: pq.ParquetWriter | None = None
-        self._open = ExitStack()  # the file and its temporary name, from the first batch to the end
+        self._open = ExitStack()  # holds the file and its temporary name from the first batch to the end
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         processes = trainer.world_size
@@ -62,7 +62,7 @@ class EmbeddingWriter(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._file is None or self.path is None:
-            return  # fewer batches than processes: nothing was left for this one
+            return  # there were fewer batches than processes, and this process got none
         self._file = None
         self._open.close()
         print(f"{self.path}: {self.rows} embeddings")

@@ -1,11 +1,11 @@
-"""What a training shows of itself: a bar on a terminal, plain lines without one, and the same lines in a file.
+"""Reports the progress of a run: a bar on a terminal, plain lines otherwise, and the same lines in a file.
 
-A line of training gives the phase, the step of the run and of the phase, the mean loss since the line before, the rate
-in this phase without validation, the time left at that rate, and the memory in use:
+A line of training gives the phase, the step of the run and of the phase, and the mean loss since the previous line. It
+also gives the rate in this phase (validation excluded), the time left at that rate, and the memory in use:
 
     12:03:41 joint  step 120/460 (phase 120/400)  loss 3.214  1.9 steps/s  left 0:02:58  1,204 MB
 
-`progress.log` in the run's folder has every line, those of evaluation and rationale making included.
+`progress.log` in the run's folder has every line, including those of evaluation and of making rationales.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch import Tensor
 from mmemb.common import terminal
 
 LOG_NAME = "progress.log"
-"""The file of all lines in a run's folder."""
+"""The file in a run's folder that has all lines."""
 
 
 class StepsBar(RichProgressBar):
-    """Lightning's rich bar; where steps bound the run it counts all of them, over epochs and resumes.
+    """Lightning's rich bar. If steps bound the run, it counts all of them, across epochs and resumes.
 
-    Lightning's own starts again with every epoch, which of so many (``Epoch 2/-2``) it cannot say.
+    Lightning's own bar starts again with every epoch and cannot say how many epochs there are (``Epoch 2/-2``).
     """
 
     @property
     def total_train_batches(self) -> int | float:
-        """Steps of the run, or batches of the epoch where epochs bound the run."""
+        """Steps of the run, or batches of the epoch if epochs bound the run."""
         return self.trainer.max_steps if self._counts_steps else super().total_train_batches
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes the bar once."""
+        """Creates the bar once."""
         if self._counts_steps and self.train_progress_bar_id is not None:
             return
         super().on_train_epoch_start(trainer, pl_module)
@@ -50,7 +50,7 @@ class StepsBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         done = trainer.global_step - 1 if self._counts_steps else batch_idx
         super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
 
@@ -68,9 +68,9 @@ class PhaseAt(NamedTuple):
     """The phase that a step belongs to.
 
     Attributes:
-        name: what the lines call it.
-        first_step: the run's steps before it.
-        steps: its own steps; None where the run has no end.
+        name: the name of the phase in the lines.
+        first_step: number of steps of the run before the phase.
+        steps: number of steps of the phase. None if the run has no end.
     """
 
     name: str
@@ -79,12 +79,12 @@ class PhaseAt(NamedTuple):
 
 
 def phase_at(module: Any, step: int, total: int | None) -> PhaseAt:
-    """The phase of a module at a step.
+    """Finds the phase of a module at a step.
 
     Args:
-        module: has ``phase_at(step)``, as ours does; any other module has one phase, ``train``.
-        step: counts the run's steps from 0.
-        total: steps of the run; None where it has no end.
+        module: a module with ``phase_at(step)``, such as ours. Any other module has one phase, ``train``.
+        step: the step of the run, counted from 0.
+        total: number of steps of the run. None if it has no end.
     """
     if not hasattr(module, "phase_at"):
         return PhaseAt("train", 0, total)
@@ -93,12 +93,12 @@ def phase_at(module: Any, step: int, total: int | None) -> PhaseAt:
 
 
 class ProgressLines(L.Callback):
-    """Writes the lines of a run, and makes all progress inside the run go where they go.
+    """Writes the progress lines of a run, and sends all other progress reports of the run to the same place.
 
     Args:
-        show: whether they are written where there is no terminal; the file gets them in any case.
-        every: least seconds between two lines of running work; None: `mmemb.common.terminal.interval`.
-        stream: where they go; None: standard output, where Lightning's bar would be.
+        show: whether to write the lines if there is no terminal. The file gets them in any case.
+        every: minimum number of seconds between two lines of running work. None: `mmemb.common.terminal.interval`.
+        stream: where the lines go. None: standard output, where Lightning's bar would be.
         clock: a monotonic clock in seconds.
     """
 
@@ -129,8 +129,8 @@ class ProgressLines(L.Callback):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Opens the log; the first hook of a run, so that what other hooks report is in it."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        """Opens the log. This is the first hook of a run, so that the log has what other hooks report."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: all ranks must call it
         dry = trainer.fast_dev_run  # type: ignore[attr-defined]
         self._in_use.close()
         self._output = terminal.Output(
@@ -143,23 +143,23 @@ class ProgressLines(L.Callback):
         self._in_use.enter_context(terminal.using(self._output))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Closes it."""
+        """Closes the log."""
         self._evaluation.close()
         self._in_use.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Says where the run stopped."""
+        """Writes a line that says where the run stopped."""
         if trainer.state.fn == "fit" and self._told is not None:
             of = "" if self._total is None else f"/{self._total:,}"
             self._output.write(f"stopped  step {trainer.global_step:,}{of}  {type(exception).__name__}")
-        # Unwound as a failure, so that nothing reports that it has come to its end.
+        # Closed with the error, so that no bar reports that it has finished.
         self._evaluation.__exit__(type(exception), exception, exception.__traceback__)
         self._in_use.close()
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The first line."""
+        """Writes the first line."""
         steps = trainer.estimated_stepping_batches
         self._total = int(steps) if math.isfinite(steps) else None
         last = max(self._total - 1, 0) if self._total is not None else trainer.global_step
@@ -169,7 +169,7 @@ class ProgressLines(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a phase and begins the next, each with a line."""
+        """Writes a line at the end of a phase and one at the start of the next."""
         phase = phase_at(pl_module, trainer.global_step, self._total)
         if phase != self._phase:
             self._tell(trainer.global_step)
@@ -179,23 +179,23 @@ class ProgressLines(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the step, and writes a line if one is due."""
-        if "loss" in trainer.callback_metrics:  # kept as a tensor: to read it is to wait for the GPU
+        """Counts the step and writes a line if one is due."""
+        if "loss" in trainer.callback_metrics:  # kept as a tensor, because reading it waits for the GPU
             self._losses.append(trainer.callback_metrics["loss"].detach().clone())
-        if self._timed is None:  # what the first step sets up, or waits for, does not count in the rate
+        if self._timed is None:  # the rate leaves out the first step, with its set-up and waiting
             self._timed, self._paused = (self.clock(), trainer.global_step), 0.0
         if self._output.is_due():
             self._tell(trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last line."""
+        """Writes the last line."""
         self._tell(trainer.global_step)
 
     def _enter(self, phase: PhaseAt) -> None:
         self._phase, self._timed, self._losses = phase, None, []
 
     def _tell(self, step: int) -> None:
-        """Writes the line of a step, unless the line before was the same one."""
+        """Writes the line of a step, unless the previous line was of the same step."""
         if self._told == (self._phase.name, step):
             return
         self._told = (self._phase.name, step)
@@ -220,15 +220,15 @@ class ProgressLines(L.Callback):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The validation before the first step."""
+        """Starts the bar of the validation before the first step."""
         self._begin("sanity check", None)  # the trainer has not counted the tasks yet
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Its end."""
+        """Ends the bar of the validation before the first step."""
         self._evaluation.close()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A line of training and one of validation."""
+        """Writes a line of training and one of validation."""
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
@@ -249,7 +249,7 @@ class ProgressLines(L.Callback):
         self._advance()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The end of validation, and the means over its tasks."""
+        """Writes the end of validation and the means over its tasks."""
         if trainer.sanity_checking:
             return
         self._evaluation.close()
@@ -258,7 +258,7 @@ class ProgressLines(L.Callback):
             self._output.write(f"validation  step {trainer.global_step:,}  {means}")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The first line of the evaluation."""
+        """Writes the first line of the evaluation."""
         self._begin("test", _sum(trainer.num_test_batches))
 
     def on_test_batch_end(
@@ -274,11 +274,11 @@ class ProgressLines(L.Callback):
         self._advance()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last line of the evaluation."""
+        """Writes the last line of the evaluation."""
         self._evaluation.close()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The first line of the prediction."""
+        """Writes the first line of the prediction."""
         self._begin("predict", _sum(trainer.num_predict_batches), unit="batches")
 
     def on_predict_batch_end(
@@ -294,7 +294,7 @@ class ProgressLines(L.Callback):
         self._advance()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last line of the prediction."""
+        """Writes the last line of the prediction."""
         self._evaluation.close()
 
     def _begin(self, title: str, total: int | None, *, unit: str = "tasks") -> None:
@@ -310,12 +310,12 @@ def _of(count: int, total: int | None) -> str:
 
 
 def _sum(batches: Any) -> int | None:
-    """Batches of all loaders; None where one of them has no end."""
+    """Batches of all loaders. None if a loader has no end."""
     total = sum(batches) if isinstance(batches, list) else batches
     return int(total) if math.isfinite(total) else None
 
 
 def _means(metrics: Mapping[str, Tensor]) -> str:
-    """Scores of each mode over all tasks, such as ``never/hit@1 0.250``, from ``validation/never/hit@1``."""
+    """Scores of each mode over all tasks: ``never/hit@1 0.250`` from the metric ``validation/never/hit@1``."""
     shown = {name.split("/", 1)[1]: value for name, value in metrics.items() if name.startswith("validation/")}
     return "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items() if name.count("/") == 1)

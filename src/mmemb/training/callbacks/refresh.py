@@ -1,12 +1,14 @@
-"""Refresh inside fit: the model in training proposes rationales for the pairs it will see next; they join the pool.
+"""Refreshes the rationale pool during fit: the model in training proposes rationales for the pairs it will see next.
 
-Without it a pool is made once, by a model that is then trained away from it: the offline pipeline that the paper names
-as its main limit [S]. With it, training is a loop in the manner of expectation-maximisation [D]: propose with the model
-of now, score against the counterfactual arms, train on what survives, and again.
+Without a refresh, a pool is made once by a model that then changes in training. The MMEmb-R1 paper (arXiv 2604.06156)
+names this offline pipeline as its main limit. With refreshes, training is a loop in the style of
+expectation-maximisation (our choice). The current model proposes rationales, they are scored against the counterfactual
+arms, and the model trains on those that survive.
 
-A run's own candidates lie in its folder, one small pool a refresh and rank, and never change the pool that the run was
-given. The batches after a refresh see it, the batches before do not, whatever data-loader workers had prepared ahead:
-the loader begins anew. So a run that was stopped and resumed trains on the candidates of an uninterrupted one.
+A run's own candidates are in its folder, as one small pool per refresh and rank. They never change the pool that the
+run was given. A refresh affects the batches after it and none before it. Batches that data-loader workers had prepared
+ahead are dropped: the loader restarts. So a run that was stopped and resumed trains on the same candidates as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,21 +39,22 @@ from mmemb.training.module import EmbeddingModule
 from mmemb.types import Candidates, Pair
 
 FOLDER = "refreshed"
-"""Folder of a run's own candidates, below the run's."""
+"""Folder of a run's own candidates, inside the run's folder."""
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 class GrownPool:
-    """A pool with the candidates that a run has added.
+    """A pool together with the candidates that a run has added.
 
-    A pair's candidates are the pool's own, then those of the newest refresh that has the pair; texts that the pool has
-    already are left out. Their scores are moved so that each keeps its gain over its own arm without a rationale: the
-    model in training scores otherwise than whoever scored the pool. A pool without scores stays without.
+    A pair's candidates are those of the base pool, followed by those of the newest refresh that has the pair. Texts
+    that the base pool already has are left out. The scores of a refresh are shifted so that each candidate keeps its
+    gain over its own arm without a rationale. This is needed because the model in training scores differently from the
+    evaluator that scored the pool. A pool without scores stays without scores.
 
     Args:
-        base: the pool that was there.
-        refreshed: pools of one refresh each, oldest first.
+        base: the pool before the run.
+        refreshed: one pool per refresh, oldest first.
     """
 
     def __init__(self, base: RationalePool, refreshed: Sequence[RationalePool]) -> None:
@@ -59,20 +62,20 @@ class GrownPool:
         self.refreshed = list(refreshed)
 
     def candidates(self, pair_id: str) -> Candidates:
-        """See `RationalePool.candidates`."""
+        """Returns a pair's candidates, as `RationalePool.candidates` does."""
         there = self.base.candidates(pair_id)
         newest = next((pool for pool in reversed(self.refreshed) if pair_id in pool), None)
         return there if newest is None else _joined(there, newest.candidates(pair_id))
 
     def added(self, pair_id: str) -> int:
-        """How many of a pair's candidates the run has added."""
+        """Counts the candidates of a pair that the run has added."""
         return len(self.candidates(pair_id).rationales) - len(self.base.candidates(pair_id).rationales)
 
 
 def _joined(there: Candidates, own: Candidates) -> Candidates:
     known = {rationale.text for rationale in there.rationales}
     new = [row for row, rationale in enumerate(own.rationales) if rationale.text not in known]
-    shift = there.score_none - own.score_none  # nan where the pool has no scores
+    shift = there.score_none - own.score_none  # nan if the pool has no scores
     scores = [own.scores[row] + shift for row in new]
     placebos: tuple[float, ...] = ()
     if there.scores_placebo or not there.rationales:
@@ -86,22 +89,25 @@ def _joined(there: Candidates, own: Candidates) -> Candidates:
 
 
 class RefreshPool(L.Callback):
-    """Every so many steps the model in training proposes candidates for the coming pairs, which join the pool.
+    """Every few steps, adds candidates that the model in training proposes for the coming pairs to the pool.
 
-    Coming are the pairs of the steps until the next refresh; the first `most_pairs` of them get new candidates, the
-    rest keep what they have. Logs, at each refresh and over *all* coming pairs of all ranks, ``refresh/covered`` (share
-    that gets new candidates), ``refresh/self_made`` (share of the run's own among their candidates) and
-    ``refresh/self_made_chosen`` (among those that the selector chooses); of the new candidates ``refresh/mean_gain``
-    (nats) and ``refresh/keep_rate`` (how many help); and ``refresh/seconds``.
+    The coming pairs are those of the steps until the next refresh. The first `most_pairs` of them get new candidates.
+    The rest keep the candidates that they have.
+
+    Each refresh logs shares over *all* coming pairs of all ranks: ``refresh/covered`` (share of pairs that get new
+    candidates), ``refresh/self_made`` (the run's own share of their candidates) and ``refresh/self_made_chosen`` (the
+    run's own share of the candidates that the selector chooses). For the new candidates it logs ``refresh/mean_gain``
+    (nats) and ``refresh/keep_rate`` (share with a positive gain). It also logs ``refresh/seconds``.
 
     Args:
         refresh_every_n_steps: steps from one refresh to the next.
-        worker: who proposes; ``model`` is the model in training.
-        evaluator: who scores; with ``retrieval`` and no embedder of its own, the model in training as it is.
-        candidates: K, candidates a pair.
-        most_pairs: most pairs a refresh and rank, the soonest first: it bounds what a refresh costs; null: all coming.
-        keep: refreshes that are still read; older ones were proposed by a model long gone.
-        seed: of every sampled candidate.
+        worker: proposes the candidates. The worker ``model`` uses the model in training.
+        evaluator: scores the candidates. ``retrieval`` without its own embedder uses the model in training.
+        candidates: K, candidates per pair.
+        most_pairs: maximum number of pairs per refresh and rank, soonest first. It bounds the cost of a refresh. null
+            takes all coming pairs.
+        keep: number of newest refreshes that are read. A much older model proposed the earlier ones.
+        seed: seed of every sampled candidate.
 
     Raises:
         ValueError: a number is below one.
@@ -137,19 +143,19 @@ class RefreshPool(L.Callback):
         self.folder: Path | None = None
         self._earlier: Path | None = None
 
-    # -- a run's beginning and its resume ----------------------------------------------------------------------------
+    # -- start and resume of a run -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The refreshes that there were, and where their candidates lie."""
+        """The steps of the refreshes so far, and the folder of their candidates."""
         return {"steps": list(self.steps), "folder": None if self.folder is None else str(self.folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them up."""
+        """Restores the refreshes of a `state_dict`."""
         self.steps = list(state_dict["steps"])
         self._earlier = None if state_dict["folder"] is None else Path(state_dict["folder"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the worker and the evaluator the model, and takes up an earlier run's candidates.
+        """Finds the candidates of the run that is resumed, and lets the selector choose among them.
 
         Raises:
             FileNotFoundError: the candidates of the run that is resumed are gone.
@@ -165,12 +171,12 @@ class RefreshPool(L.Callback):
         self._use(module)
 
     def _take_up(self, folder: Path, checkpoint: str | Path | None) -> None:
-        """Brings the refreshes that the checkpoint knows of into this run's folder, and removes any other."""
+        """Copies the refreshes that the checkpoint lists into this run's folder, and removes any others there."""
         source = self._source(folder, checkpoint)
         for step in self.steps:
             if not (source / _name(step)).is_dir():
                 raise FileNotFoundError(
-                    2, "the checkpoint was trained on candidates that are gone; put them back or train anew",
+                    2, "the checkpoint was trained on candidates that are gone; restore them or start a new run",
                     str(source / _name(step)),
                 )  # fmt: skip
         for path in folder.glob("step-*"):
@@ -182,7 +188,7 @@ class RefreshPool(L.Callback):
                 shutil.copytree(source / _name(step), folder / _name(step))
 
     def _source(self, folder: Path, checkpoint: str | Path | None) -> Path:
-        """Where the earlier run's candidates lie: where it wrote them or, since runs are moved, by its checkpoint."""
+        """Finds the earlier run's candidates: where it wrote them or, if the run was moved, next to its checkpoint."""
         places = [self._earlier or folder]
         if checkpoint is not None:
             places += [parent / FOLDER for parent in Path(checkpoint).resolve().parents[:2]]  # run/checkpoints/x.ckpt
@@ -191,7 +197,7 @@ class RefreshPool(L.Callback):
         return next(whole, places[0])
 
     def _use(self, module: EmbeddingModule) -> GrownPool:
-        """From the next batch on, the selector chooses among the pool's candidates and the run's own."""
+        """Makes the selector choose among the pool's candidates and the run's own, from the next batch on."""
         assert self.folder is not None
         assert module.pool is not None
         assert module.selector is not None
@@ -204,14 +210,14 @@ class RefreshPool(L.Callback):
     # -- refreshing --------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes up for a refresh that was due where the run that is resumed had ended."""
+        """Makes the refresh that was due at the step where the resumed run had ended."""
         if trainer.global_step > 0:
             self._refresh_if_due(trainer, cast(EmbeddingModule, pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refreshes where it is due and training goes on."""
+        """Refreshes if it is due and training continues."""
         if not 0 <= trainer.max_steps <= trainer.global_step:
             self._refresh_if_due(trainer, cast(EmbeddingModule, pl_module))
 
@@ -228,7 +234,7 @@ class RefreshPool(L.Callback):
         assert module.pool is not None
         started = time.monotonic()
         path = self.folder / _name(step) / f"rank-{trainer.global_rank}"
-        if path.exists():  # of a run that was killed before it could write a checkpoint
+        if path.exists():  # left by a run that was killed before it could write a checkpoint
             shutil.rmtree(path)
         try:
             generate(
@@ -242,7 +248,7 @@ class RefreshPool(L.Callback):
                 progress=False,
             )
             added = score(pairs, self.evaluator, path, model=module.model, progress=False)
-        finally:  # training needs the memory of models of their own
+        finally:  # training needs the memory of their own models
             self.worker.release()
             self.evaluator.release()
         trainer.strategy.barrier()
@@ -261,13 +267,13 @@ class RefreshPool(L.Callback):
         *,
         seconds: float,
     ) -> None:
-        """Logs what all ranks have added: each knows its own pairs alone, and only rank zero's loggers write."""
+        """Logs what all ranks have added. Each rank knows its own pairs only, and only rank zero's loggers write."""
         assert module.selector is not None
         gained = [gain for pair_id in added for gain in gains(added.candidates(pair_id))]
         own = counts_of(grown, module.selector, coming, seed=seed_of(self.seed, trainer.global_step))
         new = (len(coming), len(added), len(gained), sum(gain > 0 for gain in gained), math.fsum(gained))
-        # In one collective, on the device that the strategy's backend takes: NCCL has none for the CPU.
-        device = trainer.strategy.root_device if trainer.world_size > 1 else "cpu"  # float64 is not on every device
+        # One collective, on the device that the strategy's backend supports: NCCL does not support the CPU.
+        device = trainer.strategy.root_device if trainer.world_size > 1 else "cpu"  # some devices have no float64
         *summed, total_gain = all_sum(torch.tensor([*own, *new], dtype=torch.float64, device=device)).tolist()
         every, made, chosen, made_chosen, pairs, covered, candidates, helping = map(round, summed)
         values = {
@@ -286,12 +292,12 @@ class RefreshPool(L.Callback):
         of_chosen = f", {values['self_made_chosen']:.0%} of those chosen" if chosen else ", none chosen"
         rank_zero_info(
             f"Step {trainer.global_step}: {candidates} new candidates for {covered} of {pairs} coming pairs"
-            f"{worth}; self-made are {of_all}{of_chosen}; {seconds:.1f} s."
+            f"{worth}. The run's own are {of_all}{of_chosen}. It took {seconds:.1f} s."
         )
 
 
 class Counts(NamedTuple):
-    """How many candidates some pairs have, and how many of them are the run's own; the same of those chosen."""
+    """Candidates of some pairs and the run's own among them (``made``), in all and among those chosen."""
 
     every: int
     made: int
@@ -300,7 +306,7 @@ class Counts(NamedTuple):
 
 
 def counts_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, seed: int) -> Counts:
-    """How much of what the pairs train on the run has made itself."""
+    """Counts the candidates that the pairs train on, and those among them that the run has made."""
     every = made = chosen = made_chosen = 0
     for pair in pairs:
         there, both = len(grown.base.candidates(pair.id).rationales), grown.candidates(pair.id)
@@ -309,7 +315,7 @@ def counts_of(grown: GrownPool, selector: Selector, pairs: Sequence[Pair], *, se
         for selection in selector.select_many(both, seed=seed_of(seed, pair.id)):
             if selection.index is not None:
                 chosen += 1
-                made_chosen += selection.index >= there  # the pool's own come first
+                made_chosen += selection.index >= there  # the pool's own candidates come first
     return Counts(every, made, chosen, made_chosen)
 
 

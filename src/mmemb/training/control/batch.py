@@ -1,4 +1,4 @@
-"""A batch of the control phase: queries as pairs to roll out, and as inputs to pass over once more."""
+"""A batch of the control phase: the pairs to roll out, and their inputs for the pass with gradients."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmemb.types import ModelInputs, Pair
 
 
 class ControlBatch:
-    """N queries with what a step needs of them; no dataclass, so that a trainer leaves the pairs alone.
+    """N queries with what a step needs. It is not a dataclass, so that a trainer does not move the pairs.
 
     Args:
         pairs: the N queries, chunk after chunk.
-        seeds: one a query.
-        chunks: (prompts without ``<emb>``, targets followed by hard negatives) of one backward pass each; they stay
-            where they were made, and a step moves each when it is its turn.
+        seeds: one seed per query.
+        chunks: (prompts without ``<emb>``, targets followed by hard negatives), one backward pass each. They stay on
+            the device where they were made. A step moves each chunk just before it uses it.
         query_id: [N] int64.
         candidate_id: [M] int64.
         positive: [N] int64, row of each query's positive among the targets.
@@ -43,7 +43,7 @@ class ControlBatch:
         self.positive = positive
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ControlBatch:
-        """Moves every tensor but the chunks'; returns a new object."""
+        """Returns a copy with every tensor moved, except those of the chunks."""
         return ControlBatch(
             self.pairs,
             self.seeds,
@@ -55,13 +55,13 @@ class ControlBatch:
 
 
 def control_batch(backbone: Backbone, pairs: Sequence[Pair], seed: int, *, chunk_size: int) -> ControlBatch:
-    """Makes a batch of N pairs, prompts of like length together; pair number i rolls out by the seed ``seed + i``.
+    """Makes a batch of N pairs, with prompts of similar length together. Pair i has the rollout seed ``seed + i``.
 
     Args:
         backbone: prepares the inputs, on the CPU.
         pairs: the N pairs.
-        seed: of the batch.
-        chunk_size: queries of a chunk.
+        seed: seed of the batch.
+        chunk_size: queries per chunk.
     """
     order = length_order([pair.query for pair in pairs])
     rows = [pairs[row] for row in order]

@@ -1,4 +1,4 @@
-"""The decision as the control phase learns it: whether to think, in a unit of its own."""
+"""The decision whether to reason, as the control phase learns it, on a standardised scale."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mmemb.registry import create
 from mmemb.types import EvaluationTask, Item
 
 _SAMPLE = 16
-"""Queries of a task from which the policy is standardised."""
+"""Number of queries per task that the policy is standardised on."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The decision as it is learned: thinking has probability sigmoid((l_think - l_emb - center) / spread).
+    """The learned decision: the model reasons with probability sigmoid((l_think - l_emb - center) / spread).
 
     Attributes:
-        center: difference of the decision logits at which both decisions are as likely.
-        spread: its unit.
+        center: difference of the decision logits at which both decisions are equally likely.
+        spread: unit of the difference.
     """
 
     center: float = 0.0
     spread: float = 1.0
 
     def log_prob(self, logits: Tensor) -> Tensor:
-        """Log-probabilities [n, 2] of thinking and not, from the two tokens' logits [n, 2]."""
+        """Log-probabilities [n, 2] of reasoning and of not reasoning, from the logits [n, 2] of the two tokens."""
         margin = (logits[:, 0] - logits[:, 1] - self.center) / self.spread
         return torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], dim=1)
 
 
 def sample(tasks: Sequence[EvaluationTask]) -> list[Item]:
-    """Some queries of every task, evenly spaced: neighbours in a data set are often alike."""
+    """Picks evenly spaced queries of every task, because neighbours in a data set are often alike."""
     return [
         task.queries[row * len(task.queries) // count].query
         for task in tasks
@@ -46,7 +46,7 @@ def sample(tasks: Sequence[EvaluationTask]) -> list[Item]:
 
 
 def standardised(encoder: Encoder, queries: Sequence[Item]) -> Policy:
-    """The policy under which the queries are undecided on average and no task is settled beforehand."""
+    """Returns the policy under which the queries are undecided on average and no task is decided in advance."""
     if not queries:
         return Policy()
     margin = encoder.encode_paths(queries, create("controller", "never")).state.margin

@@ -1,4 +1,4 @@
-"""What a step of the control phase reports of its rollouts."""
+"""Computes what a step of the control phase logs about its rollouts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmemb.training.control.decision import Policy
 from mmemb.training.control.rewards import Outcome
 
 SHOWN = 12
-"""Rollouts of one table."""
+"""Number of rollouts per table."""
 
 
 def measures(
     outcome: Outcome, rollouts: Rollouts, policy: Policy, values: dict[str, Tensor], total: Tensor
 ) -> dict[str, float]:
-    """What a step's rollouts tell: rewards, spread, entropy, cost, and regret against the oracle decision."""
+    """Measures a step's rollouts: rewards, their spread, entropy, cost, and regret against the oracle decision."""
     logs = {}
     for name, value in {**values, "total": total}.items():
         logs[f"reward/{name}"], logs[f"reward_spread/{name}"] = value.mean(), value.std()
@@ -33,7 +33,7 @@ def measures(
     logs["invocation_rate"] = outcome.think.float().mean()
     logs["tokens_per_query"] = outcome.tokens.float().mean()
     logs["truncated_share"] = outcome.truncated.float().mean()
-    # What the better decision earns on average, less what the policy earns; of queries that saw both.
+    # Reward of the better decision minus the policy's expected reward, over queries with rollouts of both kinds.
     reasoned, direct = (outcome.mean_by_query(total, rows) for rows in (outcome.think, ~outcome.think))
     regret = torch.maximum(reasoned, direct) - (think * reasoned + (1 - think) * direct)
     known = regret.isfinite()
@@ -45,7 +45,7 @@ def measures(
 
 
 def over_ranks(logs: Mapping[str, float | Tensor], *, device: torch.device) -> dict[str, Tensor]:
-    """Means over ranks, which must log the same names."""
+    """Averages the values over the ranks. All ranks must log the same names."""
     values = torch.stack(
         [torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in logs.values()]
     )
@@ -53,7 +53,7 @@ def over_ranks(logs: Mapping[str, float | Tensor], *, device: torch.device) -> d
 
 
 def shown(outcome: Outcome, rollouts: Rollouts, policy: Policy, total: Tensor) -> list[RolloutRow]:
-    """Some rollouts to look at: the first of queries evenly spaced."""
+    """Picks rollouts to look at: the first rollout of evenly spaced queries."""
     count = min(SHOWN, len(outcome.pairs))
     think = policy.log_prob(rollouts.decision_logits)[:, 0].exp()
     rows = []

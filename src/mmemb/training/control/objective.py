@@ -1,20 +1,24 @@
-"""The control phase: the model learns by its own rollouts when to think, and what (GRPO).
+"""The control phase: the model learns from its own rollouts when to reason, and what to write (GRPO).
 
-A step samples G rollouts a query, scores each one's embedding among the task's own candidates, and takes
+A step samples G rollouts per query, scores the embedding of each among the task's own candidates, and minimises
 
     L = decision_weight GRPO(decision) + rationale_weight GRPO(rationale tokens)
         + direct_weight InfoNCE(e_d, e_t) + reasoned_weight InfoNCE(e_r, e_t)
 
-The decision's advantage is the total reward against all rollouts of the query; the rationale's against those that
-thought too, so that a rationale is not praised for a query on which any thought helps. Early on a fair coin is mixed
-into the decision (the exploration floor); importance weights pi / (what was drawn from), at most 1 / (1 - exploration),
-keep the gradient the policy's own. The contrastive losses go on over the same rollouts, which anchors the embedding.
+The advantage of a decision compares its total reward with all rollouts of the query. The advantage of a rationale
+compares it only with the rollouts that reason too. So a rationale gets no credit for a query on which any reasoning
+helps. Early in the phase a fair coin is mixed into the decision (the exploration floor). Importance weights
+pi / (the probability that was drawn from), at most 1 / (1 - exploration), keep the gradient that of the policy. The
+contrastive losses continue on the same rollouts, which keeps the embedding in place.
 
 Cost of a step over N queries: N prompts and their rollouts without a graph, N targets twice, and one pass with
-gradients over N prompts and the rollouts that thought (a second one without for a KL). Memory: one chunk's graph.
+gradients over N prompts and the rollouts that reason. A KL term adds a second such pass without gradients. Memory
+holds the graph of one chunk.
 
-Source: GRPO for the reasoning decision, MMEmb-R1 (arXiv 2604.06156) [S]; rewards, credit and floor are ours [D].
-Legend: N queries, G rollouts of each, R = N G, L longest rationale, D embedding width.
+GRPO for the reasoning decision comes from the paper MMEmb-R1 (arXiv 2604.06156). The rewards, the separate advantages
+and the exploration floor are our choice.
+
+Legend: N queries, G rollouts per query, R = N G, L longest rationale, D embedding width.
 """
 
 from __future__ import annotations
@@ -47,30 +51,31 @@ from mmemb.types import Item, Pair
 
 
 class Control(Objective, name="control"):
-    """GRPO on decision and rationale over the model's own rollouts, and the contrastive losses on the same batch.
+    """Applies GRPO to decision and rationale in the model's rollouts, with contrastive losses on the same batch.
 
     Args:
-        rewards: what a rollout is worth; the weighted sum counts.
+        rewards: what a rollout is worth. Rollouts are compared by the weighted sum.
         grpo: the policy loss.
-        group_size: G, rollouts a query.
-        temperature: of the rationale's tokens in rollouts. The decision has its own unit: it is drawn with probability
-            sigmoid((l_think - l_emb - center) / spread), center and spread being median and standard deviation of that
-            difference over the phase's queries when the phase begins, so that at first both decisions are as likely.
-        max_new_tokens: most rationale tokens of a rollout.
-        exploration: share of a fair coin in the drawn decision at the phase's first step; it falls linearly.
-        final_exploration: the same at its last step.
+        group_size: G, rollouts per query.
+        temperature: sampling temperature of rationale tokens in rollouts. The decision has its own scale: the model
+            reasons with probability sigmoid((l_think - l_emb - center) / spread). Center and spread are the median and
+            the standard deviation of l_think - l_emb over the phase's queries at the start of the phase. So both
+            decisions are equally likely at first.
+        max_new_tokens: maximum number of rationale tokens per rollout.
+        exploration: share of a fair coin in the drawn decision at the first step of the phase. It falls linearly.
+        final_exploration: share of the fair coin at the last step of the phase.
         decision_weight: weight of the decision's policy loss.
         rationale_weight: weight of the rationale tokens' policy loss.
         direct_weight: weight of the direct path's InfoNCE.
-        reasoned_weight: weight of the reasoned path's InfoNCE, over the rollouts that thought.
-        infonce: the contrastive loss; null takes the joint phase's, with its temperature.
-        chunk_size: queries of one backward pass, with all their rollouts.
-        iterations: updates on the same rollouts; the contrastive losses are part of the first.
-        bank_size: most candidates of a task that rollouts are scored against.
-        refresh_every: steps after which the candidates are embedded anew.
-        score_temperature: divides the cosines in a positive's probability.
-        rollout_batch_size: rollouts decoded, and candidates embedded, together.
-        show_every: steps between two tables of sampled rollouts in the run's log; 0 for none.
+        reasoned_weight: weight of the reasoned path's InfoNCE, over the rollouts that reason.
+        infonce: the contrastive loss. null takes the loss of the joint phase, with its temperature.
+        chunk_size: queries per backward pass, each with all its rollouts.
+        iterations: updates on the same rollouts. Only the first includes the contrastive losses.
+        bank_size: maximum number of candidates per task that rollouts are scored against.
+        refresh_every: steps after which the candidates are embedded again.
+        score_temperature: divides the cosines in the probability of a positive.
+        rollout_batch_size: number of rollouts decoded together, and of candidates embedded together.
+        show_every: steps between two tables of sampled rollouts in the run's log. 0 means no tables.
 
     Raises:
         ValueError: a number is out of its range, or there is no reward.
@@ -112,7 +117,7 @@ class Control(Objective, name="control"):
             refresh_every=refresh_every,
             rollout_batch_size=rollout_batch_size,
         )
-        check_numbers("control", at_least=2, group_size=group_size)  # a rollout alone has nothing to be compared with
+        check_numbers("control", at_least=2, group_size=group_size)  # one rollout cannot be compared
         check_numbers("control", at_least=0, show_every=show_every)
         check_numbers("control", above=0, temperature=temperature, score_temperature=score_temperature)
         check_numbers("control", at_least=0, at_most=1, exploration=exploration)
@@ -144,7 +149,7 @@ class Control(Objective, name="control"):
         self._policy: Policy | None = None
         self._reference: ReferencePolicy | None = None
         self._restored: dict[str, Any] = {}
-        # In a tuple: a module assigned would become part of this one, and its temperature be stored twice.
+        # In a tuple: an assigned module would become part of this one, and its temperature would be saved twice.
         self._previous: tuple[InfoNCE, ...] = ()
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ class Control(Objective, name="control"):
 
     def phase_state(self) -> dict[str, Any]:
         if self._restored:
-            return self._restored  # a run stopped before its first step leaves what it was given
+            return self._restored  # a run that stops before its first step passes on the state that it received
         if self._bank is None:
             return {}
         policy = None if self._policy is None else [self._policy.center, self._policy.spread]
@@ -173,9 +178,9 @@ class Control(Objective, name="control"):
         self._restored = state
 
     def _ready(self, model: Model, step: int) -> tuple[CandidateBank, Policy, ReferencePolicy | None]:
-        """Candidates as fresh as they should be, the decision's policy, and the reference if a KL is asked for."""
+        """Returns the candidate bank (refreshed if due), the decision policy, and the reference if there is a KL."""
         if self._bank is None:
-            raise ValueError("control: no candidates; call setup with the tasks before the first step")
+            raise ValueError("control: there are no candidates; call setup with the tasks before the first step")
         if self.grpo.kl_weight and self._reference is None:
             self._reference = ReferencePolicy(model.backbone)
             if step and self._restored.get("reference"):
@@ -226,7 +231,7 @@ class Control(Objective, name="control"):
         return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=model.backbone.device)
 
     def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
-        """Scores every rollout, and every query's direct embedding, among the task's candidates."""
+        """Scores every rollout, and the direct embedding of every query, among the task's candidates."""
         count = len(batch.pairs)
         query = torch.arange(count).repeat_interleave(self.group_size)
         rows = torch.cat([query, torch.arange(count)])
@@ -266,7 +271,7 @@ class Control(Objective, name="control"):
         rollouts = rollouts.to(device)
         paths = [
             Path("direct", "direct", self.direct_weight, torch.arange(len(batch.pairs), device=device)),
-            # A query counts once, however many of its rollouts thought.
+            # Each query counts once, however many of its rollouts reason.
             Path(
                 "reasoned",
                 "reasoned",
@@ -297,21 +302,21 @@ class Control(Objective, name="control"):
     def _infonce(self) -> InfoNCE:
         if self.infonce is None:
             if not self._previous:
-                raise ValueError("control: no phase came before that had a contrastive loss; give `infonce`")
+                raise ValueError("control: no earlier phase has a contrastive loss; give `infonce`")
             return self._previous[0]
         return self.infonce
 
     def _update(
         self, model: Model, batch: ControlBatch, plan: Plan, context: StepContext, *, anchored: bool
     ) -> dict[str, float | Tensor]:
-        """Accumulates the gradients of one pass over all chunks; with ``anchored`` those of the contrastive losses."""
+        """Accumulates the gradients of one pass over all chunks; ``anchored`` includes the contrastive losses."""
         rollouts, group = plan.rollouts, self.group_size
         token_mask = rollouts.token_mask[plan.thinking]
         decided = torch.ones(len(rollouts), 1, dtype=torch.bool, device=token_mask.device)
         decision_size = Size.of(decided, longest=1)
         rationale_size = Size.of(token_mask, longest=self.max_new_tokens + 1)
         gradients = plan.contrast.gradients
-        sums = torch.zeros(5, device=token_mask.device)  # losses, KL, clipped: decision and rationale
+        sums = torch.zeros(5, device=token_mask.device)  # two losses, KL, two counts of clipped tokens
         last = len(batch.chunks) - 1
         targets = thoughts = 0
         for index, ((prompt, target), (queries, rows, source)) in enumerate(
@@ -353,11 +358,11 @@ class Control(Objective, name="control"):
         if plan.references is not None:
             words = all_sum((rollouts.tokens[plan.thinking] - 2).clamp(min=0).sum().to(kl))
             logs["kl"] = kl / words.clamp(min=1)
-        # Those of the first pass: later ones do not include the contrastive losses.
+        # Only the first pass logs a loss: later ones do not include the contrastive losses.
         return {**logs, **plan.contrast.logs} if anchored else {k: v for k, v in logs.items() if k != "loss"}
 
     def _decision(self, plan: Plan, logits: Tensor, rows: slice, size: Size) -> PolicyLoss:
-        """The policy loss of the decisions of a chunk's rollouts."""
+        """Computes the policy loss of the decisions of a chunk's rollouts."""
         rollouts = plan.rollouts
         choice = (~rollouts.think[rows]).long()[:, None]
         now = plan.policy.log_prob(logits).repeat_interleave(self.group_size, dim=0).gather(1, choice)
@@ -368,10 +373,10 @@ class Control(Objective, name="control"):
         return self.grpo(now, old, plan.decision_advantage[rows], mask, size=size, weight=plan.importance[rows])
 
     def _rationale(self, plan: Plan, log_prob: Tensor, rows: Tensor, own: slice, chunk: int, size: Size) -> PolicyLoss:
-        """The policy loss of the rationale tokens of a chunk's rollouts that thought."""
+        """Computes the policy loss of the rationale tokens of those rollouts of a chunk that reason."""
         rollouts = plan.rollouts
         mask = rollouts.token_mask[rows]
-        # The end token is the format's, which a base model without the joint phase does not know.
+        # The KL leaves out the end token: a base model without the joint phase does not know it.
         words = torch.arange(mask.shape[1], device=mask.device) < (rollouts.tokens[rows] - 2)[:, None]
         return self.grpo(
             log_prob,

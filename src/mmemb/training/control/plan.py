@@ -1,6 +1,6 @@
-"""What the passes with gradients of a control step have to do.
+"""The inputs of a control step's passes with gradients.
 
-Legend: N queries, G rollouts of each, R = N G rollouts, r of them that thought.
+Legend: N queries, G rollouts per query, R = N G rollouts, of which r reason.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mmemb.training.control.decision import Policy
 
 @dataclass
 class Plan:
-    """What a step's passes with gradients are to do: fixed when the rollouts are scored."""
+    """The inputs of a step's passes with gradients, fixed once the rollouts are scored."""
 
     rollouts: Rollouts
     policy: Policy
-    thinking: Tensor  # [r] rows of the rollouts that thought
+    thinking: Tensor  # [r] rows of the rollouts that reason
     decision_advantage: Tensor  # [R]
     rationale_advantage: Tensor  # [r]
     importance: Tensor  # [R]
     contrast: CachedLoss
-    references: list[Tensor] | None  # [r of a chunk, L] each
+    references: list[Tensor] | None  # per chunk, [r of the chunk, L]
 
     def spans(self, batch: ControlBatch) -> list[tuple[slice, Tensor, Tensor]]:
-        """Of each chunk: its queries, its rollouts that thought, and the chunk's query each of those belongs to."""
+        """For each chunk: its queries, its rollouts that reason, and the chunk's query of each such rollout."""
         spans, start = [], 0
         owner = self.thinking // self.rollouts.group_size
         for prompt, _ in batch.chunks:

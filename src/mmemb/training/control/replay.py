@@ -1,12 +1,12 @@
-"""One pass with gradients over rollouts: decision, rationale tokens and embeddings, each prompt encoded once.
+"""Runs a pass with gradients over rollouts: decision, rationale tokens and embeddings.
 
-The prompt of a query is encoded once and its cache forked for the query's rollouts that thought. No logits are kept:
-those of the prompt are never made, those of rationales are made a few tokens at a time and once more in the backward
-pass. The pass runs in evaluation mode, so that without an update in between its ratios are 1 (no dropout), and without
-gradient checkpointing, which a cache rules out: the chunk size bounds its memory.
+The prompt of a query is encoded once, and its cache is forked for those rollouts of the query that reason. No logits
+are kept. Those of the prompt are never computed. Those of rationales are computed a few tokens at a time, and again in
+the backward pass. The pass runs in evaluation mode, without dropout, so that its ratios are 1 if there is no update in
+between. It runs without gradient checkpointing, which cannot be used with a cache. The chunk size bounds its memory.
 
-Legend: n queries of a chunk, G rollouts of each, r rollouts of them that thought, L longest rationale and its end
-token, H hidden width, D embedding width.
+Legend: n queries of a chunk, G rollouts per query, r rollouts of the chunk that reason, L longest rationale with its
+end token, H hidden width, D embedding width.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from mmemb.interfaces import Backbone, Model
 from mmemb.types import Item, ModelInputs
 
 TOKENS_AT_ONCE = 1024
-"""Rationale tokens whose logits exist at a time: 0.6 GB in float32 at a vocabulary of 150,000."""
+"""Number of rationale tokens whose logits exist at the same time: 0.6 GB in float32 at a vocabulary of 150,000."""
 
 
 @dataclass
 class Replay:
-    """What the model makes of a chunk's rollouts now, with a graph where gradients are on.
+    """The current outputs of the model for a chunk's rollouts, with a graph if gradients are on.
 
     Attributes:
-        decision_logits: [n, 2] float32, of ``<think>`` and ``<emb>`` after the prompt.
-        log_prob: [r, L] float32, of the rationale tokens; 0 beyond.
-        direct: [n, D], direct embeddings; None if not asked for.
-        reasoned: [r, D], embeddings after the rationales; None if not asked for.
+        decision_logits: [n, 2] float32, logits of ``<think>`` and ``<emb>`` after the prompt.
+        log_prob: [r, L] float32, log-probabilities of the rationale tokens; 0 beyond the end.
+        direct: [n, D], direct embeddings. None if not requested.
+        reasoned: [r, D], embeddings after the rationales. None if not requested.
     """
 
     decision_logits: Tensor
@@ -50,9 +50,9 @@ class Replay:
 
 @contextmanager
 def differentiable(*modules: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, with gradients."""
+    """Sets evaluation mode and enables gradients inside the context."""
     with evaluating(*modules), torch.enable_grad():
-        # Autocast's copies made without a graph would cut the weights off from this pass's graph.
+        # Autocast's cached copies have no graph and would cut the weights off from the graph of this pass.
         torch.clear_autocast_cache()
         yield
         torch.clear_autocast_cache()
@@ -67,15 +67,15 @@ def replay(
     *,
     items: Sequence[Item] | None,
 ) -> Replay:
-    """Passes over a chunk's rollouts once more.
+    """Runs the model over a chunk's rollouts again.
 
     Args:
         model: backbone and pooler.
         prompt: the chunk's n prompts, without ``<emb>``.
-        rollouts: the whole batch's, on the model's device.
+        rollouts: the rollouts of the whole batch, on the model's device.
         thinking: [r] int64, rows of ``rollouts`` that belong to the chunk and reasoned.
-        source: [r] int64, the chunk's query each belongs to.
-        items: the chunk's n queries; None leaves the embeddings out.
+        source: [r] int64, the chunk's query of each of these rollouts.
+        items: the chunk's n queries. None leaves the embeddings out.
     """
     backbone, pooler = model.backbone, model.pooler
     prompts = replace(encode_prompts(model, prompt), items=items)
@@ -99,7 +99,7 @@ def replay(
 
 
 def _log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
-    """`token_log_probs` [m] of states [m, H], a few tokens' logits at a time, made again in the backward pass."""
+    """Computes `token_log_probs` [m] of states [m, H], a few tokens at a time, and again in the backward pass."""
 
     def some(states: Tensor, tokens: Tensor) -> Tensor:
         return token_log_probs(backbone, states, tokens, temperature=temperature)
@@ -111,10 +111,10 @@ def _log_probs(backbone: Backbone, hidden: Tensor, token_ids: Tensor, temperatur
 
 
 class ReferencePolicy:
-    """The model that rationales keep close to: the base under the adapters, or a frozen copy of the model.
+    """The model that rationales stay close to: the model without its adapters, or a frozen copy of the model.
 
     Args:
-        backbone: the model when the phase begins.
+        backbone: the model at the start of the phase.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -124,7 +124,7 @@ class ReferencePolicy:
 
     @contextmanager
     def model(self, backbone: Backbone) -> Iterator[Backbone]:
-        """The reference, without gradients, inside the context."""
+        """Provides the reference inside the context, without gradients."""
         with torch.no_grad():
             if self._copy is not None:
                 yield self._copy
@@ -133,10 +133,10 @@ class ReferencePolicy:
                     yield backbone
 
     def state(self) -> dict[str, Any]:
-        """The copy's weights; nothing where the adapters are switched off."""
+        """Returns the weights of the copy. Empty if the reference is the model without its adapters."""
         return {} if self._copy is None else dict(self._copy.state_dict())
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up the weights of `state`."""
+        """Restores the weights of a `state`."""
         if self._copy is not None:
             self._copy.load_state_dict(state)

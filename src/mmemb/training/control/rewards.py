@@ -1,6 +1,6 @@
-"""What a rollout is worth in the control phase: small classes, weighted in YAML, each logged under its name.
+"""Rewards of the control phase: small classes, weighted in YAML, each logged under its name.
 
-A reward of your own is a subclass. Give it a short name, or use it by its class path:
+To add your own reward, write a subclass. Give it a short name, or use it by its class path:
 
     class Brief(Reward, name="brief"):
         def __call__(self, outcome: Outcome) -> Tensor:
@@ -29,19 +29,20 @@ Score = Literal["log_probability", "probability", "reciprocal_rank"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What R rollouts of N queries came to: all that a reward may look at, on the CPU.
+    """The results of R rollouts of N queries: everything that a reward can use, on the CPU.
 
     Attributes:
         pairs: the N queries with their targets.
-        query: [R] int64, the query each rollout belongs to.
-        think: [R] bool, the decision.
-        tokens: [R] int64, rationale tokens, brackets included; 0 where the rollout did not think.
-        truncated: [R] bool, the budget ended the rationale.
-        rationale: R texts, empty where the rollout did not think.
-        log_probability: [R], of the positive among the task's own candidates, under the rollout's embedding.
-        rank: [R], of the positive there, from 1; a tie counts half.
-        direct_log_probability: [R], the same under the query's direct embedding.
-        direct_rank: [R], the same under the query's direct embedding.
+        query: [R] int64, the query that each rollout belongs to.
+        think: [R] bool, whether the rollout reasons.
+        tokens: [R] int64, rationale tokens with ``<think>`` and ``</think>``; 0 if the rollout does not reason.
+        truncated: [R] bool, whether the budget ended the rationale.
+        rationale: R texts, empty if the rollout does not reason.
+        log_probability: [R], log-probability of the positive among the task's candidates, by the rollout's
+            embedding.
+        rank: [R], rank of the positive among these candidates, from 1; a tie counts half.
+        direct_log_probability: [R], the log-probability by the query's direct embedding.
+        direct_rank: [R], the rank by the query's direct embedding.
     """
 
     pairs: Sequence[Pair]
@@ -56,7 +57,7 @@ class Outcome:
     direct_rank: Tensor
 
     def scores(self, kind: Score) -> tuple[Tensor, Tensor]:
-        """How good each rollout's embedding is, and the direct embedding of its query: [R] and [R]."""
+        """Scores each rollout's embedding, and the direct embedding of its query: [R] and [R]."""
         if kind == "reciprocal_rank":
             return 1 / self.rank, 1 / self.direct_rank
         if kind == "probability":
@@ -64,22 +65,22 @@ class Outcome:
         return self.log_probability, self.direct_log_probability
 
     def mean_by_query(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Mean [N] of values [R] over a query's rollouts among ``rows`` [R] bool; nan where it has none."""
+        """Averages values [R] over each query's rollouts in ``rows`` [R] bool; [N], nan for a query without any."""
         total = values.new_zeros(len(self.pairs)).index_add(0, self.query[rows], values[rows])
         count = values.new_zeros(len(self.pairs)).index_add(0, self.query[rows], torch.ones_like(values[rows]))
         return total / count
 
 
 class Reward(Component, ABC, kind="reward"):
-    """A number a rollout.
+    """Gives a number to each rollout.
 
     Args:
-        weight: factor of this reward in the sum that rollouts are compared by.
+        weight: factor of this reward in the sum by which rollouts are compared.
     """
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(name=name, **kwargs)
-        if name is None:  # what the reward is logged as: the class's name in lower case, words apart
+        if name is None:  # the name in logs: the class name in lower case, with words joined by "_"
             cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -91,7 +92,7 @@ class Reward(Component, ABC, kind="reward"):
 
 
 class Format(Reward, name="format"):
-    """1 for a rationale that has words and that the model closed itself, 0 for another; 1 for a direct rollout.
+    """1 for a direct rollout or a rationale with words that the model closed itself, otherwise 0.
 
     Args:
         weight: see `Reward`.
@@ -106,7 +107,7 @@ class Retrieval(Reward, name="retrieval"):
     """How well the rollout's embedding finds the positive among the task's own candidates.
 
     Args:
-        score: the positive's log-probability, its probability, or one over its rank.
+        score: the positive's log-probability, its probability, or 1 divided by its rank.
         weight: see `Reward`.
     """
 
@@ -119,14 +120,14 @@ class Retrieval(Reward, name="retrieval"):
 
 
 class Utility(Reward, name="utility"):
-    """What thinking was worth: s_r - s_d net of a price a token; for a direct rollout, what not thinking was worth.
+    """What reasoning gains: s_r - s_d minus a price per token. For a direct rollout, what skipping reasoning gains.
 
-    The utility delta = s_r - s_d is that of MMEmb-R1 (arXiv 2604.06156), net of its cost. Not thinking is worth minus
-    the mean net utility of the rollouts of the same query that thought (0 where none did).
+    The utility s_r - s_d comes from the paper MMEmb-R1 (arXiv 2604.06156); the price is subtracted from it. A direct
+    rollout gets minus the mean net utility of those rollouts of the same query that reason (0 if none does).
 
     Args:
-        price: what a token costs, in units of the score.
-        score: what s is: the positive's log-probability, its probability, or one over its rank.
+        price: cost of a token, in units of the score.
+        score: the score s: the positive's log-probability, its probability, or 1 divided by its rank.
         weight: see `Reward`.
     """
 
@@ -143,15 +144,15 @@ class Utility(Reward, name="utility"):
 
 
 class OverLength(Reward, name="over_length"):
-    """0 up to a soft limit, then falling to -1 at a hard one (the soft punishment of DAPO, arXiv 2503.14476).
+    """0 up to a soft limit, then falling to -1 at a hard limit (the soft punishment of DAPO, arXiv 2503.14476).
 
     Args:
-        soft: rationale tokens, brackets included, that cost nothing.
-        hard: rationale tokens at which the whole reward is lost.
+        soft: number of rationale tokens, including ``<think>`` and ``</think>``, that cost nothing.
+        hard: number of rationale tokens at and above which the reward is -1.
         weight: see `Reward`.
 
     Raises:
-        ValueError: not 0 <= soft < hard.
+        ValueError: 0 <= soft < hard does not hold.
     """
 
     def __init__(self, soft: int = 32, hard: int = 50, weight: float = 1.0) -> None:

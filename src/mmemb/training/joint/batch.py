@@ -1,4 +1,4 @@
-"""A batch of the joint phase: pairs with the rationales they train on, cut into chunks of one backward pass each."""
+"""A batch of the joint phase: pairs with their rationales, cut into chunks of one backward pass each."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mmemb.types import ModelInputs, Pair, Rationale
 
 @dataclass
 class TrainChunk:
-    """Rows of one backward pass.
+    """The rows of one backward pass.
 
     Attributes:
-        query: n queries on both paths; its ``rows`` say whose each of the r rationales is.
+        query: n queries on both paths. Its ``rows`` give the query of each of the r rationales.
         reasoned_weight: [r] float32, the selector's loss weight of each rationale.
         target: n targets followed by this chunk's hard negatives, m >= n rows.
     """
@@ -32,7 +32,7 @@ class TrainChunk:
     target: ModelInputs
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainChunk:
-        """Moves every tensor; returns a new object."""
+        """Returns a copy with every tensor moved."""
         return TrainChunk(
             self.query.to(device, non_blocking),
             self.reasoned_weight.to(device, non_blocking=non_blocking),
@@ -45,8 +45,8 @@ class TrainBatch:
     """A global batch cut into chunks, with the identities that mask false negatives.
 
     Attributes:
-        chunks: the rows, in order; they stay where they were made, and a step moves each when it is its turn: the
-            pictures of a large batch would not fit beside the model.
+        chunks: the rows, in order. They stay on the device where they were made, because the pictures of a large batch
+            would not fit next to the model. A step moves each chunk just before it uses it.
         query_id: [N] int64, identity of each query's positive.
         candidate_id: [M] int64, identity of each candidate, in chunk order (positives, then hard negatives).
         positive: [N] int64, row of each query's positive among the M candidates.
@@ -60,7 +60,7 @@ class TrainBatch:
     tasks: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
-        """Moves every tensor but the chunks'; returns a new object."""
+        """Returns a copy with every tensor moved, except those of the chunks."""
         return TrainBatch(
             chunks=self.chunks,
             query_id=self.query_id.to(device, non_blocking=non_blocking),
@@ -79,21 +79,21 @@ def joint_batch(
     chunk_size: int,
     augment: PictureAugment | None,
 ) -> TrainBatch:
-    """Makes a batch on the CPU; safe in data-loader workers. Pair number i draws by the seed ``seed + i``.
+    """Makes a batch on the CPU. It is safe in data-loader workers. Pair number i uses the seed ``seed + i``.
 
     Args:
         model: prepares the inputs.
         pairs: the N pairs.
-        seed: the batch's own.
-        choose: the selector's choice; None: no rationales.
-        chunk_size: pairs of one backward pass.
-        augment: picture augmentation: a query's picture alike on both paths, its target's otherwise.
+        seed: seed of the batch.
+        choose: the selector's choice. None means no rationales.
+        chunk_size: pairs per backward pass.
+        augment: picture augmentation. A query's picture changes equally on both paths, its target's differently.
     """
     rows = []
     for number, pair in enumerate(pairs):
         chosen = choose(pair, seed + number) if choose else ()
         rows.append(_Row(pair, tuple(chosen), seed + number))
-    # Rows of like length share a chunk, which saves padding; the loss does not depend on the order.
+    # Rows of similar length share a chunk, which saves padding. The loss does not depend on the order.
     rows.sort(key=lambda row: max((len(rationale.text) for rationale, _ in row.chosen), default=0))
     layout = candidate_layout([row.pair for row in rows], chunk_size=chunk_size)
     starts = range(0, len(rows), chunk_size)
@@ -108,7 +108,7 @@ def joint_batch(
 
 @dataclass(frozen=True)
 class _Row:
-    """A pair on its way into a chunk, with the rationales it trains on, their weights and a seed of its own."""
+    """A pair with the rationales that it trains on, their weights and its own seed."""
 
     pair: Pair
     chosen: tuple[tuple[Rationale, float], ...]

@@ -1,11 +1,14 @@
 """The joint phase: one model learns to write rationales and to embed with and without them.
 
-    L = InfoNCE(e_r, e_t) + lambda_d InfoNCE(e_d, e_t) + lambda_cot NLL(r and the decision token | q)     [S]
+    L = InfoNCE(e_r, e_t) + lambda_d InfoNCE(e_d, e_t) + lambda_cot NLL(r and the decision token | q)
 
-over large in-batch negatives by gradient caching. A pair without a surviving rationale trains the direct path and the
-decision ``<emb>``; with one, both paths and the decision ``<think>`` [D]. Both paths go on from one pass over the
-prompt where the model allows it (`query_paths`). Costs two forward passes a row (one in a chunk that keeps its graph)
-and one backward; memory is that of the kept graphs plus O((N + M) D).
+The loss comes from the MMEmb-R1 paper (arXiv 2604.06156). Gradient caching allows many in-batch negatives. A pair
+without a surviving rationale trains the direct path and the decision ``<emb>``. A pair with a rationale trains both
+paths and the decision ``<think>`` (our choice). If the model allows it, both paths continue from one pass over the
+prompt (`query_paths`).
+
+Cost: two forward passes per row (one in a chunk that keeps its graph) and one backward pass. Memory holds the kept
+graphs plus O((N + M) D).
 """
 
 from __future__ import annotations
@@ -28,20 +31,20 @@ from mmemb.types import Pair
 
 
 class Joint(Objective, name="joint"):
-    """InfoNCE on the reasoned and the direct path, and next-token loss on rationale and decision.
+    """Adds InfoNCE on the reasoned and the direct path to the next-token loss on rationale and decision.
 
     Args:
-        chunk_size: queries of one backward pass; the global batch is as many chunks as the batch size needs.
+        chunk_size: queries per backward pass. The global batch has as many chunks as the batch size needs.
         direct_weight: lambda_d, weight of the direct path's InfoNCE.
         reasoned_weight: weight of the reasoned path's InfoNCE.
         next_token_weight: lambda_cot, weight of the mean next-token loss.
         infonce: temperature of the contrastive loss (learnable and clamped, or fixed).
-        augment: picture augmentation; null for none.
-        kept_graphs: chunks whose graphs may be in memory at once. Every one beyond the first saves a forward pass: as
-            many as fit.
+        augment: picture augmentation. null means none.
+        kept_graphs: number of chunks whose graphs may be in memory at once. Each one after the first saves a forward
+            pass, so set it as high as memory allows.
 
     Raises:
-        ValueError: ``chunk_size`` or ``kept_graphs`` below one.
+        ValueError: ``chunk_size`` or ``kept_graphs`` is below one.
     """
 
     needs_rationales = True
@@ -79,7 +82,7 @@ class Joint(Objective, name="joint"):
         device = batch.query_id.device
         tokens = torch.stack([chunk.query.written() for chunk in batch.chunks]).sum()
         total = all_sum(tokens.to(device)).clamp(min=1)
-        # Data-parallel training averages gradients over ranks: scaling by the world size makes that the global mean.
+        # Data-parallel training averages gradients over ranks. The factor world size turns this into the global mean.
         token_scale = self.next_token_weight * world_size() / total
         written = torch.zeros((), device=device)
 
@@ -116,7 +119,7 @@ class Joint(Objective, name="joint"):
         return logs
 
     def _contrast(self, embeddings: dict[str, Tensor], batch: TrainBatch) -> CachedLoss:
-        """Both InfoNCE terms over the global batch, with the gradient of every embedding and of the temperature."""
+        """Computes both InfoNCE terms over the global batch, with the gradients of embeddings and temperature."""
         device = embeddings["query"].device
         offsets = torch.tensor([0, *[len(chunk.query) for chunk in batch.chunks]]).cumsum(0)
         rows = torch.cat([chunk.query.rows + int(start) for chunk, start in zip(batch.chunks, offsets, strict=False)])

@@ -1,11 +1,12 @@
-"""A chunk's queries on both paths, the direct and the reasoned one, as inputs and through the model.
+"""Prepares and encodes a chunk's queries on both paths, the direct and the reasoned one.
 
-Both paths begin with the same prompt. `SharedPrompts` encodes it once and goes on from its cache, with a graph: by
-``<emb>`` for the direct path, by ``<think> rationale </think> <emb>`` for the reasoned one. `SeparatePaths` encodes
-either as a whole, where a cache does not do: for poolers that look at every state, and under gradient checkpointing,
-which keeps no cache. Both come to the same embeddings and losses; `query_paths` chooses.
+Both paths begin with the same prompt. `SharedPrompts` encodes the prompt once and continues from its cache, with a
+graph: with ``<emb>`` on the direct path and with ``<think> rationale </think> <emb>`` on the reasoned path.
+`SeparatePaths` encodes each path as a whole. It is for cases where a cache cannot be used: poolers that need every
+state, and gradient checkpointing, which keeps no cache. Both give the same embeddings and losses. `query_paths` chooses
+one of them.
 
-Legend: n queries, r rationales of them, T columns of a prompt, L of a continuation, H hidden width, D embedding width.
+Legend: n queries, r rationales, T columns of a prompt, L columns of a continuation, H hidden width, D embedding width.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from mmemb.training.objective import next_token_loss
 from mmemb.types import EMB, Item, ModelInputs
 
 Augment = Callable[[Sequence[int]], Callable[[Any, int], Any] | None]
-"""Queries by number -> the picture hook of `Backbone.prepare` for a batch of them."""
+"""Takes the numbers of some queries and returns the picture hook of `Backbone.prepare` for a batch of these queries."""
 
 
 @dataclass
 class EncodedPaths:
-    """What the model makes of a chunk's queries.
+    """The outputs of the model for a chunk's queries.
 
     Attributes:
         direct: [n, D].
-        reasoned: [r, D]; None where no query has a rationale.
-        nll: float32 scalar, summed over the ``QueryPaths.written`` tokens; None if not asked for.
+        reasoned: [r, D]. None if no query has a rationale.
+        nll: float32 scalar, summed over the ``QueryPaths.written`` tokens. None if not requested.
     """
 
     direct: Tensor
@@ -45,35 +46,36 @@ class EncodedPaths:
 
 @dataclass
 class QueryPaths(ABC):
-    """n queries, of which some have rationales.
+    """n queries, some of which have rationales.
 
     Attributes:
-        rows: [r] int64, the query each rationale belongs to; a query may have several.
+        rows: [r] int64, the query that each rationale belongs to. A query may have several.
     """
 
     rows: Tensor
 
     @abstractmethod
     def __len__(self) -> int:
-        """n."""
+        """Returns n."""
 
     @abstractmethod
     def to(self, device: torch.device | str, non_blocking: bool = False) -> QueryPaths:
-        """Moves every tensor; returns a new object."""
+        """Returns a copy with every tensor moved."""
 
     @abstractmethod
     def written(self) -> Tensor:
-        """How many tokens the model should have written itself, a scalar.
+        """Counts the tokens that the model learns to write, a scalar.
 
-        Those of every rationale with its brackets and ``<emb>``, and the decision ``<emb>`` of a query without one.
+        These are the tokens of every rationale with its ``<think>``, ``</think>`` and ``<emb>``, and the decision
+        ``<emb>`` of each query without a rationale.
         """
 
     @abstractmethod
     def encode(self, model: Model, *, write: bool) -> EncodedPaths:
-        """Through backbone and pooler; with ``write`` the loss of what should have been written comes along."""
+        """Runs backbone and pooler. ``write`` adds the loss of the tokens that the model learns to write."""
 
     def direct_only(self) -> Tensor:
-        """[n] bool, queries without a rationale."""
+        """Marks the queries without a rationale, [n] bool."""
         alone = torch.ones(len(self), dtype=torch.bool, device=self.rows.device)
         alone[self.rows] = False
         return alone
@@ -81,11 +83,11 @@ class QueryPaths(ABC):
 
 @dataclass
 class SeparatePaths(QueryPaths):
-    """Both paths as inputs of their own.
+    """Both paths as separate inputs.
 
     Attributes:
         direct: n rows, ``prompt <emb>``.
-        reasoned: r rows, ``prompt <think> rationale </think> <emb>``; None where r is 0.
+        reasoned: r rows, ``prompt <think> rationale </think> <emb>``. None if r is 0.
     """
 
     direct: ModelInputs
@@ -120,10 +122,10 @@ class SeparatePaths(QueryPaths):
 
 @dataclass
 class SharedPrompts(QueryPaths):
-    """The prompts once, and what follows them.
+    """The prompts, and the tokens that follow them on the reasoned path.
 
     Attributes:
-        prompt: n bare prompts.
+        prompt: n prompts without ``<emb>``.
         tokens: [r, L] int64, ``<think> rationale </think> <emb>``, right-padded.
         mask: [r, L] int64, 1 = real.
     """
@@ -156,7 +158,7 @@ class SharedPrompts(QueryPaths):
             hidden, _ = backbone.extend(backbone.fork(prefix, self.rows), self.tokens, self.mask)
             last = self.mask.sum(1) - 1
             found.reasoned = embed_states(model.pooler, hidden[torch.arange(len(hidden), device=hidden.device), last])
-            # The state before each token: of the first one the prompt's last.
+            # The state before each token. For the first token this is the last state of the prompt.
             before = torch.cat([prefix.hidden[self.rows][:, None], hidden[:, :-1]], dim=1)
             states.append(before[self.mask.bool()])
             tokens.append(self.tokens[self.mask.bool()])
@@ -169,14 +171,14 @@ class SharedPrompts(QueryPaths):
 def query_paths(
     model: Model, items: Sequence[Item], rows: Sequence[int], rationales: Sequence[str], augment: Augment
 ) -> QueryPaths:
-    """Prepares a chunk on the CPU; safe in data-loader workers.
+    """Prepares a chunk on the CPU. It is safe in data-loader workers.
 
     Args:
-        model: the model; it decides whether the prompts are shared.
+        model: the model. It decides whether the prompts are shared.
         items: the n queries.
-        rows: the query each of the r rationales belongs to.
+        rows: the query of each of the r rationales.
         rationales: r texts.
-        augment: makes the picture hook; a query's picture must come out alike on both paths.
+        augment: makes the picture hook. It must change a query's picture in the same way on both paths.
     """
     backbone, everyone = model.backbone, range(len(items))
     owners = torch.tensor(rows, dtype=torch.int64)
