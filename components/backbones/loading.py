@@ -64,7 +64,7 @@ def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any
     path = Path(model)
     if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
         raise FileNotFoundError(
-            f"backbone model {model!r}: there is no such folder; give a folder with config.json or a hub id (owner/name)"
+            f"backbone model {model!r}: there is no such folder; give one with config.json, or a hub id (owner/name)"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(

@@ -278,7 +278,10 @@ class TransformersBackbone(Backbone, name="transformers"):
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """Switches the adapters off while the context lasts, so the base model answers. Without LoRA nothing changes."""
+        """Switches the adapters off while the context lasts, so the base model answers.
+
+        Without LoRA nothing changes.
+        """
         if self.lora is None:
             yield
             return

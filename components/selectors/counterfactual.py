@@ -14,12 +14,13 @@ from mmemb.types import Candidates, Selection
 class Counterfactual(Selector, name="counterfactual"):
     """Samples among the candidates whose gain over no rationale exceeds a margin.
 
-    If no candidate exceeds it, the pair trains only the direct path. The gain is that of a counterfactual intervention,
-    as defined in MMEmb-R1 (arXiv 2604.06156):
+    If no candidate exceeds it, the pair trains only the direct path. The gain is the effect of the counterfactual
+    intervention of MMEmb-R1 (arXiv 2604.06156):
 
         gain(r) = c(q, t | do(r)) - c(q, t | do(none)).
 
-    A candidate r is kept if gain(r) > margin. It is drawn with probability proportional to exp(gain(r) / temperature).
+    A candidate r is kept if gain(r) > margin. It is drawn with probability proportional to exp(gain(r) / temperature),
+    as summaries of the paper report.
 
     Args:
         margin: gain that a candidate must exceed, in the evaluator's unit (nats).

@@ -10,8 +10,8 @@ from mmemb.types import Candidates, Selection
 class Oracle(Selector, name="oracle"):
     """Takes the candidate that best fits the true target, the arg-max of c(q, t | do(r)): the upper bound.
 
-    Unlike ``counterfactual`` it always takes a candidate if there is one, even if none helps. Of equally good
-    candidates the first is taken.
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report this bound. Unlike ``counterfactual`` it always takes a candidate if
+    there is one, even if none helps. Of equally good candidates the first is taken.
     """
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:

@@ -11,6 +11,8 @@ from mmemb.types import Candidates, Selection
 class Random(Selector, name="random"):
     """Draws uniformly among the candidates and ignores their scores: the baseline.
 
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report this baseline.
+
     Args:
         seed: seed of the draws.
     """
