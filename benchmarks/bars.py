@@ -1,4 +1,4 @@
-"""Compares the results of the main job with their targets: mean and sample standard deviation over seeds.
+"""Compares the results of the main job, mean and sample standard deviation over seeds, with their targets.
 
     python -m benchmarks.bars [benchmarks/results/r1_seeds.json]
 
@@ -27,12 +27,12 @@ Modes = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Bar:
-    """A number of a run and its bound.
+    """A number from a run and its bound.
 
     Attributes:
         text: the number in words.
         bound: its maximum or minimum.
-        value: the number of a run; raises KeyError if the run lacks the row or the task.
+        value: computes the number from a run; raises KeyError if the run lacks the row or the task.
         least: whether the bound is a minimum.
     """
 

@@ -4,7 +4,7 @@
     python -m benchmarks.claims --device Xeon         rows of one machine, since ratios differ between machines
 
 Reads the rows that `benchmarks.infonce` wrote and measures nothing. The number of a case is from its newest row. Two
-cases are compared within one run, the newest that has both, so on one device with equal numbers of threads. The exit
+cases are compared within the newest run that has both, so on one device with the same number of threads. The exit
 status is 1 if a measured number does not keep its bound.
 """
 
@@ -22,7 +22,7 @@ from benchmarks import harness
 from benchmarks.harness import RESULTS, table
 
 Key: TypeAlias = tuple[str, str, int, int, str, bool]
-"""Backend, rival, N, D, dtype and whether both directions."""
+"""Backend, rival, N, D, dtype, and whether the loss is symmetric."""
 
 Rows: TypeAlias = dict[Key, Mapping[str, Any]]
 
@@ -59,7 +59,7 @@ class Claim:
         text: the number in words.
         bound: its maximum or minimum; None if it only has to be measurable.
         least: whether the bound is a minimum; without effect if there is no bound.
-        value: the number; raises KeyError if a row that it needs was not measured.
+        value: computes the number; raises KeyError if a row that it needs was not measured.
     """
 
     text: str
@@ -88,13 +88,13 @@ def _column(name: str, backend: str, n: int, width: int, dtype: str, symmetric: 
 
 
 def _times(peer: str, backend: str, n: int, width: int, dtype: str, symmetric: bool) -> Callable[[Results], float]:
-    """The time of a peer divided by ours, where both are ratios to the floor of their own run."""
+    """The time of a peer divided by ours, where both times are ratios to the floor of their own run."""
     case = (n, width, dtype, symmetric)
     return lambda results: results.ratio((backend, peer, *case), (backend, "mmemb", *case))
 
 
 def _matmul_share(results: Results) -> float:
-    # Four products are counted; the floor computes three.
+    # The loss needs four matrix products, and the floor computes three.
     return 4 / 3 / results.newest["cuda", "mmemb", 32768, 1024, "bfloat16", False]["ratio_to_floor"]
 
 
@@ -143,18 +143,20 @@ CLAIMS = (
 
 
 def read(path: Path, *, device: str = "") -> Results:
-    """The measured rows of a results file: of the device of that name, or else of all whose name holds the text.
+    """Reads the measured rows of one device from a results file.
+
+    If no device has exactly this name, the rows of all devices whose names contain the text are read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no row is of such a device.
+        ValueError: there is no row of such a device.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; python -m benchmarks.infonce writes it")
     newest: Rows = {}
     runs: dict[tuple[Any, ...], Rows] = {}
     every = harness.read(path)
-    # A name that is whole is that device's, though another's may begin with it.
+    # An exact name selects only that device, even if another device's name begins with it.
     rows = [row for row in every if row["device"] == device] or [row for row in every if device in row["device"]]
     if every and not rows:
         known = ", ".join(sorted({row["device"] for row in every}))

@@ -1,12 +1,12 @@
-"""Rationales by batched sampling into a pool, against the same rows one at a time through the library's `generate`.
+"""Compares batched sampling of rationales into a pool with one sample at a time by the library's `generate`.
 
     python -m benchmarks.generate [--smoke] [--device cpu] [--repeats 5] [--pairs 128] [--candidates 4]
 
-The `model` worker with the `tiny` model writes K candidates for each of N queries of the bundled data, and the pool
-with them; the rival asks `model.generate` for each of the N x K samples, one at a time, with the same prompt,
-temperature and most tokens. Samples a second and their ratio are by the wall clock; CPU seconds (on a GPU, seconds
-between its events) stand beside, since of two cores that wait for each other only the clock knows. Ratios are rival /
-pool in the same repetition.
+The `model` worker with the `tiny` model writes K candidates for each of N queries of the bundled data into a pool. The
+rival asks `model.generate` for each of the N x K samples, one at a time, with the same prompt, temperature and maximum
+number of tokens. Samples per second and their ratio use the wall clock, because only the clock shows that two cores
+wait for each other. CPU seconds (on a GPU, seconds between its events) are in other columns. Ratios are rival / pool in
+the same repetition.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TOKENS = 40
 
 
 def distinct_pairs(count: int) -> list[Pair]:
-    """Pairs of several tasks whose prompts differ, so that the worker has nothing to ask once for two."""
+    """Pairs of several tasks whose prompts differ, so that the worker cannot share a prompt between two of them."""
     found: dict[object, Pair] = {}
     each = -(-count // len(_TASKS))
     for task in _TASKS:
@@ -45,7 +45,7 @@ def distinct_pairs(count: int) -> list[Pair]:
 
 
 def one_at_a_time(worker: ModelWorker, backbone: TinyBackbone, pairs: Sequence[Pair], k: int) -> list[str]:
-    """N x K texts by the library's loop."""
+    """Samples N x K texts one by one with the library's loop."""
     think = torch.tensor([[backbone.token_id(THINK)]], device=backbone.device)
     ends = [backbone.token_id(END_THINK), *backbone.special_ids]
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def one_at_a_time(worker: ModelWorker, backbone: TinyBackbone, pairs: Sequence[P
 
 
 def measure(*, pairs: int, candidates: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row a way."""
+    """Measures both methods; one row per method."""
     backbone = TinyBackbone().to(device).eval()
     worker = ModelWorker(backbone, max_new_tokens=_TOKENS)
     rows = distinct_pairs(pairs)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and appends to ``generate.jsonl``."""
     made = harness.parser(str(__doc__))
     made.add_argument("--pairs", type=int, default=128, help="queries (default: %(default)s)")
-    made.add_argument("--candidates", type=int, default=4, help="samples a query (default: %(default)s)")
+    made.add_argument("--candidates", type=int, default=4, help="samples per query (default: %(default)s)")
     options = made.parse_args(argv)
     pairs, candidates = (4, 2) if options.smoke else (options.pairs, options.candidates)
     rows = measure(pairs=pairs, candidates=candidates, repeats=options.repeats, device=options.device)

@@ -1,13 +1,13 @@
-"""A whole optimiser step of the bundled tiny model: gradient cache, plain backward, sentence-transformers' cached loss.
+"""Measures an optimiser step of the tiny model: gradient cache, plain backward, sentence-transformers' cached loss.
 
     python -m benchmarks.gradcache                                       global batches 64 ... 8192 in chunks of 32 rows
     python -m benchmarks.gradcache --batches 256 --ways mmemb plain --budget 2000
 
-Every way and batch is measured in a process of its own, which may take --budget MB: one that does not fit is a row, not
-a crash. Within the process the step takes turns with a floor: every row forward and backward once and one step of the
-optimiser, each chunk with a loss of its own. The cache encodes all chunks but one twice: 4/3 of the floor where a
-backward pass costs two forward passes; `mmemb-kept` keeps every chunk's graph and encodes once. Prints and appends to
-`gradcache.jsonl`; columns: docs/benchmarks.md.
+Every method and batch is measured in a separate process, which may take --budget MB. One that does not fit is reported
+as a row and does not crash the benchmark. Within the process the step takes turns with a floor. The floor runs every
+row forward and backward once, each chunk with its own loss, and makes one optimiser step. The cache encodes all chunks
+but one twice. That is 4/3 of the floor if a backward pass costs two forward passes. `mmemb-kept` keeps every chunk's
+graph and encodes once. Prints the rows and appends them to `gradcache.jsonl`; docs/benchmarks.md explains the columns.
 """
 
 from __future__ import annotations
@@ -31,54 +31,59 @@ EMPTY: dict[str, Any] = dict.fromkeys(
     ("seconds", "floor_seconds", "ratio_to_floor", "peak_mb", "error", "repeats", "note")
 )
 DISTRIBUTION = {"sentence-transformers": "sentence-transformers"}
-"""What a way needs installed, and whose version its rows show."""
+"""The distribution that a method needs, whose version its rows show."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = harness.parser(str(__doc__))
-    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help=f"pairs of a step (default: {BATCHES})")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help=f"pairs per step (default: {BATCHES})")
     parser.add_argument(
-        "--chunk", type=harness.count, help="queries or targets of one backward pass (default: 32; smoke: 4)"
+        "--chunk", type=harness.count, help="queries or targets per backward pass (default: 32; smoke: 4)"
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument(
-        "--budget", type=float, default=4000.0, metavar="MB", help="memory a step may take (default: %(default)g)"
+        "--budget", type=float, default=4000.0, metavar="MB", help="maximum memory of a step (default: %(default)g)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="time for a row's repetitions (default: %(default)s)"
+        "--seconds", type=float, default=8.0, help="time for the repetitions of a row (default: %(default)s)"
     )
     parser.add_argument(
-        "--limit", type=harness.seconds, default=300.0, help="longest process in seconds (default: %(default)g)"
+        "--limit",
+        type=harness.seconds,
+        default=300.0,
+        help="maximum time of a process in seconds (default: %(default)g)",
     )
     options = parser.parse_args(argv)
     options.chunk = options.chunk or (4 if options.smoke else 32)
     options.batches = options.batches or ([2 * options.chunk] if options.smoke else list(BATCHES))
     wrong = [batch for batch in options.batches if batch < 1 or batch % options.chunk]
     if wrong:
-        parser.error(f"--batches {wrong} with --chunk {options.chunk}: a batch is a positive multiple of the chunk")
+        parser.error(
+            f"--batches {wrong} with --chunk {options.chunk}: a batch must be a positive multiple of the chunk"
+        )
     return options
 
 
 def in_a_process(task: Task, *, limit: float) -> dict[str, Any]:
-    """`measure` in a process of its own; a note instead where that ends early.
+    """Runs `measure` in a separate process; returns a note instead of results if it ends early.
 
     Raises:
-        RuntimeError: our own way failed otherwise than by memory or time.
+        RuntimeError: our own method failed for another reason than memory or time.
     """
     command = [sys.executable, "-m", "benchmarks.steps", json.dumps(dataclasses.asdict(task))]
     return outcome(command, limit=limit, must_work=task.way.startswith("mmemb"))
 
 
 def outcome(command: Sequence[str], *, limit: float, must_work: bool) -> dict[str, Any]:
-    """The JSON object that a command prints last, or a note that says how it ended."""
+    """Runs a command; returns the JSON object that it prints last, or a note that says how it ended."""
     root = Path(__file__).resolve().parent.parent
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         return {"note": f"took more than {limit:g} s (--limit)"}
     if done.returncode == -signal.SIGKILL or (done.returncode < 0 and not must_work):
-        return {"note": f"ended by {signal.Signals(-done.returncode).name}, as a process out of memory is"}
+        return {"note": f"ended by {signal.Signals(-done.returncode).name}, probably out of memory"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
         if must_work:
@@ -88,15 +93,15 @@ def outcome(command: Sequence[str], *, limit: float, must_work: bool) -> dict[st
 
 
 def row(way: str, batch: int, chunk: int, found: dict[str, Any]) -> dict[str, Any]:
-    """One row of the results."""
+    """Makes one row of the results."""
     version = harness.version(DISTRIBUTION.get(way, "torch"))
     return {"rival": way, "version": version, "batch": batch, "chunk": chunk, **EMPTY, **found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures; after each batch its rows are printed and appended to ``gradcache.jsonl``."""
+    """Measures all batches; prints the rows after each batch and appends them to ``gradcache.jsonl``."""
     options = parse(argv)
-    # A smoke run stays in this process: three more would load torch three times.
+    # A smoke run stays in this process, since three more processes would load torch three times.
     run: Callable[[Task], dict[str, Any]] = (
         measure if options.smoke else lambda task: in_a_process(task, limit=options.limit)
     )

@@ -1,10 +1,10 @@
-"""What every benchmark shares: paired timing, peak memory, where it ran, and rows appended to `benchmarks/results/`.
+"""Shared code of the benchmarks: paired timing, peak memory, environment, and rows in `benchmarks/results/`.
 
-Rivals are timed in turn within a repetition and compared by the median of the ratios of one repetition, so that a
-machine that slows down slows all of them. Times are CPU seconds of the process on a CPU, seconds between events
-on a GPU.
+Rivals are timed in turn within a repetition. They are compared by the median over repetitions of the ratio within one,
+so a machine that slows down slows all of them. Times are CPU seconds of the process on a CPU, and seconds between
+events on a GPU.
 
-A script of its own options asks `parser` for the shared ones, adds its own and parses; one without calls `arguments`.
+A script with more options calls `parser` for the shared ones, adds its own and parses. Other scripts call `arguments`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ from torch.profiler import ProfilerActivity, profile
 RESULTS = Path(__file__).parent / "results"
 
 RUN = uuid.uuid4().hex[:12]
-"""Of this process, in every row: rows of one run were measured on one machine, one after another."""
+"""Identifies this process in every row: rows of one run were measured on one machine, one after another."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark: ``smoke``, ``device``, ``repeats``, ``output``."""
+    """Makes a parser with the options of every benchmark: ``smoke``, ``device``, ``repeats``, ``output``."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; its numbers mean nothing")
+    made.add_argument(
+        "--smoke", action="store_true", help="only test that it runs, with tiny sizes; the numbers mean nothing"
+    )
     made.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to measure (default: %(default)s)",
+        help="device to measure on (default: %(default)s)",
     )
     made.add_argument("--repeats", type=count, default=5, help="repetitions of every case (default: %(default)s)")
     made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
@@ -50,12 +52,15 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The shared options alone, parsed; see `parser`."""
+    """Parses the shared options; see `parser`."""
     return parser(description).parse_args(argv)
 
 
 def bar(description: str, total: int) -> tuple[Progress, Callable[[str], None]]:
-    """A progress bar on standard error, to be entered with ``with``, and what moves it by one, with what comes next."""
+    """A progress bar on standard error, and a function that advances it by one and shows what comes next.
+
+    Enter the bar with ``with``.
+    """
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,7 +73,7 @@ def bar(description: str, total: int) -> tuple[Progress, Callable[[str], None]]:
 
 
 def timed(function: Callable[[], object], *, device: str) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     if device == "cpu":
         start = time.process_time()
         function()
@@ -84,7 +89,7 @@ def timed(function: Callable[[], object], *, device: str) -> float:
 def paired(
     functions: Mapping[str, Callable[[], object]], *, repeats: int, device: str, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of every function in each repetition, by default after one call of each to warm up."""
+    """Measures the seconds of every function in each repetition, by default after one call of each to warm up."""
     if warm_up:
         for function in functions.values():
             function()
@@ -98,7 +103,10 @@ def paired(
 def paired_clocks(
     functions: Mapping[str, Callable[[], object]], *, repeats: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """`paired`, and the wall-clock seconds of the same calls, in which waiting counts: what a throughput is made of."""
+    """Measures as `paired` does, and also the wall-clock seconds of the same calls, which include waiting.
+
+    Wall-clock seconds are the right measure for a throughput.
+    """
     waited: dict[str, list[float]] = {name: [] for name in functions}
 
     def clocked(name: str) -> Callable[[], object]:
@@ -112,11 +120,11 @@ def paired_clocks(
         return call
 
     times = paired({name: clocked(name) for name in functions}, repeats=repeats, device=device)
-    return times, {name: found[-repeats:] for name, found in waited.items()}  # the first call of each warms up
+    return times, {name: found[-repeats:] for name, found in waited.items()}  # the first call of each is the warm-up
 
 
 def busy_seconds(seconds: float, *, device: str) -> float:
-    """What `timed` gave as the time that the machine would take if no thread ever waited: CPU seconds / threads."""
+    """Converts a result of `timed` into the time if no thread ever waited: CPU seconds / threads."""
     return seconds / torch.get_num_threads() if device == "cpu" else seconds
 
 
@@ -126,7 +134,7 @@ def median_ratio(times: Sequence[float], floor: Sequence[float]) -> float:
 
 
 def peak_megabytes(function: Callable[[], object], *, device: str) -> float:
-    """Most memory in tensors that one call holds beyond what there was, its result included, in 10^6 bytes."""
+    """Peak memory of the tensors that one call adds, including its result, in 10^6 bytes."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -134,7 +142,7 @@ def peak_megabytes(function: Callable[[], object], *, device: str) -> float:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would report every start and stop on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports every start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         function()
     assert trace.profiler is not None
@@ -147,9 +155,9 @@ def peak_megabytes(function: Callable[[], object], *, device: str) -> float:
 
 
 def available_megabytes(device: str) -> float:
-    """Free memory in 10^6 bytes; infinite where the system does not say."""
+    """Free memory in 10^6 bytes; infinite if the system does not report it."""
     if device != "cpu":
-        # What torch's allocator keeps for its next tensors is free too.
+        # Memory that torch's allocator keeps for its next tensors is free too.
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return (torch.cuda.mem_get_info()[0] + kept) / 1e6
     try:
@@ -169,7 +177,7 @@ def version(distribution: str) -> str | None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with what a row was measured."""
+    """The machine and the versions with which a row was measured."""
     return {
         "run": RUN,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -186,7 +194,10 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def append(rows: Sequence[Mapping[str, Any]], *, output: Path, name: str, smoke: bool, device: str) -> Path:
-    """Appends rows, each with its `environment`, to ``<output>/<name>.jsonl``; a smoke run's to a file of its own."""
+    """Appends rows, each with its `environment`, to ``<output>/<name>.jsonl``.
+
+    A smoke run has a separate file.
+    """
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}{'_smoke' if smoke else ''}.jsonl"
     around = environment(device)
@@ -201,7 +212,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> str:
-    """The rows as aligned text, numbers to three digits, ``-`` for None; the first row's columns or those named."""
+    """Formats rows as aligned text, with numbers to three digits and ``-`` for None.
+
+    Without ``columns`` the columns are those of the first row.
+    """
     names = list(rows[0]) if columns is None else list(columns)
     cells = [names] + [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
@@ -218,7 +232,7 @@ def seconds(text: str) -> float:
     """A time above 0, for argparse."""
     value = float(text)
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value:g} given; it is a time above 0")
+        raise argparse.ArgumentTypeError(f"{value:g} is not a time above 0")
     return value
 
 
@@ -226,7 +240,7 @@ def count(text: str) -> int:
     """An integer of at least 1, for argparse."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} given; it counts from 1")
+        raise argparse.ArgumentTypeError(f"{value} is below 1; give 1 or more")
     return value
 
 
@@ -240,7 +254,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short commit of the checkout, ``+`` if files differ from it; ``unknown`` outside a checkout."""
+    """Short commit of the checkout, with a ``+`` if files differ from it; ``unknown`` outside a checkout."""
     try:
         command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -1,22 +1,22 @@
-"""Adaptive decoding against the ways others do it, and against its floor: throughput, equal embeddings, memory.
+"""Compares adaptive decoding with other methods and with its floor: throughput, equal embeddings, memory.
 
     python -m benchmarks.inference [--smoke] [--device cpu] [--repeats 5] [--output FOLDER]
 
-The bundled model embeds the same rows (queries of all tasks, mixed) in every way, and every way must come to the same
-embeddings. ``reason`` says who thinks: ``always``, or ``half`` (the model's own decision, its logit shifted so that
-half of the rows think). The ways:
+The bundled model embeds the same rows (queries of all tasks, mixed) with every method, and all methods must give the
+same embeddings. ``reason`` says which rows reason: ``always`` means all of them. ``half`` is the model's own decision,
+with its logit shifted so that half of the rows reason. The methods:
 
-    mmemb           `mmemb.inference.encoder.Encoder`: one prefill, the thinking rows go on from its cache
-    floor           the same prefills, then batch by batch the forward passes of the tokens that were needed and nothing
-                    else; ours can be faster, as the last rows of a batch share the steps of the next
-    row_read        one row at a time through ``model.generate``, hidden states kept, the state at <emb> read
-    row_reencode    one row at a time through ``model.generate``, then the whole text encoded again
-    batch_reencode  batches through ``model.generate`` in the order of the rows, then the whole text encoded again
-    batch_sorted    the same in the batches that mmemb makes, sorted by length: what is left of the difference then
+    mmemb           `mmemb.inference.encoder.Encoder`: one prefill; the rows that reason continue from its cache
+    floor           the same prefills, then batch by batch only the forward passes of the tokens that were needed;
+                    ours can be faster, because the last rows of a batch share the steps of the next batch
+    row_read        one row at a time through ``model.generate``; the state at <emb> is read from its hidden states
+    row_reencode    one row at a time through ``model.generate``; then the whole text is encoded again
+    batch_reencode  batches through ``model.generate`` in the order of the rows; then the whole text is encoded again
+    batch_sorted    the same with the batches that mmemb makes, sorted by length, to show how much the sorting gives
 
-Generation by the library gets what helps it: greedy search, a grammar that keeps to ``<think> ... </think> <emb>``, and
-an end as soon as all rows of a batch have theirs. The direct rows of ``half`` are generated along with the others
-(their first token is ``<emb>``), as one pass serves all.
+The library's generation gets everything that helps it: greedy search, a grammar that allows only
+``<think> ... </think> <emb>``, and an end as soon as all rows of a batch are done. The direct rows of ``half`` are
+generated with the others, since one pass serves all. Their first token is ``<emb>``.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from mmemb.types import EMB, END_THINK, THINK, Item
 
 TOLERANCE = 1e-4
 _MEMORY = ("mmemb", "floor", "batch_reencode", "batch_sorted")
-"""Ways whose peak memory is measured: those that hold a whole batch."""
+"""Methods whose peak memory is measured, because they hold a whole batch."""
 Way = Callable[[], Tensor]
 
 
 class Grammar(LogitsProcessor):
-    """Keeps ``generate`` to ``<emb>`` or ``<think> at most budget tokens </think> <emb>``.
+    """Makes ``generate`` write only ``<emb>``, or ``<think>``, at most ``budget`` tokens, ``</think>`` and ``<emb>``.
 
     Args:
-        backbone: knows the tokens.
-        prompt: columns of the prompts.
-        budget: most rationale tokens.
-        offset: added to the decision's logit of ``<think>``.
+        backbone: the model, which knows the special tokens.
+        prompt: number of columns of the prompts.
+        budget: maximum number of rationale tokens per row.
+        offset: number added to the logit of ``<think>`` at the decision.
     """
 
     def __init__(self, backbone: Backbone, prompt: int, *, budget: int, offset: float) -> None:
@@ -61,7 +61,7 @@ class Grammar(LogitsProcessor):
         self.prompt, self.budget, self.offset = prompt, budget, offset
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] of the token after input_ids [B, T]."""
+        """Restricts the scores [B, V] of the token after input_ids [B, T]."""
         written = input_ids.shape[1] - self.prompt
         allowed = torch.full_like(scores, -torch.inf)
         if written == 0:
@@ -81,27 +81,27 @@ class Grammar(LogitsProcessor):
 
 
 class AfterEmb(StoppingCriteria):
-    """Ends one row when the state at ``<emb>`` has been computed."""
+    """Ends a row when the state at ``<emb>`` has been computed."""
 
     def __init__(self, emb: int) -> None:
         self.emb = emb
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Whether the last token but one is ``<emb>``, [B]."""
+        """[B] bool, whether the last token but one is ``<emb>``."""
         return input_ids[:, -2] == self.emb
 
 
 class Ways:
-    """Every way to the embeddings of the same rows.
+    """All methods to compute the embeddings of the same rows.
 
     Args:
         backbone: the model.
-        pooler: reads the embedding; needs the state at ``<emb>`` only.
+        pooler: reads the embedding; it needs only the state at ``<emb>``.
         items: the rows.
-        controller: who thinks.
-        offset: what the controller adds to the decision's logit of ``<think>``.
-        batch_size: rows of a batch.
-        budget: most rationale tokens.
+        controller: decides which rows reason.
+        offset: number that the controller adds to the logit of ``<think>`` at the decision.
+        batch_size: rows per batch.
+        budget: maximum number of rationale tokens per row.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Ways:
         return self.encoder.encode_paths(self.items, self.controller)
 
     def ways(self) -> dict[str, Way]:
-        """All of them by name, each giving embeddings [B, D]."""
+        """All methods by name; each returns embeddings [B, D]."""
         return {
             "mmemb": lambda: self.mmemb().embedding,
             "floor": self.floor,
@@ -137,12 +137,12 @@ class Ways:
         }
 
     def batches(self, size: int, *, in_order: bool = False) -> Iterator[list[int]]:
-        """Rows in the batches that mmemb makes, or as they come."""
+        """Yields the rows of each batch that mmemb makes, or of batches in the order of the rows."""
         order = list(range(len(self.items))) if in_order else length_order(self.items)
         yield from (order[start : start + size] for start in range(0, len(order), size))
 
     def floor(self) -> Tensor:
-        """One prefill, and the forward passes of the tokens needed."""
+        """Runs one prefill and only the forward passes of the tokens that are needed."""
         whole = torch.zeros(len(self.items), self.pooler.size)
         with evaluating(self.backbone, self.pooler):
             for rows in self.batches(self.batch_size):
@@ -151,7 +151,10 @@ class Ways:
         return whole
 
     def _fed(self, prefix: Any, rows: Sequence[int]) -> Tensor:
-        """The states at ``<emb>`` [R, H]: everything that was written is fed, a column a step; done rows leave."""
+        """Returns the states at ``<emb>`` [R, H].
+
+        The known tokens are fed one column per step, and rows that are done leave the batch.
+        """
         think, end = self.backbone.token_id(THINK), self.backbone.token_id(END_THINK)
         device = self.backbone.device
         thinks = self.paths.decision.think
@@ -185,7 +188,7 @@ class Ways:
 
     @torch.no_grad()
     def generated(self, size: int, *, read: bool, in_order: bool = False) -> Tensor:
-        """By the library's ``generate``, then from its hidden states or by encoding again."""
+        """Embeds with the library's ``generate``, then from its hidden states or by encoding again."""
         whole = torch.zeros(len(self.items), self.pooler.size)
         with evaluating(self.backbone, self.pooler):
             for rows in self.batches(size, in_order=in_order):
@@ -194,7 +197,7 @@ class Ways:
 
     def _generated(self, items: Sequence[Item], read: bool) -> Tensor:
         inputs = self.backbone.prepare(items, embed=False).to(self.backbone.device).tensors
-        del inputs["position_ids"]  # the library's own are part of the comparison
+        del inputs["position_ids"]  # the library's own position ids are part of the comparison
         prompt = inputs["input_ids"]
         model: Any = self.backbone.model
         done = model.generate(
@@ -215,7 +218,7 @@ class Ways:
             return done.hidden_states[-1][-1][:, -1]
         ids = done.sequences
         new = ids[:, prompt.shape[1] :]
-        first = (new == self.emb).int().argmax(1)  # <emb> pads as well: what follows it is masked
+        first = (new == self.emb).int().argmax(1)  # <emb> is also the padding, so what follows it is masked
         real = torch.arange(new.shape[1], device=ids.device) <= first[:, None]
         pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         hidden = model.model(
@@ -229,7 +232,7 @@ class Ways:
 
 
 def rows(count: int) -> list[Item]:
-    """Queries of all tasks of the validation split, mixed."""
+    """Queries from all tasks of the validation split, mixed."""
     tasks = evaluation_tasks("validation")
     return [task.queries[row].query for row in range(-(-count // len(tasks))) for task in tasks][:count]
 
@@ -237,10 +240,10 @@ def rows(count: int) -> list[Item]:
 def measure(
     reason: str, *, count: int, batch_size: int, budget: int, repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """One row a way.
+    """Measures all methods; one row per method.
 
     Raises:
-        AssertionError: a way came to other embeddings.
+        AssertionError: a method gave different embeddings.
     """
     backbone: Any = create("backbone", "tiny")
     pooler = create("pooler", "embed_token")
@@ -276,7 +279,7 @@ def measure(
 
 
 def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked of our way beside what was measured, a row a bound and ``reason``."""
+    """The required and the measured numbers of our method, one row per bound and ``reason``."""
     ratio = {(row["reason"], row["rival"]): row for row in found}
     rows = []
     for reason in dict.fromkeys(row["reason"] for row in found):
@@ -302,7 +305,10 @@ def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _even_offset(backbone: Backbone, pooler: Pooler, items: Sequence[Item], batch_size: int) -> float:
-    """The logit offset with which half of the rows think; between two rows, so that rounding moves no decision."""
+    """The logit offset with which half of the rows reason.
+
+    It lies between the logits of two rows, so that rounding changes no decision.
+    """
     never = create("controller", "never")
     logits = Encoder(backbone, pooler, batch_size=batch_size).encode_paths(items, never).state.decision_logits
     lean = (logits[:, 1] - logits[:, 0]).sort().values
@@ -311,7 +317,7 @@ def _even_offset(backbone: Backbone, pooler: Pooler, items: Sequence[Item], batc
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and appends to ``inference.jsonl``."""
+    """Measures, prints the rows and appends them to ``inference.jsonl``."""
     options = harness.arguments(str(__doc__), argv)
     sizes = (
         {"count": 4, "batch_size": 2, "budget": 3} if options.smoke else {"count": 128, "batch_size": 64, "budget": 48}

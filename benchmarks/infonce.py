@@ -1,13 +1,13 @@
-"""InfoNCE loss and both gradients, N queries against N candidates of width D, against the bare matrix products.
+"""Compares the InfoNCE loss and its gradients, for N queries and N candidates of width D, with bare matrix products.
 
     python -m benchmarks.infonce                            the official run of this device
     python -m benchmarks.infonce --full                     every N in 2k ... 64k and every D in 256, 1024, 2048
     python -m benchmarks.infonce --cases 8192x256 --dtypes float32 --rivals mmemb naive
 
-Each rival takes turns with the floor: the three matrix products S, dQ and dK (the symmetric loss needs a fourth and is
-measured against the same floor), in stripes, into buffers that exist already. Prints and appends to `infonce.jsonl` one
-row a rival and case, and draws `infonce.png` of the newest rows of this device. What the columns mean:
-docs/benchmarks.md.
+Each rival takes turns with the floor: the three matrix products S, dQ and dK, in stripes, into existing buffers. The
+symmetric loss needs a fourth product and is compared with the same floor. Prints one row per rival and case, appends
+them to `infonce.jsonl`, and draws `infonce.png` from the newest rows of this device. docs/benchmarks.md explains the
+columns.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from benchmarks.plot import draw
 from mmemb.kernels import release_workspace
 
 FLOOR_ROWS = {"cpu": 2048, "cuda": 4096}
-"""Rows of a stripe of the floor; on two cores 2048 was the fastest of 256 ... 8192 at 8192 x 256."""
+"""Rows per stripe of the floor; on two cores 2048 was the fastest of 256 ... 8192 at 8192 x 256."""
 
 CHECKED = 1024
-"""Most rows on which a rival's error is measured: the float64 reference keeps whole matrices."""
+"""Maximum number of rows on which a rival's error is measured, since the float64 reference keeps whole matrices."""
 
 SIZES, WIDTHS = (2048, 4096, 8192, 16384, 32768, 65536), (256, 1024, 2048)
 CASES = {
@@ -59,23 +59,23 @@ class Case:
 
     @property
     def work(self) -> int:
-        """What time grows with."""
+        """The amount of work, to which the time is proportional."""
         return self.n * self.n * self.width
 
     def embeddings(self, device: str) -> tuple[Tensor, Tensor]:
-        """Seeded unit rows [N, D]."""
+        """Query and candidate embeddings [N, D] of unit length, drawn from a seed."""
         query, candidate = _unit_rows(self.n, self.width).to(device, DTYPES[self.dtype], copy=True)
         return query, candidate
 
 
 @functools.lru_cache(maxsize=1)
 def _unit_rows(n: int, width: int) -> Tensor:
-    """[2, N, D] on the CPU, kept for the rivals to come: at the largest size drawing takes longer than a call."""
+    """Unit rows [2, N, D] on the CPU, kept for the next rivals, since drawing many rows takes longer than a call."""
     return normalize(torch.randn((2, n, width), generator=torch.Generator().manual_seed(0)), dim=2)
 
 
 def floor(query: Tensor, candidate: Tensor, *, rows: int) -> Callable[[], None]:
-    """The three products alone."""
+    """Makes a function that computes only the three products."""
     rows = min(rows, len(query))
     logits = query.new_empty(rows, len(candidate))
     query_grad, candidate_grad = torch.empty_like(query), torch.zeros_like(candidate)
@@ -91,13 +91,13 @@ def floor(query: Tensor, candidate: Tensor, *, rows: int) -> Callable[[], None]:
 
 
 class Course:
-    """Measures case after case; what was seen of a rival tells which later cases would take it too long.
+    """Measures case after case, and skips cases that would take a rival too long by its earlier times.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        repeats: most repetitions of a case.
+        repeats: maximum number of repetitions of a case.
         seconds: time for the repetitions of one rival in one case; at least two are made.
-        limit: a call that would take more seconds is not made.
+        limit: maximum time of a call in seconds; a call that would take longer is not made.
     """
 
     def __init__(self, *, device: str, repeats: int, seconds: float, limit: float) -> None:
@@ -105,14 +105,14 @@ class Course:
         self._seen: dict[tuple[str, str, bool], float] = {}
 
     def measure(self, rival: Rival, case: Case) -> dict[str, Any]:
-        """One row; of what was not measured it says why."""
+        """Measures one row; if it cannot be measured, its note says why."""
         row = empty_row(rival, case)
         if reason := self._refusal(rival, case):
             return {**row, "note": reason}
         try:
             return {**row, **self._measured(rival, case)}
         except Exception as failure:
-            # Another project's limits are a finding; our own are a fault.
+            # A failure of another project is a result; a failure of ours is a bug.
             if rival.name == "mmemb":
                 raise
             message = (str(failure).splitlines() or [""])[0][:160]
@@ -131,7 +131,7 @@ class Course:
             return f"needs more than {megabytes:.0f} MB, {free:.0f} MB are free"
         pace = self._seen.get((rival.name, case.dtype, case.symmetric))
         if pace is not None and pace * case.work > self.limit:
-            return f"would take about {pace * case.work:.0f} s a call (--limit {self.limit:g})"
+            return f"would take about {pace * case.work:.0f} s per call (--limit {self.limit:g})"
         return None
 
     def _measured(self, rival: Rival, case: Case) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Course:
         error = peers.error(rival, query[:CHECKED], candidate[:CHECKED], symmetric=case.symmetric)
         call = rival.make(query, candidate, case.symmetric)
         gradients = (query.nbytes + candidate.nbytes) / 1e6
-        # The first call at this size warms up and shows the memory; the second shows the pace.
+        # The first call at this size is the warm-up and shows the memory. The second shows the pace.
         release_workspace()
         extra = harness.peak_megabytes(call, device=self.device) - gradients
         products = floor(query, candidate, rows=FLOOR_ROWS[self.device])
@@ -184,7 +184,7 @@ def empty_row(rival: Rival, case: Case) -> dict[str, Any]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What the options ask for, smaller sizes first."""
+    """The cases that the options select, smaller sizes first."""
     sizes = list(itertools.product(SIZES, WIDTHS)) if options.full else options.cases
     if sizes is None:
         sizes = [size(text) for text in (SMOKE if options.smoke else CASES[options.device]).split()]
@@ -194,10 +194,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def size(text: str) -> tuple[int, int]:
-    """``8192x256`` as (8192, 256), for argparse."""
+    """Reads ``8192x256`` as (8192, 256), for argparse."""
     n, _, width = text.partition("x")
     if not (n.isdecimal() and width.isdecimal() and int(n) > 1 and int(width) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} given; a case is NxD, such as 8192x256")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a case; give NxD, such as 8192x256")
     return int(n), int(width)
 
 
@@ -212,20 +212,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: both")
     ways = ["one", "symmetric"]
     parser.add_argument("--directions", nargs="+", choices=ways, default=ways, help="default: both")
-    parser.add_argument("--rivals", nargs="+", choices=names, help="default: all that suit the device")
+    parser.add_argument("--rivals", nargs="+", choices=names, help="rivals (default: all that run on the device)")
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="for the repetitions of a row (default: %(default)s)"
+        "--seconds", type=float, default=8.0, help="time for the repetitions of a row (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=harness.seconds, help="longest call in seconds (default: 8; with --full 60)")
+    parser.add_argument("--limit", type=harness.seconds, help="maximum seconds per call (default: 8; with --full 60)")
     options = parser.parse_args(argv)
     if options.full and options.cases:
-        parser.error("--full and --cases: give one of them")
+        parser.error("--full and --cases exclude each other; give only one of them")
     options.limit = options.limit or (60.0 if options.full else 8.0)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures; after each case its rows are printed and appended to ``infonce.jsonl``; draws ``infonce.png``."""
+    """Measures all cases; prints the rows after each case, appends them to ``infonce.jsonl``, and draws the picture."""
     options = parse(argv)
     suit = [rival.name for rival in RIVALS if options.device != "cpu" or not rival.cuda]
     rivals = [rival for rival in RIVALS if rival.name in (options.rivals or suit)]

@@ -1,10 +1,10 @@
-"""The InfoNCE losses that are compared: ours, what one writes by hand, and those of other projects.
+"""The InfoNCE losses that are compared: ours, the usual code by hand, and those of other projects.
 
-    N queries   M = N candidates   D width; the positive of query i is candidate i
+Legend: N queries, M = N candidates, D width; the positive of query i is candidate i.
 
-Every rival computes the same mean loss and both embedding gradients. A peer's own code runs as it is published; where a
-peer has no package that can be called with embeddings, its published algorithm is written out here and its row says so.
-A peer that is not installed, or refuses an input, is a row that says why.
+Every rival computes the same mean loss and both embedding gradients. A peer's own code runs as published. If a peer has
+no package that takes embeddings, its published algorithm is written here and its row says so. If a peer is not
+installed or refuses an input, its row says why.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mmemb.kernels import InfoNCEBatch, LossOptions, infonce_with_grads, referen
 TEMPERATURE = 0.05
 
 INSTALL = "not installed (pip install -e .[bench])"
-"""What the row of a missing peer says."""
+"""The note in the row of a missing peer."""
 
 
 class Answer(NamedTuple):
-    """What a rival computes: the loss, 0-d, and the gradients in the embeddings, whole [N, D] or in pieces of rows."""
+    """The result of a rival: the loss, 0-d, and the embedding gradients, whole [N, D] or in pieces of rows."""
 
     loss: Tensor
     query: Sequence[Tensor]
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 Call: TypeAlias = Callable[[], Answer]
 Make: TypeAlias = Callable[[Tensor, Tensor, bool], Call]
-"""``make(query, candidate, symmetric)`` -> what is timed."""
+"""``make(query, candidate, symmetric)`` returns the call that is timed."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Rival:
     """One column of the comparison.
 
     Attributes:
-        name: as the rows show it.
-        make: builds the timed call for embeddings [N, D] and a direction; what it does beforehand is not timed.
-        matrices: N x M matrices that live at once, in the input's dtype: a lower bound of its memory.
-        distribution: what has to be installed; None for what torch alone does.
-        module: what is then imported.
-        cuda: it runs on a GPU only.
-        both: it has a symmetric form.
-        normalises: it normalises the embeddings it is given, so its gradients are those of the normalised input.
+        name: name in the rows.
+        make: builds the timed call for embeddings [N, D] and a direction; the building itself is not timed.
+        matrices: number of N x M matrices that exist at once, in the input's dtype: a lower bound of its memory.
+        distribution: distribution that must be installed; None if torch suffices.
+        module: module that is imported.
+        cuda: whether it runs only on a GPU.
+        both: whether it has a symmetric form.
+        normalises: whether it normalises its input; its gradients are then those of the normalised embeddings.
     """
 
     name: str
@@ -81,7 +81,7 @@ def _ours(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
 
 
 def _by_autograd(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Answer]:
-    """A differentiable loss as a rival's call on (query, candidate)."""
+    """Turns a differentiable loss into a rival's call on (query, candidate)."""
 
     def run(query: Tensor, candidate: Tensor) -> Answer:
         leaves = [x.detach().requires_grad_() for x in (query, candidate)]
@@ -97,12 +97,12 @@ def _labels(query: Tensor) -> Tensor:
 
 
 def full_matrix(query: Tensor, candidate: Tensor) -> Tensor:
-    """The loss as one writes it by hand, one direction."""
+    """The loss as one would write it by hand, in one direction."""
     return cross_entropy(query @ candidate.T / TEMPERATURE, _labels(query))
 
 
 def full_matrix_both(query: Tensor, candidate: Tensor) -> Tensor:
-    """The symmetric one."""
+    """The symmetric loss as one would write it by hand."""
     logits, labels = query @ candidate.T / TEMPERATURE, _labels(query)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
@@ -113,7 +113,7 @@ def _naive(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
 
 
 def _compiled(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
-    # The recompile limit counts by code object: later cases would run eagerly and not say so.
+    # The recompile limit counts per code object, so later cases would silently run eagerly.
     torch._dynamo.reset()
     loss = torch.compile(full_matrix_both if symmetric else full_matrix, dynamic=False)
     run = _by_autograd(loss)
@@ -123,7 +123,7 @@ def _compiled(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
 def _gradcache(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
     """Step 2 of GradCache (Gao et al., 2021, section 3.2): full matrix, cross entropy, backward to the embeddings.
 
-    The published loss has no temperature; it is put into the queries, which costs N x D.
+    The published loss has no temperature, so the queries are divided by it, which costs N x D operations.
     """
     del symmetric
 
@@ -135,14 +135,14 @@ def _gradcache(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
 
 
 def _cached_multiple_negatives(mini_batch: int) -> Make:
-    """sentence-transformers' CachedMultipleNegativesRankingLoss.calculate_loss, called as its forward calls it."""
+    """CachedMultipleNegativesRankingLoss.calculate_loss of sentence-transformers, called as its forward calls it."""
 
     def make(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
         losses: Any = importlib.import_module("sentence_transformers.sentence_transformer.losses")
         further: dict[str, Any] = {}
         if symmetric:
             further = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-        # The model is only asked what its first module is: embeddings are given.
+        # The embeddings are given, so the loss only asks for the model's first module.
         owner = losses.CachedMultipleNegativesRankingLoss(
             nn.Sequential(nn.Identity()), scale=1 / TEMPERATURE, mini_batch_size=mini_batch, **further
         )
@@ -158,7 +158,7 @@ def _cached_multiple_negatives(mini_batch: int) -> Make:
 
 
 def _both_ways(loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
-    """A peer that knows one direction is called twice for the symmetric loss."""
+    """Calls a peer that has one direction only twice for the symmetric loss."""
     run = _by_autograd((lambda q, k: (loss(q, k) + loss(k, q)) / 2) if symmetric else loss)
     return lambda: run(query, candidate)
 
@@ -168,7 +168,7 @@ def _inf_cl(query: Tensor, candidate: Tensor, symmetric: bool) -> Call:
     package: Any = importlib.import_module("inf_cl")
     head = min(256, query.shape[1])
     if query.shape[1] % head:
-        raise ValueError(f"width {query.shape[1]} is no multiple of {head}")
+        raise ValueError(f"width {query.shape[1]} is not a multiple of {head}")
 
     def loss(query: Tensor, candidate: Tensor) -> Tensor:
         return package.cal_flash_loss(query, candidate, scale=1 / TEMPERATURE, head_dim=head).mean()
@@ -203,11 +203,11 @@ RIVALS = (
     Rival("inf-cl", _inf_cl, distribution="inf-cl", module="inf_cl", cuda=True),
     Rival("liger-kernel", _liger, distribution="liger-kernel", module="liger_kernel", cuda=True),
 )
-"""In the order of the table."""
+"""All rivals, in the order of the table."""
 
 
 def error(rival: Rival, query: Tensor, candidate: Tensor, *, symmetric: bool) -> float:
-    """Largest relative error of the rival's loss and gradients, by norm, against float64 on the same input."""
+    """Largest relative error (by norm) of the rival's loss and gradients, against float64 on the same input."""
     answer = rival.make(query, candidate, symmetric)()
     leaves = [x.detach().double().requires_grad_() for x in (query, candidate)]
     inputs = [normalize(x, dim=1) for x in leaves] if rival.normalises else leaves

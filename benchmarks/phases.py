@@ -1,11 +1,12 @@
-"""A step of the control phase against one of the joint phase: peak memory and time, same model, same pairs.
+"""Compares a step of the control phase with one of the joint phase: peak memory and time, same model, same pairs.
 
     python -m benchmarks.phases [--smoke] [--device cpu] [--repeats 3] [--output FOLDER]
 
-The bundled model takes the steps that recipes/r1.yaml asks for: N pairs of the control split; the joint phase in chunks
-of 16 with the true rationales, the control phase with 8 rollouts a query in chunks of 4 queries. The third row is the
-joint phase with both paths encoded as a whole instead of going on from one pass over the prompt. Optimiser and its
-state are left out, being the same for all. Prints and appends to `phases.jsonl`; columns: docs/benchmarks.md.
+The bundled model takes the steps of recipes/r1.yaml with N pairs of the control split. The joint phase uses chunks of
+16 and the true rationales. The control phase uses 8 rollouts per query in chunks of 4 queries. Of the two other rows,
+`joint, graphs kept` keeps the chunks' graphs. `joint, paths apart` encodes both paths as a whole instead of continuing
+from one pass over the prompt. The optimiser and its state are left out, since they are the same for all. Prints the
+rows and appends them to `phases.jsonl`; docs/benchmarks.md explains the columns.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ from mmemb.training.objective import Objective, StepContext
 from mmemb.types import Pair, Rationale
 
 LAST = 9
-"""Steps of the control phase that are said to lie before: what its first step does once is done in the warm-up."""
+"""Step number at which the control phase is measured; work that its first step does once is done in the warm-up."""
 
 
 def true_rationale(pair: Pair, seed: int) -> Sequence[tuple[Rationale, float]]:
-    """The bundled query's own rationale, with weight one."""
+    """The rationale of the bundled query itself, with weight one."""
     return [(Rationale(pair.query.fields["rationale"]), 1.0)]
 
 
 def step(objective: Objective, model: Model, pairs: Sequence[Pair], *, shared: bool = True) -> Callable[[], None]:
-    """One step of the objective to the parameters' gradients, collation included; ``shared`` prompts or not."""
+    """Makes a function that computes one step's parameter gradients, including collation.
+
+    ``shared`` says whether both paths share the prompt's pass.
+    """
 
     def run() -> None:
         for parameter in model.backbone.parameters():
@@ -52,11 +56,11 @@ def step(objective: Objective, model: Model, pairs: Sequence[Pair], *, shared: b
 def measure(
     *, count: int, chunk: int, queries: int, group: int, budget: int, repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """One row a phase; the joint phase is the first."""
+    """Measures all phases; one row per phase, with the joint phase first."""
     torch.manual_seed(0)
     model = Model.assemble(TinyBackbone().to(device), EmbedToken())
     tasks = evaluation_tasks("control")
-    # Tasks in turn, so that prompts and rationales of every length are there.
+    # The tasks take turns, so that there are prompts and rationales of every length.
     of_task = [[pair for pair in load_pairs("control") if pair.task == task.name] for task in tasks]
     pairs = [each[row] for row in range(-(-count // len(tasks))) for each in of_task][:count]
     joint = Joint(chunk_size=chunk).to(device)
@@ -71,11 +75,11 @@ def measure(
         "joint, graphs kept": step(kept, model, pairs),
         "joint, paths apart": step(joint, model, pairs, shared=False),
     }
-    steps["control"]()  # its candidates are embedded, once in many steps
+    steps["control"]()  # embeds its candidates, which happens once in many steps
     times = harness.paired(steps, repeats=repeats, device=device)
     peaks = {}
     for name, run in steps.items():
-        model.backbone.zero_grad()  # else the gradients that a step frees would count in some rows only
+        model.backbone.zero_grad()  # otherwise freed gradients would count in some rows only
         peaks[name] = harness.peak_megabytes(run, device=device)
     return [
         {
@@ -93,7 +97,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and appends to ``phases.jsonl``."""
+    """Measures, prints the rows and appends them to ``phases.jsonl``."""
     options = harness.arguments(str(__doc__), argv)
     sizes = (
         {"count": 4, "chunk": 2, "queries": 2, "group": 2, "budget": 3}

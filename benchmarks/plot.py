@@ -1,8 +1,6 @@
-"""The picture of `benchmarks.infonce`: throughput and memory against N.
+"""Draws the picture of `benchmarks.infonce`, throughput and memory against N, from the kept rows.
 
-    python -m benchmarks.plot [results/infonce.jsonl] [--device NAME]
-
-draws it again from the rows there are.
+python -m benchmarks.plot [results/infonce.jsonl] [--device NAME]
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ PANELS = {"tflops": "TFLOP/s", "extra_mb": "memory beyond the gradients, MB"}
 """Column of the rows -> label of the axis."""
 
 CHARACTERS = 11
-"""Of the title that an inch takes."""
+"""Characters of the title per inch of width."""
 
 
 def newest(rows: Sequence[Mapping[str, Any]], *, device: str | None = None) -> list[Mapping[str, Any]]:
-    """The newest measured row of each rival and case on a device; None: on the one with most of them."""
+    """The newest measured row of each rival and case on a device; None for the device with the most such rows."""
     case = ("rival", "n", "width", "dtype", "symmetric")
     by_device: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
     for row in rows:
@@ -37,14 +35,16 @@ def newest(rows: Sequence[Mapping[str, Any]], *, device: str | None = None) -> l
 
 
 def draw(results: Path, *, device: str | None = None) -> Path:
-    """Draws a column of panels a width and dtype, a line a rival: solid one direction, dashed and hollow symmetric.
+    """Draws one column of panels per width and dtype, with one line per rival.
+
+    Solid lines are one direction. Dashed lines with hollow marks are symmetric.
 
     Args:
-        results: rows of `benchmarks.infonce`, of which the `newest` are drawn.
+        results: file with rows of `benchmarks.infonce`, of which the `newest` are drawn.
         device: see `newest`.
 
     Returns:
-        A PNG beside the results, replaced whole.
+        The path of a PNG next to the results, which is replaced as a whole.
     """
     path, measured = results.with_suffix(".png"), newest(read(results), device=device)
     columns = sorted({(row["dtype"], row["width"]) for row in measured}, reverse=True) or [("nothing", 0)]
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "results", type=Path, nargs="?", default=RESULTS / "infonce.jsonl", help="rows (default: %(default)s)"
     )
-    parser.add_argument("--device", metavar="NAME", help="whose rows (default: that with most of them)")
+    parser.add_argument("--device", metavar="NAME", help="device of the rows (default: the device with the most rows)")
     options = parser.parse_args(argv)
     known = sorted({row["device"] for row in read(options.results)})
     if options.device not in (None, *known):

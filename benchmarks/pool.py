@@ -1,11 +1,11 @@
-"""Reading a large rationale pool: opening it, look-ups in random order, and the memory a reader holds.
+"""Measures reading a large rationale pool: the opening, look-ups in random order, and the memory of a reader.
 
     python -m benchmarks.pool [--smoke] [--repeats 5] [--pairs 1000000]
 
 A scored pool of N pairs with five candidates of 20 words each is written to a temporary folder. Each reader is a
-process of its own, so that its peak memory is its own; the floor is a process that imports the same and opens nothing.
-The last column is a look-up's share of what decoding and halving one picture of a megapixel takes in the same process:
-a data loader does at least one of those a row.
+separate process, so its peak memory is its own. The floor is a process that imports the same and opens nothing. The
+last column divides the time of a look-up by the time to decode and halve a picture of one megapixel in the same
+process. A data loader decodes at least one picture per row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOOKUPS = 2000
 
 
 def write(folder: Path, pairs: int, *, shard_size: int = 256) -> None:
-    """A pool with texts that compress as little as real ones."""
+    """Writes a pool whose texts compress as little as real texts."""
     draw = random.Random(0)
     words = [f"word{number}" for number in range(500)]
     manifest = Manifest(data="0", pairs=pairs, generation={}, evaluators={"e": {}}, shard_size=shard_size)
@@ -63,12 +63,12 @@ def write(folder: Path, pairs: int, *, shard_size: int = 256) -> None:
 
 
 def pair_id(number: int) -> str:
-    """Ids as long as those of data sets are."""
+    """A pair id as long as those of real data sets."""
     return f"some_task/train/{number:09d}"
 
 
 def read(folder: Path, lookups: int) -> dict[str, float]:
-    """One reader: seconds to open, milliseconds a look-up, a picture's milliseconds, peak memory in MB."""
+    """Measures one reader: seconds to open, milliseconds per look-up and per picture, and peak memory in MB."""
     started = time.process_time()
     pool = RationalePool.open(folder)
     opened = time.process_time() - started
@@ -100,7 +100,7 @@ def _peak() -> float:
 
 
 def measure(*, pairs: int, repeats: int, lookups: int) -> list[dict[str, Any]]:
-    """One row: medians over processes."""
+    """Measures one row with medians over processes."""
     with tempfile.TemporaryDirectory(prefix="mmemb-pool-") as name:
         folder = Path(name)
         write(folder, pairs)
@@ -134,7 +134,7 @@ def _process(code: str, *words: str) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and appends to ``pool.jsonl``."""
+    """Measures, prints the row and appends it to ``pool.jsonl``."""
     made = harness.parser(str(__doc__))
     made.add_argument("--pairs", type=int, default=1_000_000, help="pairs in the pool (default: %(default)s)")
     options = made.parse_args(argv)

@@ -1,11 +1,11 @@
-"""How exact the loss's gradients are where embeddings share a mean direction, as trained ones do.
+"""Measures the error of the loss's gradients when embeddings share a mean direction, as trained embeddings do.
 
     python -m benchmarks.precision
 
-Rows of a width whose mean cosine is given, rounded to a dtype; each engine, and `mmemb.kernels.reference` with autograd
-in that dtype (`naive`), against the same inputs in float64. A row of the results has the largest relative error, by
-norm, of the embeddings' gradients and of the temperature's, over both directions and all draws. On a CPU, Triton's
-kernels run in its interpreter.
+The inputs are rows with a given width and mean cosine, rounded to a dtype. Each engine, and `mmemb.kernels.reference`
+with autograd in that dtype (`naive`), is compared with float64 on the same inputs. A row of the results has the largest
+relative error (by norm) of the embeddings' gradients and of the temperature's gradient, over both directions and all
+draws. On a CPU, Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RIVALS: tuple[Rival, ...] = get_args(Rival)
 
 
 def rows(n: int, width: int, cosine: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Queries and candidates [n, width] in float64, of length 1, any two with this cosine in the mean."""
+    """Queries and candidates [n, width] in float64, of length 1; two rows have this cosine on average."""
     mean, query, candidate = (
         normalize(torch.randn(each, width, dtype=torch.float64, generator=generator), dim=1) for each in (1, n, n)
     )
@@ -42,7 +42,7 @@ def rows(n: int, width: int, cosine: float, generator: torch.Generator) -> tuple
 
 
 def gradients(query: Tensor, candidate: Tensor, *, symmetric: bool) -> list[Tensor]:
-    """Of query, candidate and temperature, by autograd through the definition in the inputs' dtype."""
+    """Gradients of query, candidate and temperature, by autograd through the definition in the inputs' dtype."""
     temperature = torch.tensor(TEMPERATURE, dtype=query.dtype, device=query.device)
     leaves = [each.clone().requires_grad_() for each in (query, candidate, temperature)]
     loss = reference.infonce(leaves[0], leaves[1], temperature=leaves[2], symmetric=symmetric)
@@ -50,7 +50,7 @@ def gradients(query: Tensor, candidate: Tensor, *, symmetric: bool) -> list[Tens
 
 
 def measure(rival: Rival, dtype: str, cosine: float, *, n: int, width: int, draws: int, device: str) -> dict[str, Any]:
-    """The largest relative errors of one rival; n rows of a width, ``draws`` times."""
+    """Measures the largest relative errors of one rival over ``draws`` draws of n rows with this width."""
     worst = [0.0, 0.0]
     for draw, symmetric in product(range(draws), (False, True)):
         made = rows(n, width, cosine, torch.Generator().manual_seed(draw))
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases, options.repeats = cases[:3], 1
     size = {"n": 12, "width": 8} if options.smoke else {"n": 500, "width": 128}
     found = []
-    # A process of its own, since TRITON_INTERPRET counts when Triton is imported.
+    # In a separate process, since Triton reads TRITON_INTERPRET when it is imported.
     start = _interpret if options.device == "cpu" else None
     progress, advance = bar("precision", len(cases))
     with progress, ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start) as pool:

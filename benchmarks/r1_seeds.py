@@ -1,4 +1,4 @@
-"""Runs the main job with several seeds: the results of recipes/r1.yaml on the test split, mean and spread.
+"""Runs the main job with several seeds, for the mean and spread of the results of recipes/r1.yaml on the test split.
 
     python -m benchmarks.r1_seeds --seeds 1 2 3
     python -m benchmarks.r1_seeds --seeds 1 2 3 --at-once 3      one thread per run, three runs in parallel
@@ -35,11 +35,11 @@ SHIPPED = (
     _TINY / "tokenizer.json",
     ROOT / "src" / "mmemb" / "data" / "bundled" / "pool.parquet",
 )
-"""Files from which a run begins, next to the recipe."""
+"""Files with which a run begins, in addition to the recipe."""
 
 
 def made_from(extra: Sequence[str]) -> str:
-    """A digest of the recipe, the shipped files and the other words of the command; of a file, its content counts."""
+    """A digest of the recipe, the shipped files and the other words of the command. Files count by their content."""
     content = [RECIPE.read_bytes(), *(path.read_bytes() for path in SHIPPED if path.is_file())]
     content += [_content(word) for word in extra]
     return digest([bytes_digest(each) for each in content])
@@ -48,7 +48,7 @@ def made_from(extra: Sequence[str]) -> str:
 def _content(word: str) -> bytes:
     try:
         return Path(word).read_bytes() if Path(word).is_file() else word.encode()
-    except OSError:  # the word is longer than a file name can be
+    except OSError:  # the word is too long for a file name
         return word.encode()
 
 
@@ -87,7 +87,7 @@ def lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Unknown words of the command go to `mmemb fit`."""
+    """Runs all seeds and writes the summaries. Unknown words of the command are passed to `mmemb fit`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--at-once", type=int, default=1, help="parallel runs; their times are then not comparable")

@@ -1,12 +1,12 @@
-"""What an evaluator saves by encoding a pair's prompt once for all its arms, against once an arm.
+"""Measures the gain from encoding a pair's prompt once for all arms of an evaluator instead of once per arm.
 
     python -m benchmarks.score
 
-Scores pairs of the bundled data with the `tiny` model, each without a rationale, with every candidate of the bundled
-pool and with as many placebos, by every evaluator (`plausible`, which asks thirty times as much, for an eighth of the
-pairs). The rival makes one plain forward pass over prompt and continuation for every arm: nothing is shared, and no
-cache is kept. Rows a second and ratios (rival / shared, in the same repetition) are by the wall clock, with the ratio
-of CPU seconds (on a GPU, of seconds between its events) beside.
+Every evaluator scores pairs of the bundled data with the `tiny` model: without a rationale, with every candidate of the
+bundled pool, and with as many placebos. `plausible` scores an eighth of the pairs, because it does thirty times as much
+work. The rival makes one plain forward pass over prompt and continuation for every arm, shares nothing and keeps no
+cache. Rows per second and ratios (rival / shared, in the same repetition) use the wall clock. Another column has the
+ratio of CPU seconds (on a GPU, of seconds between its events).
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ _TASKS = ("name", "flagattr", "left1", "findscene")
 
 
 def evaluators(device: str) -> dict[str, Evaluator]:
-    """All, on the shipped model. It was never taught to say yes or no; which two words are compared costs the same."""
+    """All evaluators, with the shipped model.
+
+    The model never learned to say yes or no, but the cost does not depend on the two words that the judge compares.
+    """
     backbone, pooler = TinyBackbone().to(device), EmbedToken()
     model = Model.assemble(backbone, pooler)
     yes, no, *_ = (word for word in ("red", "apple", "dog", "left", "of") if len(backbone.tokenize(word)) == 1)
@@ -55,7 +58,7 @@ def evaluators(device: str) -> dict[str, Evaluator]:
 
 
 def rows_of(pairs: Sequence[Pair], *, most: int) -> tuple[list[Pair], list[str | None]]:
-    """Every arm of the pairs: none, up to ``most`` candidates of the pool, and the next pair's as placebos."""
+    """Every arm of the pairs: none, up to ``most`` candidates of the pool, and those of the next pair as placebos."""
     pool = RationalePool.open("bundled:pool")
     texts = [
         [each.text for each in pool.candidates(pair.id).rationales[:most]] or [pair.positive.text] for pair in pairs
@@ -68,7 +71,7 @@ def rows_of(pairs: Sequence[Pair], *, most: int) -> tuple[list[Pair], list[str |
 def plain_states(
     backbone: Backbone, items: Sequence[Item], continuations: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """As `mmemb.inference.shared_prompts.continuation_states`, one pass over prompt and continuation per row."""
+    """Does what `mmemb.inference.shared_prompts.continuation_states` does, with one whole pass per row."""
     order = length_order(items)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -81,7 +84,7 @@ def plain_states(
 
 
 def continued(prompts: ModelInputs, continuations: Sequence[Sequence[int]]) -> ModelInputs:
-    """Prompts [B, T] with token ids behind them, left-padded anew."""
+    """Appends token ids to prompts [B, T] and left-pads them again."""
     ids, mask, positions = (prompts.tensors[name] for name in ("input_ids", "attention_mask", "position_ids"))
     axes = positions if positions.ndim == 3 else positions[None]  # [3 or 1, B, T]
     lengths = mask.sum(1).tolist()
@@ -101,14 +104,14 @@ def continued(prompts: ModelInputs, continuations: Sequence[Sequence[int]]) -> M
 
 
 def apart(evaluator: Evaluator, pairs: Sequence[Pair], texts: Sequence[str | None]) -> list[float]:
-    """Scores with nothing shared. Copies of the pairs suffice for `retrieval`: its rows are then whole sequences."""
+    """Scores with nothing shared. For `retrieval` copies of the pairs suffice: its rows are then whole sequences."""
     copies = [replace(pair, query=replace(pair.query)) for pair in pairs]
     with mock.patch.object(inference, "continuation_states", plain_states):
         return evaluator.score(copies, texts)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row an evaluator and task."""
+    """Measures one row per evaluator and task."""
     rows = []
     each = 4 if options.smoke else options.pairs
     for kind, evaluator in evaluators(options.device).items():
@@ -140,7 +143,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     made = parser(__doc__ or "")
-    made.add_argument("--pairs", type=int, default=64, help="pairs a task (default: %(default)s)")
+    made.add_argument("--pairs", type=int, default=64, help="pairs per task (default: %(default)s)")
     options = made.parse_args(argv)
     rows = measure(options)
     append(rows, output=options.output, name="score", smoke=options.smoke, device=options.device)

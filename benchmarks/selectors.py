@@ -1,18 +1,21 @@
-"""Does selection work? The bundled task on a pool of which half is corrupted, by selector, several seeds, same steps.
+"""Tests whether selection works: trains with each selector on a pool of which half is corrupted.
+
+All selectors train on the bundled tasks, for the same number of steps and with several seeds.
 
     python -m benchmarks.selectors
     python -m benchmarks.selectors --steps 300 --tasks flagattr left1 --pairs 200 --seeds 1
     python -m benchmarks.selectors --selectors random counterfactual my_module.MySelector
 
-1. A pool of two candidates a pair: the row's own rationale (`metadata`), and the same damaged (`corrupting`).
-2. An embedder to score it: the joint phase on randomly chosen candidates, so that it knows no more than the pool does.
-   It scores twice: by `retrieval` alone, and checked by `plausible`, for which it is the writer too.
-3. What each selector keeps and chooses by either score, against the known corruption.
-4. For every selector and seed a run of recipes/r1.yaml on that pool and its `plausible` scores, on the test split.
+1. It makes a pool of two candidates per pair: the row's own rationale (`metadata`), and a damaged copy (`corrupting`).
+2. It trains an embedder to score the pool: the joint phase on randomly chosen candidates, so that the embedder knows no
+   more than the pool. It scores twice: with `retrieval` alone, and checked by `plausible` with the embedder as writer.
+3. It compares what each selector keeps and chooses by each score with the known corruption.
+4. For every selector and seed it runs recipes/r1.yaml on that pool and its `plausible` scores, and evaluates on the
+   test split.
 
-Prints both tables and writes `benchmarks/results/selectors.json`. What is finished is not done again: a stopped
-benchmark goes on where it was. Pool, embedder and runs lie in a folder named by all that they depend on, so other
-options begin anew. ``none`` trains the direct path alone.
+Prints both tables and writes `benchmarks/results/selectors.json`. Finished work is not repeated, so a stopped benchmark
+continues where it was. Pool, embedder and runs are in a folder named by everything that they depend on, so other
+options start from the beginning. ``none`` trains only the direct path.
 """
 
 from __future__ import annotations
@@ -49,10 +52,10 @@ from mmemb.types import Pair
 
 SELECTORS = ("none", "random", "counterfactual", "best_of", "oracle")
 NEEDS_REASONING = ("fact", "flagattr", "left1", "flagscene")
-"""Tasks whose answer is not what the picture shows: they take a step that a rationale can spell out."""
+"""Tasks whose answer is not in the picture: they need a step that a rationale can spell out."""
 MARGINS = {"plausible": -0.05, "retrieval": 0.0}
-"""Least gain by the evaluator, in nats. Checked texts need do no harm: where the direct path finds the target without
-help, the sign of a gain is chance. Training takes the first."""
+"""Margin of the gain by evaluator, in nats. For checked texts it is enough that they do no harm: if the direct path
+finds the target without help, the sign of a gain is chance. Training uses the first evaluator."""
 _DRAWS = 16
 _CORRUPTING = {"class_path": "corrupting", "init_args": {"worker": "metadata", "share": 1.0}}
 
@@ -63,13 +66,13 @@ _CORRUPTING = {"class_path": "corrupting", "init_args": {"worker": "metadata", "
 def overlay(
     tasks: Sequence[str], *, steps: int, pairs: int | None = None, queries: int | None = None
 ) -> dict[str, Any]:
-    """What every run changes of recipes/r1.yaml: length, tasks (with the recipe's weights), no validation.
+    """The settings of recipes/r1.yaml that every run changes: length, tasks (with the recipe's weights), no validation.
 
     Args:
-        tasks: trained and tested.
-        steps: of training.
-        pairs: training pairs of each task, for pool and training; None: all.
-        queries: test queries of each task; None: all.
+        tasks: tasks that are trained and tested.
+        steps: number of training steps.
+        pairs: training pairs of each task, for pool and training; None for all.
+        queries: test queries of each task; None for all.
     """
     recipe = yaml.safe_load(r1_seeds.RECIPE.read_text(encoding="utf-8"))
     sources = []
@@ -89,15 +92,15 @@ def overlay(
 
 
 def write(path: Path, content: Any) -> Path:
-    """Writes YAML, whole or not at all; returns the path."""
+    """Writes a YAML file completely or not at all; returns the path."""
     return write_text(path, yaml.safe_dump(content))
 
 
 def mmemb(*words: str) -> None:
-    """A command of its own process.
+    """Runs an mmemb command in a separate process.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the command failed.
     """
     subprocess.run([sys.executable, "-m", "mmemb", *words], check=True)
 
@@ -106,7 +109,7 @@ def mmemb(*words: str) -> None:
 
 
 def make_pool(folder: Path, settings: dict[str, Any], *, evaluator_steps: int) -> Path:
-    """The scored pool: what is there already is kept."""
+    """Makes the scored pool; keeps parts that exist already."""
     place = folder / "pool"
     pool = {"path": str(place), "workers": ["metadata", _CORRUPTING], "candidates": 1}
     made = write(folder / "pool.yaml", {**settings, "model": {**settings["model"], "pool": pool}})
@@ -136,20 +139,21 @@ def make_pool(folder: Path, settings: dict[str, Any], *, evaluator_steps: int) -
 
 @dataclass
 class Selected:
-    """What a selector does to good and corrupted candidates; None where it has no say.
+    """The shares of good and corrupted candidates that a selector keeps; None where the selector does not decide.
 
     Attributes:
-        evaluator: whose scores it sees.
-        selector: its name.
-        task: the task, or ``reasoning`` for those that need it, or ``all``.
-        precision: share of good ones among the rationales chosen.
-        recall: share of pairs for which a good one is chosen, of the pairs that have one.
+        evaluator: the evaluator whose scores the selector sees.
+        selector: the selector's name.
+        task: the task, or ``reasoning`` for the tasks that need it, or ``all``.
+        precision: share of good candidates among those chosen.
+        recall: share of pairs for which a good candidate is chosen, among the pairs that have one.
         keeps_good: share of good candidates whose gain exceeds the margin.
-        rejects_corrupted: share of corrupted candidates whose gain does not.
-        rejects_wrong_entity: of those that speak of another item, as the next two of one kind of damage.
-        rejects_empty_talk: of those that say nothing.
-        rejects_shuffled: of those with every word left, in another order: an embedder may still gain by them.
-        none: median log-probability of the target without a rationale, in nats: near 0 there is nothing to gain.
+        rejects_corrupted: share of corrupted candidates whose gain does not exceed the margin.
+        rejects_wrong_entity: the same share, among candidates about another item.
+        rejects_empty_talk: the same share, among candidates that say nothing.
+        rejects_shuffled: the same share, among candidates with the words in another order, which may still help an
+            embedder.
+        none: median log-probability of the target without a rationale, in nats; near 0 there is nothing to gain.
     """
 
     evaluator: str
@@ -166,10 +170,10 @@ class Selected:
 
 
 def selector_of(name: str, margin: float | None = None) -> Selector:
-    """A selector by short name or class path, with its own defaults but for the margin, if it has one.
+    """Builds a selector by short name or class path, with its defaults except for the margin, if it has one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such selector.
     """
     if "." not in name:
         made = create("selector", name)
@@ -178,9 +182,9 @@ def selector_of(name: str, margin: float | None = None) -> Selector:
         try:
             made = getattr(importlib.import_module(module), attribute)()
         except (ImportError, AttributeError, TypeError) as error:
-            raise ValueError(f"--selectors {name}: {error}; name a selector's class that needs no arguments") from None
+            raise ValueError(f"--selectors {name}: {error}; give a selector class that needs no arguments") from None
     if not isinstance(made, Selector):
-        raise ValueError(f"--selectors {name}: not a selector; name a class that is one")
+        raise ValueError(f"--selectors {name}: not a selector; give a class derived from Selector")
     if margin is not None and _takes_margin(made):
         made.margin = margin  # type: ignore[attr-defined]
     return made
@@ -189,7 +193,7 @@ def selector_of(name: str, margin: float | None = None) -> Selector:
 def selection(
     pool: RationalePool, pairs: Sequence[Pair], tasks: Sequence[str], selectors: Sequence[str] = SELECTORS
 ) -> list[Selected]:
-    """One entry a selector (other than ``none``) and task, by the evaluator that the pool was opened with."""
+    """One entry per selector (other than ``none``) and task, with the evaluator with which the pool was opened."""
     groups = {task: [pair for pair in pairs if pair.task == task] for task in tasks}
     groups["reasoning"] = [pair for pair in pairs if pair.task in NEEDS_REASONING]
     groups["all"] = list(pairs)
@@ -203,7 +207,7 @@ def selection(
 
 def _selected(name: str, task: str, selector: Selector, pool: RationalePool, pairs: Sequence[Pair]) -> Selected:
     chosen = good_chosen = have_good = 0
-    kept_of: dict[str, list[bool]] = {}  # by damage, "" for the good ones
+    kept_of: dict[str, list[bool]] = {}  # by kind of damage; "" for good candidates
     margin = getattr(selector, "margin", None)
     without: list[float] = []
     for pair in pairs:
@@ -250,12 +254,12 @@ def _rejected(kept: Sequence[bool]) -> float | None:
 def train(
     selector: str, seed: int, *, folder: Path, settings: dict[str, Any], pool: Path, at_once: int
 ) -> dict[str, Any]:
-    """The summary of one run, with its selector; a finished one is read."""
+    """Trains one run unless it is finished; returns its summary with its selector."""
     changes: dict[str, Any] = {"selector": None, "pool": None, "controllers": ["never"]}
     if selector != "none":
         changes = {"selector": _with_margin(selector), "pool": {"path": str(pool)}}  # the first evaluator by name
     made = write(folder / f"{selector}.yaml", {**settings, "model": {**settings["model"], **changes}})
-    # Not the bare name: beside the configuration such a folder would be taken for the selector.
+    # Not the bare name, since a folder next to the configuration would be mistaken for the selector.
     found = r1_seeds.run(seed, folder=folder / f"runs_{selector}", at_once=at_once, extra=["--config", str(made)])
     return {"selector": selector, **found}
 
@@ -270,7 +274,7 @@ def _takes_margin(selector: Selector) -> bool:
 
 
 def hits(runs: Sequence[dict[str, Any]], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean over seeds, and the spread of several, of hit@1 by selector, row and task, with seconds."""
+    """Mean (and with several seeds, spread) of hit@1 over seeds, by selector, row and task, and the seconds."""
     rows = []
     for selector in dict.fromkeys(run["selector"] for run in runs):
         mine = [run for run in runs if run["selector"] == selector]
@@ -299,25 +303,27 @@ def _mean_and_spread(values: Iterable[float]) -> str:
 
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options with those of ``--smoke`` filled in."""
+    """Reads the options, and sets those that ``--smoke`` implies."""
     made = parser(__doc__ or "")
     every = [
         task for source in yaml.safe_load(r1_seeds.RECIPE.read_text())["data"]["train"] for task in source["tasks"]
     ]
     made.add_argument("--steps", type=int, default=400, help="training steps of a run (default: %(default)s)")
-    made.add_argument("--evaluator-steps", type=int, default=250, help="of the scoring embedder (default: %(default)s)")
+    made.add_argument(
+        "--evaluator-steps", type=int, default=250, help="steps of the scoring embedder (default: %(default)s)"
+    )
     made.add_argument("--tasks", nargs="+", default=every, help="tasks trained and tested (default: all)")
-    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run each (default: 1 2 3)")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run per seed (default: 1 2 3)")
     made.add_argument("--pairs", type=int, help="training pairs of each task, for pool and training (default: all)")
     made.add_argument(
         "--selectors",
         nargs="+",
         metavar="NAME",
         default=list(SELECTORS),
-        help=f"short names or class paths, or none for the direct path alone (default: {' '.join(SELECTORS)})",
+        help=f"short names or class paths, or none for only the direct path (default: {' '.join(SELECTORS)})",
     )
-    made.add_argument("--at-once", type=int, default=1, help="runs side by side; their seconds then mean little")
-    made.add_argument("--folder", type=Path, default=Path("runs/selectors"), help="where pool and runs go")
+    made.add_argument("--at-once", type=int, default=1, help="parallel runs; their times are then not comparable")
+    made.add_argument("--folder", type=Path, default=Path("runs/selectors"), help="folder of pool and runs")
     options = made.parse_args(argv)
     for name in options.selectors:
         if name != "none":

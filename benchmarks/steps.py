@@ -1,11 +1,11 @@
-"""The ways to an optimiser step of the bundled tiny model, and the measurement of one of them.
+"""The methods to make an optimiser step of the bundled tiny model, and the measurement of one method.
 
-Run by `benchmarks.gradcache` in a process of its own, so that running out of memory ends that process alone:
+`benchmarks.gradcache` runs it in a separate process, so that running out of memory ends only that process:
 
     python -m benchmarks.steps '{"way": "mmemb", "batch": 64, ...}'      the fields of `Task`; prints JSON
 
-Legend: N pairs of the batch, C rows of a chunk, D embedding width. A chunk of the cached ways is C queries or C
-targets, never both, so that every one of them holds the graph of as many rows.
+Legend: N pairs of the batch, C rows of a chunk, D embedding width. A chunk of the cached methods is C queries or C
+targets, never both, so that the graph of every chunk has the same number of rows.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ from mmemb.types import ModelInputs
 
 WAYS = ("mmemb", "mmemb-kept", "plain", "sentence-transformers")
 DISTINCT = 256
-"""Different pairs at most; a larger batch repeats them, which costs a step the same."""
+"""Maximum number of different pairs; a larger batch repeats them, which does not change the cost of a step."""
 STATUS = Path("/proc/self/status")
-"""Where Linux says what a process holds."""
+"""File in which Linux reports the memory of a process."""
 CHECKED = 2
-"""Chunks of the batch on which a way's gradients are compared with the plain step's."""
+"""Chunks of the batch on which a method's gradients are compared with those of the plain step."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures.
+    """The task of one process.
 
     Attributes:
         way: one of `WAYS`.
-        batch: pairs of a step, a multiple of ``chunk``.
-        chunk: rows of one backward pass, of one side (of the plain step: all rows of both).
+        batch: pairs per step, a multiple of ``chunk``.
+        chunk: rows of one backward pass, all from one side. The plain step takes all rows of both sides at once.
         device: ``cpu`` or ``cuda``.
-        repeats: most repetitions.
+        repeats: maximum number of repetitions.
         seconds: time for the repetitions; at least one is made.
-        budget_mb: memory in 10^6 bytes that the step may take beyond what the process holds before it; None: no bound.
+        budget_mb: memory in 10^6 bytes that the step may take in addition to what the process held before it; None for
+            no limit.
     """
 
     way: str
@@ -100,7 +101,10 @@ class Bench:
         return self.encode(self._targets[number % len(self._targets)])
 
     def backward(self, way: str, batch: int) -> Callable[[], None]:
-        """A way to the parameters' gradients of the loss over ``batch`` pairs; the inputs are prepared beforehand."""
+        """Makes a function that computes the parameters' gradients over ``batch`` pairs with a method.
+
+        The inputs are prepared beforehand.
+        """
         chunks = range(batch // self.chunk)
         if way == "floor":
             return lambda: self._floor(chunks)
@@ -112,7 +116,7 @@ class Bench:
         return self._cached_multiple_negatives(batch)
 
     def step(self, way: str, batch: int) -> Callable[[], None]:
-        """The same with the optimiser's step."""
+        """Makes a function like that of `backward` that also makes the optimiser's step."""
         backward = self.backward(way, batch)
 
         def run() -> None:
@@ -123,7 +127,7 @@ class Bench:
         return run
 
     def gradient(self, way: str, batch: int) -> Tensor:
-        """All parameters' gradients in a row."""
+        """The gradients of all parameters as one vector."""
         self.optimizer.zero_grad()
         self.backward(way, batch)()
         found = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in self.parameters]
@@ -135,7 +139,7 @@ class Bench:
         return self.backbone.prepare([getattr(pair, side) for pair in rows]).to(self.device)
 
     def _floor(self, chunks: range) -> None:
-        """Every chunk forward and backward once, with a loss of its own: no way that sees all pairs does less."""
+        """Runs every chunk forward and backward once with its own loss; no method that sees all pairs does less."""
         for number in chunks:
             full_matrix(self.query(number), self.target(number)).backward()
 
@@ -153,9 +157,9 @@ class Bench:
         cached_step([(side, number) for side in sides for number in chunks], forward, all_rows, kept_graphs=kept_graphs)
 
     def _cached_multiple_negatives(self, batch: int) -> Callable[[], None]:
-        """sentence-transformers' loss around the same model: its cache, its loss, its second pass.
+        """Uses the loss of sentence-transformers with the same model: its cache, its loss, its second pass.
 
-        Its mini-batches are cut out of a column of row numbers, by which the model finds its prepared chunk.
+        Its mini-batches are cut from a column of row numbers, with which the model finds its prepared chunk.
         """
         losses: Any = importlib.import_module("sentence_transformers.sentence_transformer.losses")
         loss = losses.CachedMultipleNegativesRankingLoss(
@@ -166,7 +170,7 @@ class Bench:
 
 
 class _ByRowNumber(nn.Sequential):
-    """What sentence-transformers takes for a model: rows 0 ... N - 1 are queries, N ... 2 N - 1 their targets."""
+    """Looks like a model to sentence-transformers: rows 0 ... N - 1 are queries, N ... 2 N - 1 their targets."""
 
     def __init__(self, bench: Bench, batch: int) -> None:
         super().__init__(nn.Identity())
@@ -178,12 +182,12 @@ class _ByRowNumber(nn.Sequential):
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Error, peak memory and times of a way; a note instead where it runs out of memory."""
+    """Measures error, peak memory and times of a method; returns a note instead if it runs out of memory."""
     bench = Bench(task)
     few = min(task.batch, CHECKED * task.chunk)
     plain, found = bench.gradient("plain", few), bench.gradient(task.way, few)
     step, floor = bench.step(task.way, task.batch), bench.step("floor", task.batch)
-    bench.step("floor", few)()  # the optimiser's state is there before memory is looked at
+    bench.step("floor", few)()  # makes the optimiser's state before memory is measured
     too_large = f"does not fit in {task.budget_mb:.0f} MB" if task.budget_mb else "out of memory"
     try:
         peak, first = _bounded(step, task)
@@ -191,7 +195,7 @@ def measure(task: Task) -> dict[str, Any]:
         if "memory" not in str(failure).lower() and not isinstance(failure, MemoryError):
             raise
         return {"note": too_large}
-    if task.budget_mb is not None and peak > task.budget_mb:  # what was freed before is the process's own yet
+    if task.budget_mb is not None and peak > task.budget_mb:  # the process still holds memory that was freed before
         return {"note": too_large}
     repeats = max(1, min(task.repeats, int(task.seconds / (2 * harness.busy_seconds(first, device=task.device)))))
     times = harness.paired({"floor": floor, "way": step}, repeats=repeats, device=task.device, warm_up=False)
@@ -206,10 +210,10 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def _bounded(step: Callable[[], None], task: Task) -> tuple[float, float]:
-    """Peak memory of a step beyond what there was, in 10^6 bytes, and its seconds, within the budget.
+    """Runs a step within the budget; returns the peak memory that it adds, in 10^6 bytes, and its seconds.
 
-    On a CPU it is the process's resident memory (of tensors alone where the system does not tell); on a GPU that of its
-    tensors.
+    On a CPU this is the process's resident memory, or that of its tensors if the system does not report it. On a GPU it
+    is the memory of its tensors.
     """
     if task.device == "cpu" and STATUS.exists():
         return _bounded_resident(step, task.budget_mb)
@@ -229,19 +233,19 @@ def _bounded(step: Callable[[], None], task: Task) -> tuple[float, float]:
 
 def _bounded_resident(step: Callable[[], None], budget_mb: float | None) -> tuple[float, float]:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # memory that was freed goes back to the system, lest the step find it lying about
+    if trim is not None:  # returns freed memory to the system, so that the step cannot use it again
         trim(0)
     before = _status("VmRSS")
     with nullcontext() if budget_mb is None else _limited(_status("VmData") + budget_mb):
-        STATUS.with_name("clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+        STATUS.with_name("clear_refs").write_text("5", encoding="ascii")  # resets the peak
         seconds = harness.timed(step, device="cpu")
     return _status("VmHWM") - before, seconds
 
 
 @contextmanager
 def _limited(megabytes: float) -> Iterator[None]:
-    """The process may hold so much data, 10^6 bytes, while the context lasts."""
-    import resource  # not on every system
+    """Limits the data of the process to this many 10^6 bytes while the context lasts."""
+    import resource  # not available on every system
 
     least, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (int(megabytes * 1e6), most))
@@ -252,7 +256,7 @@ def _limited(megabytes: float) -> Iterator[None]:
 
 
 def _status(name: str) -> float:
-    """A line of the process's status in 10^6 bytes."""
+    """Reads a line of the process's status, in 10^6 bytes."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1.024e-3
 

@@ -47,20 +47,20 @@ STYLES = {
     "fluent-color": "@iconify-json/fluent-emoji",
     "streamline": "@iconify-json/streamline-emojis",
 }
-"""Further styles, for training pictures only: with two, a withheld picture's thing was seen in one drawing alone."""
+"""More styles, for training pictures only. With two styles, the thing of a withheld picture was seen in one drawing."""
 MISNAMED = {("streamline", "turkey")}
-"""Pictures of a style that show another thing of that name (here the flag)."""
+"""Pictures of a style that show another thing with the same name (here the flag)."""
 SIDE, LIMIT_BYTES = 64, 5_000_000
 QUALITY, STYLE_QUALITY = 85, 75
-"""Of the WebP files: the vendors', the further styles'."""
+"""Quality of the WebP files: of the vendors' pictures, and of the other styles."""
 
 WITHHELD = {
     "emoji": {"test": 110, "control": 60, "validation": 60},
     "flag": {"test": 40, "control": 15, "validation": 15},
 }
-"""Entities a split takes one vendor's picture of, by kind."""
+"""Number of entities of which a split withholds one vendor's picture, by kind."""
 COUNTRIES = {"test": 45, "control": 25, "validation": 20}
-"""Countries whose flag -> attribute composition belongs to a held-out split; the others are train."""
+"""Number of countries whose flag -> attribute composition is in a held-out split; the others are in train."""
 SCENE_VOCABULARY = 80
 
 SUBCATEGORIES = {
@@ -91,7 +91,7 @@ SUBCATEGORIES = {
     ),
     "being": ("face-costume",),
 }
-"""Categories of the data set, from the sub-categories of the emoji tables."""
+"""Category of the data set -> sub-categories of the emoji tables."""
 
 # Near-duplicates of a kept picture, composites, symbols and names that do not say what is drawn.
 DROPPED = """
@@ -144,7 +144,7 @@ RENAMED = {
     "construction": "construction barrier",
 }
 
-# Uninhabited places, unions, and dependent territories with flags hard to tell apart at 64 pixels.
+# Uninhabited places, unions, and dependent territories with flags that look alike at 64 pixels.
 DROPPED_TERRITORIES = """
 AC AI AQ AS AX BL BQ BV CC CP CQ CX DG EA EH EU FK GF GG GP GS HM IC IM IO JE MF MP MQ MS
 NC NF NU PM PN RE SH SJ TA TC TF TK UM UN VG VI WF YT
@@ -166,7 +166,7 @@ COUNTRY_NAMES = {
     "TT": "trinidad",
     "VC": "saint vincent",
 }
-# English names too long for a small vocabulary.
+# English names that are too long for a small vocabulary.
 CURRENCY_NAMES = {
     "AED": "emirati dirham",
     "BAM": "convertible mark",
@@ -174,17 +174,17 @@ CURRENCY_NAMES = {
     "STN": "dobra",
     "TTD": "trinidad dollar",
 }
-# Where the first current legal tender of CLDR is not the country's own main one.
+# Countries for which CLDR's first current legal tender is not the main currency.
 MAIN_CURRENCY = {"LS": "LSL"}
 
 
 def order(*parts: object) -> int:
-    """A stable pseudo-random number of its arguments, 64 bits."""
+    """A stable pseudo-random number made from the arguments, 64 bits."""
     return number_of("/".join(map(str, parts)))
 
 
 def plain(name: str) -> str:
-    """Lower case, ASCII, straight quotes: what a vocabulary of a few hundred words can hold."""
+    """The name in lower case and ASCII, with straight quotes, for a vocabulary of a few hundred words."""
     text = unicodedata.normalize("NFKD", name.replace("’", "'").replace("&", "and"))
     return " ".join("".join(c for c in text if ord(c) < 128).lower().split())
 
@@ -192,7 +192,7 @@ def plain(name: str) -> str:
 def current_currency(
     code: str, entries: Sequence[Mapping[str, Mapping[str, str]]], today: str = "2026-01-01"
 ) -> str | None:
-    """ISO 4217 code of the main legal tender, or None: the first of CLDR's entries that has not ended."""
+    """ISO 4217 code of the main legal tender (the first of CLDR's entries that has not ended), or None."""
     if code in MAIN_CURRENCY:
         return MAIN_CURRENCY[code]
     for entry in entries:
@@ -207,7 +207,7 @@ def current_currency(
 
 
 def main_language(languages: Mapping[str, Mapping[str, str]]) -> str | None:
-    """Code of the most spoken official language (of those official in fact, where none is by law), or None."""
+    """Code of the most spoken official language, or None. If none is official by law, those official in fact count."""
     for status in ("official", "de_facto_official"):
         found = [
             (-float(facts["_populationPercent"]), code.split("_")[0])
@@ -222,14 +222,14 @@ def main_language(languages: Mapping[str, Mapping[str, str]]) -> str | None:
 def spread(codes: Iterable[str], groups: Mapping[str, str], counts: Mapping[str, int], salt: str) -> dict[str, str]:
     """Assigns ``counts[split]`` of the codes to each split, evenly over their groups; the rest is left out."""
     ranked = sorted(codes, key=lambda code: (groups[code], order(salt, code)))
-    # Every ranked position gets a place in (0, 1) by a low-discrepancy sequence; neighbours in rank land far apart.
+    # A low-discrepancy sequence gives every rank a place in (0, 1), so that neighbours in rank are far apart.
     places = sorted(range(len(ranked)), key=lambda i: (i * 0.6180339887498949) % 1.0)
     splits = [split for split, count in counts.items() for _ in range(count)]
     return {ranked[place]: split for place, split in zip(places, splits, strict=False)}
 
 
 class Package:
-    """One npm archive, read in place."""
+    """An npm archive that is read without unpacking."""
 
     def __init__(self, path: Path) -> None:
         self._tar = tarfile.open(path)  # noqa: SIM115 - lives as long as the object
@@ -249,7 +249,7 @@ class Package:
 
 
 def fetch(folder: Path) -> dict[str, Package]:
-    """Opens the archives in the folder, after `npm pack` of those that are missing."""
+    """Opens the archives in the folder, after `npm pack` has fetched the missing ones."""
     folder.mkdir(parents=True, exist_ok=True)
     packages = {}
     for name, version in PACKAGES.items():
@@ -261,7 +261,7 @@ def fetch(folder: Path) -> dict[str, Package]:
 
 
 def picture(data: bytes, *, quality: int = QUALITY) -> bytes:
-    """A PNG as WebP, 64 x 64, flattened on white."""
+    """Converts a PNG to WebP of 64 x 64 pixels on a white background."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -273,12 +273,12 @@ def picture(data: bytes, *, quality: int = QUALITY) -> bytes:
 
 
 def style_pictures(style: str, package: Package, names: Mapping[str, str]) -> dict[str, bytes]:
-    """A further style's SVG, drawn, of those entities that it has, by picture name.
+    """Draws the SVG pictures of one more style for the entities that it has; returns them by picture name.
 
     Args:
-        style: its name.
-        package: says by code points what it has, or else by names.
-        names: of the entities, by key.
+        style: name of the style.
+        package: archive of the style, which lists its pictures by code point, or else by name.
+        names: names of the entities, by key.
     """
     import resvg_py
 
@@ -302,12 +302,12 @@ def style_pictures(style: str, package: Package, names: Mapping[str, str]) -> di
 
 
 def squeezed(name: str) -> str:
-    """A name's letters and digits."""
+    """Only the letters and digits of a name."""
     return "".join(character for character in plain(name) if character.isalnum())
 
 
 def emoji_entities(table: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The non-flag entities: codepoint key -> name, category, kind, picture file."""
+    """The entities other than flags: code point key -> name, category, kind, picture file."""
     category_of = {sub: category for category, subs in SUBCATEGORIES.items() for sub in subs}
     drop, entities, taken = set(DROPPED.replace("\n", "").split("|")), {}, set[str]()
     for row in sorted(table, key=lambda row: row["sort_order"]):
@@ -333,7 +333,7 @@ def emoji_entities(table: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
 
 
 def country_entities(table: Sequence[Mapping[str, Any]], cldr: Package, english: Any) -> dict[str, dict[str, Any]]:
-    """The flags: codepoint key -> name, category, kind, picture file, country code, attributes."""
+    """The flags: code point key -> name, category, kind, picture file, country code, attributes."""
     currencies = cldr.json("supplemental/currencyData.json")["supplemental"]["currencyData"]["region"]
     territories = cldr.json("supplemental/territoryInfo.json")["supplemental"]["territoryInfo"]
     containment = cldr.json("supplemental/territoryContainment.json")["supplemental"]["territoryContainment"]
@@ -378,8 +378,9 @@ def country_entities(table: Sequence[Mapping[str, Any]], cldr: Package, english:
 def assign_splits(entities: dict[str, dict[str, Any]]) -> None:
     """Adds ``withheld`` (vendor -> split), ``split`` of countries and ``scene``, in place.
 
-    An entity loses at most one vendor, so its other picture is always a training picture. This is the second draw: an
-    entity withheld in both loses the other vendor, so that no picture is held out whose score was known before.
+    At most one vendor of an entity is withheld, so its other picture is always a training picture. This is the second
+    draw. An entity that is withheld in both draws loses the other vendor this time. So no picture is held out whose
+    score was known before.
     """
     groups = {key: entity["category"] for key, entity in entities.items()}
     for kind, counts in WITHHELD.items():
@@ -401,7 +402,7 @@ def assign_splits(entities: dict[str, dict[str, Any]]) -> None:
 
 
 def without_twins(entities: dict[str, dict[str, Any]], pictures: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Drops an entity if either vendor draws it exactly as an earlier one: no name could be told from the picture."""
+    """Drops an entity if a vendor draws it exactly like an earlier one, since the picture would not decide the name."""
     seen: set[tuple[str, bytes]] = set()
     kept = {}
     for key, entity in entities.items():
@@ -445,7 +446,7 @@ def build(packages: Mapping[str, Package], english: Any) -> tuple[dict[str, Any]
 
 
 def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> int:
-    """Writes both files, each whole or not at all; returns their size in bytes."""
+    """Writes both files, each completely or not at all; returns their size in bytes."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
         for name in sorted(pictures):
@@ -457,7 +458,7 @@ def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes
     files = {"entities.json": table.encode(), "pictures.zip": archive.getvalue()}
     size = sum(map(len, files.values()))
     if size > LIMIT_BYTES:
-        raise ValueError(f"the data set would take {size} bytes, at most {LIMIT_BYTES} are allowed: drop entities")
+        raise ValueError(f"the data set would take {size} bytes, but at most {LIMIT_BYTES} are allowed; drop entities")
     for name, data in files.items():
         with whole_file(output / name) as temporary:
             temporary.write_bytes(data)
@@ -465,21 +466,21 @@ def write(output: Path, content: Mapping[str, Any], pictures: Mapping[str, bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Builds the data set from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Builds pictures.zip and entities.json of the bundled data set.")
     parser.add_argument(
         "--packages",
         type=Path,
-        help="folder of npm archives to use and to fetch missing ones into (default: a temporary one)",
+        help="folder of the npm archives; missing ones are fetched into it (default: a temporary folder)",
     )
     default = Path(__file__).resolve().parents[1] / "src" / "mmemb" / "data" / "bundled"
     parser.add_argument("--output", type=Path, default=default, help="folder to write to (default: the package)")
     options = parser.parse_args(arguments)
     try:
-        import resvg_py  # noqa: F401 - said now rather than after minutes
+        import resvg_py  # noqa: F401 - fails now instead of after minutes
         from babel import Locale
     except ImportError as error:
-        print(f"{error.name} is missing: pip install 'mmemb[tools]'", file=sys.stderr)
+        print(f"{error.name} is not installed; run pip install 'mmemb[tools]'", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         content, pictures = build(fetch(options.packages or Path(temporary)), Locale("en"))

@@ -1,10 +1,10 @@
-"""Makes the rationale pool that ships with the bundled data: generate, train the scoring embedder, score, pack.
+"""Makes the rationale pool of the bundled data: generates, trains the scoring embedder, scores and packs.
 
     python tools/build_pool.py
 
-Four candidates a query by the shipped `tiny` model at temperature 1, one by the `metadata` templates, scored by the
-`retrieval` evaluator under an embedder trained for it (recipes/evaluator.yaml: the joint phase on randomly chosen
-candidates). Every stage resumes where it was. About 15 minutes on two cores.
+The shipped `tiny` model writes four candidates per query at temperature 1, and the `metadata` templates write one. The
+`retrieval` evaluator scores them under an embedder trained for this (recipes/evaluator.yaml, the joint phase on
+randomly chosen candidates). Every stage resumes where it was. Takes about 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ TARGET = ROOT / "src" / "mmemb" / "data" / "bundled" / "pool.parquet"
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/pool"), help="where the pool grows")
-    parser.add_argument("--candidates", type=int, default=4, help="samples of the model a query")
-    parser.add_argument("--steps", type=int, default=250, help="steps of the scoring embedder")
+    parser.add_argument("--folder", type=Path, default=Path("runs/pool"), help="working folder (default: %(default)s)")
+    parser.add_argument(
+        "--candidates", type=int, default=4, help="samples of the model per query (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=250, help="training steps of the scoring embedder (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     pairs = load_pairs("train")
     workers = [ModelWorker(TinyBackbone()), MetadataWorker()]
@@ -38,7 +42,7 @@ def main() -> None:
 
     embedder = arguments.folder / "embedder"
     checkpoint = embedder / "checkpoints" / "last.ckpt"
-    done = embedder / "done"  # the checkpoint alone may be of a run that was stopped
+    done = embedder / "done"  # a checkpoint may come from a run that was stopped
     if not done.is_file():
         logger = "lightning.pytorch.loggers.TensorBoardLogger"
         last = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []

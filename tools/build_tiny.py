@@ -1,11 +1,12 @@
-"""Makes the folder of the ``tiny`` backbone (config, tokenizer, chat template, image processor); packs trained weights.
+"""Makes the folder of the ``tiny`` backbone (config, tokenizer, chat template, image processor) or packs its weights.
 
     python tools/build_tiny.py skeleton               # everything but the weights, from the bundled texts
     python tools/build_tiny.py pack runs/tiny/export  # weights of a saved backbone, in half precision
 
-The tokenizer is a byte-level BPE with few merges, to which the bundled texts' words are added whole: a rationale is
-then short (decoding is a loop in Python) and a name is learned as one thing. Words carry their leading blank even at
-the start of a text, so a word is one token wherever it stands; any other text falls back on the merges and bytes.
+The tokenizer is a byte-level BPE with few merges, and the words of the bundled texts are added whole. So a rationale is
+short, which matters because decoding is a loop in Python, and a name is learned as one token. Words include their
+leading blank even at the start of a text, so a word is the same token at any position. Other texts use the merges and
+bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SPECIALS = (
     "</think>",
     "<emb>",
 )
-# One token opens a picture, one closes the prompt (its state predicts the decision): every further one costs time.
+# One token opens a picture and one closes the prompt (its state predicts the decision). More tokens would cost time.
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|>"
@@ -46,7 +47,7 @@ TEMPLATE = (
 
 
 def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE with few merges, and the corpus's most frequent words whole."""
+    """Trains a byte-level BPE with few merges, and adds the most frequent words of the corpus whole."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=True)
     lines = list(corpus)
     words = Counter(word for line in lines for word, _ in split.pre_tokenize_str(line))
@@ -61,7 +62,7 @@ def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(lines, trainer)
     description = json.loads(tokenizer.to_str())
-    description["model"]["ignore_merges"] = True  # a word of the vocabulary is taken whole, the merges serve the others
+    description["model"]["ignore_merges"] = True  # words of the vocabulary stay whole; the merges are for the others
     vocabulary = description["model"]["vocab"]
     for word, _ in sorted(words.items(), key=lambda entry: (-entry[1], entry[0])):
         if len(vocabulary) >= VOCABULARY:
@@ -71,7 +72,7 @@ def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
 
 
 def build_config(tokenizer: Tokenizer) -> dict[str, object]:
-    """A Qwen3-VL: 4 decoder layers of width 160, a picture encoder of 2 blocks of width 128."""
+    """Config of a Qwen3-VL with 4 decoder layers of width 160 and a picture encoder of 2 blocks of width 128."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -123,10 +124,10 @@ def skeleton(folder: Path, corpus: Iterable[str]) -> None:
     """Writes everything but the weights.
 
     Raises:
-        ValueError: weights are there: they know their tokens by number, and other texts make another tokenizer.
+        ValueError: the folder has weights already. They know tokens by number, and other texts make another tokenizer.
     """
     if (weights := folder / "model.safetensors").exists():
-        raise ValueError(f"{weights}: weights of the present tokenizer are there; delete them to begin anew")
+        raise ValueError(f"{weights}: weights of the current tokenizer exist; delete them to build a new one")
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

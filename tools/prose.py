@@ -1,8 +1,8 @@
 """Checks the English of the documentation: phrases that we do not use, and sentences that are too long.
 
     python tools/prose.py                            README.md, CONTRIBUTING.md, CHANGELOG.md and docs/*.md
-    python tools/prose.py --code                     the docstrings, comments and strings of src/ and components/ too
-    python tools/prose.py --code src/mmemb/losses    those of some rooms only
+    python tools/prose.py --code                     also the docstrings, comments and strings of src/ and components/
+    python tools/prose.py --code src/mmemb/losses    also those of the given folders only
 
 Prints ``file:line: reason`` for each finding; exit code 1 if there is one. Code, HTML comments and generated tables do
 not count. A list item and a table cell are sentences like any other.
@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 30
-"""Words of a sentence."""
+"""Maximum number of words in a sentence."""
 LOGS = {"lab_notes.md"}
-"""Pages that are not checked: dated entries of a log stay as they were written."""
+"""Pages that are not checked, because the dated entries of a log are not changed."""
 
 _COUNTED = (
     r"tokens?|(?:milli)?seconds|minutes|bytes|steps|rows|queries|candidates|samples|rollouts|passes|negatives|one"
@@ -45,7 +45,7 @@ PHRASES = {
     r"above a coin": "gain over random routing",
     r"\[[ASD]\](?!\()": "what the marker means, or nothing",
 }
-"""Pattern of a phrase -> what to write instead. A blank matches any blanks, so that a phrase may cross lines."""
+"""Pattern of a phrase -> what to write instead. A blank matches any white space, so a phrase may cross lines."""
 
 _WORDS = {re.compile(rf"(?<![\w-])(?:{each})(?![\w-])".replace(" ", r"\s+"), re.I): PHRASES[each] for each in PHRASES}
 _NO_PROSE = re.compile(r"^<!-- table: .*?<!-- end of table -->|^(?P<fence>```+).*?^(?P=fence)|<!--.*?-->", re.S | re.M)
@@ -56,14 +56,14 @@ _LIST_OR_HEADING = re.compile(r"^\s*(?:[-*+]|\d+\.|#+|>)\s+")
 
 
 class Finding(NamedTuple):
-    """What is wrong at a line."""
+    """A line and what is wrong there."""
 
     line: int
     reason: str
 
 
 def _blank(match: re.Match[str]) -> str:
-    """As many line ends as there were, so that lines keep their numbers."""
+    """Replaces a match by its line ends, so that lines keep their numbers."""
     return "\n" * match.group().count("\n")
 
 
@@ -84,7 +84,7 @@ def _pieces(page: str) -> Iterator[tuple[int, str]]:
 
 
 def phrases(text: str, first: int = 1) -> Iterator[Finding]:
-    """The phrases in a text that we do not use; ``first`` is the line where the text starts."""
+    """Finds the phrases in a text that we do not use; ``first`` is the line where the text starts."""
     for pattern, better in _WORDS.items():
         for match in pattern.finditer(text):
             found = " ".join(match.group().split())
@@ -92,7 +92,7 @@ def phrases(text: str, first: int = 1) -> Iterator[Finding]:
 
 
 def check_page(page: str) -> list[Finding]:
-    """The findings of a Markdown page in the order of its lines."""
+    """Finds phrases and long sentences in a Markdown page, in the order of its lines."""
     found: list[Finding] = []
     for first, piece in _pieces(page):
         found += phrases(piece, first)
@@ -107,7 +107,7 @@ def check_page(page: str) -> list[Finding]:
 
 
 def check_code(source: str) -> list[Finding]:
-    """The phrases in the docstrings, comments and strings of a Python file, in the order of its lines."""
+    """Finds the phrases in the docstrings, comments and strings of a Python file, in the order of its lines."""
     texts: list[tuple[int, str]] = []
     tree = ast.parse(source)
     formatted = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
@@ -129,9 +129,11 @@ def check_code(source: str) -> list[Finding]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; 1 if there are any."""
+    """Prints the findings; returns 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--code", nargs="*", metavar="PATH", help="Python files or folders too; all without a path")
+    parser.add_argument(
+        "--code", nargs="*", metavar="PATH", help="also check these Python files or folders (default: all)"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the project's folder (default: this project)")
     options = parser.parse_args(argv)
     root: Path = options.root

@@ -1,9 +1,9 @@
-"""The main job in short, from `benchmarks/results/r1_seeds.json`: the README's picture and its few lines of results.
+"""Makes the README's picture and lines of results from `benchmarks/results/r1_seeds.json`.
 
     python -m tools.r1_headline        draws docs/images/quality_tokens.png again
 
-The lines are a table of `tools.update_docs`. The picture carries a digest of the numbers that it
-shows, by which a test finds an old one.
+The lines are a table of `tools.update_docs`. The picture contains a digest of its numbers, with which a test finds a
+picture that is out of date.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _above_random_routing(summary: Summary) -> float:
 
 
 def lines(results: Path) -> str:
-    """A Markdown list: what each path finds, and what the learned decision saves; or that there are no results yet.
+    """A Markdown list of hit@1 on each path and the tokens that the learned decision saves.
+
+    Without results, one sentence says so.
 
     Args:
         results: a JSON list with the `summary.json` of each run.
@@ -87,7 +89,10 @@ def lines(results: Path) -> str:
 
 
 def draw(results: Path = RESULTS, picture: Path = PICTURE) -> Path:
-    """Draws hit@1 against rationale tokens per query, a point a mode with its spread over seeds; returns the PNG."""
+    """Draws hit@1 against rationale tokens per query, one point per mode with its spread over seeds.
+
+    Returns the path of the PNG.
+    """
     summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
     figure = Figure(figsize=(7.5, 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""The results of the main job as Markdown, from `benchmarks/results/r1_seeds.json`, for `tools.update_docs`.
+"""Makes the results of the main job as Markdown from `benchmarks/results/r1_seeds.json`, for `tools.update_docs`.
 
 The file is a JSON list with the `summary.json` of each run, one run per seed. `mmemb.common.vocabulary` names the rows
 and scores of a summary. A table here has one column per row of a summary, since a README has space for tasks downwards.
@@ -33,7 +33,7 @@ Summary = dict[str, Any]
 
 
 def cell(score: str, values: Sequence[float]) -> str:
-    """Mean over the seeds, with the sample standard deviation where there is more than one; empty for nan."""
+    """Mean over the seeds, with the sample standard deviation if there are several seeds; empty for nan."""
     if isnan(statistics.mean(values)):
         return ""
     mean = shown(score, statistics.mean(values))
@@ -44,7 +44,7 @@ def columns(summaries: Sequence[Summary]) -> list[str]:
     """The rows that every run has.
 
     Raises:
-        ValueError: only some runs have a row, so that its column would be the mean of other runs than the rest.
+        ValueError: only some runs have a row, so its mean would be over fewer runs than the other columns.
     """
     found = []
     for row in _SHOWN:
@@ -114,10 +114,10 @@ def _alone(path: Path) -> str:
 
 
 def section(results: Path) -> str:
-    """Everything about the main job, or that no results are kept yet.
+    """The whole section about the main job, or a sentence that no results are kept yet.
 
     Args:
-        results: the file.
+        results: the file with the summaries of the runs.
     """
     name = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
     if not results.exists():

@@ -1,14 +1,15 @@
-"""Turns a finished pretraining run into the shipped weights of the ``tiny`` backbone, and writes their model card.
+"""Ships the weights of a finished pretraining run as those of the ``tiny`` backbone, and writes their model card.
 
     mmemb fit --config recipes/pretrain_tiny.yaml
     python -m tools.release_tiny runs/pretrain_tiny/version_0
     mmemb fit --config recipes/pretrain_tiny.yaml --config recipes/pretrain_tiny_find.yaml
     python -m tools.release_tiny runs/pretrain_tiny+pretrain_tiny_find/version_0
-    python -m tools.release_tiny                # the card alone, of the weights that are shipped
+    python -m tools.release_tiny                # writes only the card of the shipped weights
 
-A run from random weights is the first stage; one from the shipped weights adds a stage, which ``training.json`` beside
-the weights keeps in order, with the digest of the weights it led to; released again, it is not added twice. Every
-number of the card is measured here, with the weights as shipped (half precision), on held-out probes.
+A run from random weights is the first stage. A run from the shipped weights adds a stage. ``training.json`` next to the
+weights lists the stages in order, with the digest of the resulting weights. If a run is released again, its stage is
+not added twice. Every number of the card is measured here on held-out probes, with the weights in half precision as
+shipped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WHAT = {
     "picture": "name of a picture whose (thing, vendor) pair was withheld",
     "fact": "fact about a country, asked in a phrasing that was withheld",
     "scene": "caption of a scene whose composition was withheld: all four names right",
-    "text_scene": "such a caption in text: said again, and who stands left or right of whom all right",
+    "text_scene": "such a caption in text: repeated, with the right left and right neighbour of every thing",
     "find": "such a scene and one of its right-hand things: the caption up to it",
 }
 
@@ -55,7 +56,7 @@ def accuracy(backbone: TinyBackbone, probes: Sequence[Pair]) -> dict[str, dict[s
 
 STAGES = FOLDER / "training.json"
 RECIPES = ("recipes/pretrain_tiny.yaml", "recipes/pretrain_tiny_find.yaml")
-"""Of the stages in order."""
+"""Recipes of the stages, in order."""
 
 
 def weights_digest(path: Path = FOLDER / "model.safetensors") -> str:
@@ -67,26 +68,28 @@ def shipped_stages() -> list[dict[str, Any]]:
     """The stages that led to the shipped weights.
 
     Raises:
-        ValueError: ``training.json`` is of other weights.
+        ValueError: ``training.json`` belongs to other weights.
     """
     kept = json.loads(STAGES.read_text(encoding="utf-8"))
     if kept["weights"] != weights_digest():
         raise ValueError(
-            f"{STAGES}: of other weights than the model.safetensors beside it; release the run they are of"
+            f"{STAGES} belongs to other weights than model.safetensors in the same folder; release their run first"
         )
     stages: list[dict[str, Any]] = kept["stages"]
     return stages
 
 
 def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
-    """The stages that lead to a run's weights, the run's own last: from the shipped weights on, or from random ones.
+    """The stages that lead to a run's weights, with the run's own stage last.
+
+    A run from random weights has only its own stage. A run from the shipped weights also has theirs.
 
     Args:
-        config: of the run, as ``config.yaml`` in its folder has it.
-        steps: that it took.
+        config: the run's settings, as in ``config.yaml`` of its folder.
+        steps: number of steps of the run.
 
     Raises:
-        ValueError: it went on from the shipped weights, and nothing says what those are.
+        ValueError: the run continued from the shipped weights, and ``training.json`` belongs to other weights.
     """
     before = config["model"]["backbone"]["init_args"]["weights"] == "pretrained"
     stage = {
@@ -99,7 +102,7 @@ def stages_of(config: dict[str, Any], *, steps: int) -> list[dict[str, Any]]:
 
 
 def _counted(tasks: Sequence[str]) -> str:
-    """The tasks, one named several times with how often: it is drawn so many times as often."""
+    """The tasks as text. A task that is listed several times is drawn more often, so its number is shown."""
     return ", ".join(f"{task} ({times}x)" if times > 1 else task for task, times in Counter(tasks).items())
 
 
@@ -115,14 +118,14 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
         "",
         f"A Qwen3-VL configuration of {parameters:,} parameters, trained from random weights by {recipes} on the "
         f"bundled data (see NOTICE for its sources), next-token loss: {trained}. "
-        "Shipped in half precision. It was taught to name pictures, recall facts about countries, caption scenes of "
-        "the bundled kind, wholly or up to a thing asked for, and say, of a caption in text, who stands left or right "
-        "of whom, in lower-case English (how well, the table says), and nothing else. It was never shown a withheld "
-        "picture, scene or phrasing, nor a flag together with its country's attributes, nor asked who stands beside "
-        "whom in a picture (a caption that ends at a thing does name its left neighbour just before).",
+        "It is shipped in half precision. It learned, in lower-case English and as well as the table shows, to name "
+        "pictures, to recall facts about countries, to caption scenes of the bundled kind, completely or up to a given "
+        "thing, and to find left and right neighbours in a caption. It learned nothing else. It never saw a withheld "
+        "picture, scene or phrasing, nor a flag together with its country's attributes. It was never asked for the "
+        "neighbours of a thing in a picture, but a caption that ends at a thing names its left neighbour just before.",
         "",
-        "Share of greedy answers that are right to the word, as shipped "
-        "(`python -m tools.release_tiny`; a prompt as in pretraining, a held-out input):",
+        "Share of greedy answers that are right to the word, with the shipped weights, the prompts of pretraining and "
+        "held-out inputs (`python -m tools.release_tiny`):",
         "",
         "| probe | " + " | ".join(f"{split} (n)" for split in scores) + " |",
         "| --- |" + " --- |" * len(scores),
@@ -130,7 +133,7 @@ def card(stages: Sequence[dict[str, Any]], scores: dict[str, dict[str, dict[str,
     for task, what in WHAT.items():
         cells = [f"{scores[split][task]['exact']:.3f} ({scores[split][task]['n']})" for split in scores]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    lines += ["", "Apache-2.0, as the project; the pictures it learned from carry their own licences.", ""]
+    lines += ["", "Licence: Apache-2.0, like the project. The training pictures have their own licences.", ""]
     return "\n".join(lines)
 
 
@@ -148,10 +151,10 @@ def main() -> None:
 
 
 def release(run: Path) -> list[dict[str, Any]]:
-    """Ships the weights of the run in a folder; the stages that led to them.
+    """Ships the weights of the run in a folder; returns the stages that led to them.
 
     Raises:
-        ValueError: as `stages_of`.
+        ValueError: as in `stages_of`.
     """
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     trained = TinyBackbone(weights="random")
@@ -161,11 +164,11 @@ def release(run: Path) -> list[dict[str, Any]]:
     )
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     stages = stages_of(config, steps=checkpoint["global_step"])
-    before = weights_digest() if (FOLDER / "model.safetensors").is_file() else None  # from random weights there is none
+    before = weights_digest() if (FOLDER / "model.safetensors").is_file() else None  # None for the first stage
     with tempfile.TemporaryDirectory() as folder:
         trained.save(Path(folder) / "tiny")
         pack(Path(folder) / "tiny", FOLDER)
-    if weights_digest() == before:  # released once already
+    if weights_digest() == before:  # this run was released before
         return shipped_stages()
     write_text(STAGES, json.dumps({"weights": weights_digest(), "stages": stages}, indent=1) + "\n")
     return stages

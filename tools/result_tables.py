@@ -1,4 +1,4 @@
-"""Kept results of the benchmarks as Markdown tables, for `tools.update_docs`.
+"""Makes Markdown tables of the kept results of the benchmarks, for `tools.update_docs`.
 
 If a case was measured more than once, its newest row is shown, as in `benchmarks.claims`.
 """
@@ -22,7 +22,7 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def newest(path: Path, key: Callable[[Row], Any]) -> dict[Any, Row]:
-    """The newest row of each case, in the order in which the cases first came."""
+    """The newest row of each case, in the order in which the cases first occur."""
     return {key(row): row for row in harness.read(path)}
 
 
@@ -33,13 +33,13 @@ RIVALS = {
     "sentence-transformers-512": "sentence-transformers-512",
     "sentence-transformers-32": "-32",
 }
-"""Columns of `infonce`, with their heads."""
+"""Rivals that are columns of `infonce`, with the columns' headings."""
 
 
 def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
-    """Time over the floor and, in brackets, extra MB, by rival and case, on devices with a text in their name.
+    """Time over the floor and (in brackets) extra MB, by rival and case, on devices with this text in their name.
 
-    The cases are those in which a peer was measured with the dtype, one direction first.
+    The cases are those for which a peer was measured with the dtype, one direction first.
 
     Raises:
         ValueError: there is no such case.
@@ -59,7 +59,7 @@ def infonce(path: Path, *, device: str, dtype: str = "float32") -> str:
 
 
 def infonce_sizes(path: Path, *, device: str) -> str:
-    """Our time over the floor and, in brackets, extra MB, by N, D and direction, in float32, on such devices."""
+    """Our time over the floor and (in brackets) extra MB, by N, D and direction, in float32, on the same devices."""
     found = [
         row
         for (_, rival, _, _, dtype, _), row in asked.read(path, device=device).newest.items()
@@ -76,7 +76,7 @@ def infonce_sizes(path: Path, *, device: str) -> str:
 
 
 def claims(path: Path, *, backend: str, device: str = "") -> str:
-    """The targets of the loss on a ``CPU`` or a ``GPU``, and the results of devices with a text in their name."""
+    """The targets of the loss on a ``CPU`` or a ``GPU``, and the results of devices with this text in their name."""
     results = asked.read(path, device=device)
     judged = [claim.judge(results) for claim in asked.CLAIMS if claim.text.startswith(backend)]
     lines = [[row["claim"], row["asked"], _number(row["measured"]), row["holds"] or ""] for row in judged]
@@ -88,7 +88,7 @@ def _number(value: float | str) -> str:
 
 
 def gradcache(path: Path, *, device: str) -> str:
-    """Time over the floor and, in brackets, the maximum resident MB, by batch and method, on such devices."""
+    """Time over the floor and (in brackets) the maximum resident MB, by batch and method, on such devices."""
     rows = (row for row in harness.read(path) if device in row["device"])
     found = {(row["batch"], row["rival"]): row for row in rows}
     ways = list(dict.fromkeys(rival for _, rival in found))
@@ -105,14 +105,14 @@ def gradcache(path: Path, *, device: str) -> str:
 
 
 def generate(path: Path) -> str:
-    """Samples per second of the newest run, and their ratio to generating one at a time."""
+    """Samples per second of the newest run, and the ratio to generating one at a time."""
     pool, one = (newest(path, lambda row: row["rival"])[rival] for rival in ("pool", "one_at_a_time"))
     cells = [f"{row['samples_per_wall_second']:.0f}" for row in (pool, one)]
     return markdown(["samples per second", "one at a time", "ratio"], [[*cells, f"{one['wall_ratio_to_pool']:.1f}"]])
 
 
 def precision(path: Path) -> str:
-    """Relative errors of the embeddings' gradients and of the temperature's, by dtype, mean cosine and rival."""
+    """Relative errors of the gradients of embeddings and temperature, by dtype, mean cosine and rival."""
     found = newest(path, lambda row: (row["dtype"], row["cosine"], row["rival"]))
     rivals = list(dict.fromkeys(rival for _, _, rival in found))
     lines = []
@@ -129,7 +129,7 @@ def _power(value: float) -> str:
 
 
 def phases(path: Path) -> str:
-    """Time and memory of a step of each phase over the joint phase's."""
+    """Time and memory of a step of each phase, divided by those of the joint phase."""
     run = harness.read(path)[-1]["run"]
     rows = [row for row in harness.read(path) if row.get("run") == run]
     return markdown(
@@ -139,7 +139,7 @@ def phases(path: Path) -> str:
 
 
 def inference(path: Path) -> str:
-    """The time of each rival over ours, and ours over the floor, by the share of queries that reason."""
+    """The time of each rival divided by ours, and ours by the floor's, by the share of queries that reason."""
     found = newest(path, lambda row: (row["reason"], row["rival"]))
     rivals = {
         "row_read": "row by row, states read",
@@ -155,7 +155,7 @@ def inference(path: Path) -> str:
 
 
 def score(path: Path) -> str:
-    """Rows per second with the prompt encoded once, over those with one encoding per arm, by evaluator and task."""
+    """Rows per second with the prompt encoded once, divided by those with one pass per arm, by evaluator and task."""
     found = newest(path, lambda row: (row["evaluator"], row["task"]))
     tasks = list(dict.fromkeys(task for _, task in found))
     evaluators = list(dict.fromkeys(evaluator for evaluator, _ in found))

@@ -1,8 +1,8 @@
 """Runs mypy over the whole project, `components/` included.
 
-The distribution joins two folders into one package: `src/mmemb` and `components` (as `mmemb.components`). Python learns
-this from the install; mypy follows no such hook. So a folder of links that looks like the installed package is made
-(`build/typing/mmemb`), mypy checks that, and its messages are shown with the real paths.
+The distribution joins two folders into one package: `src/mmemb` and `components` (as `mmemb.components`). The
+installation tells Python so, but mypy does not follow it. So this tool makes a folder of links that looks like the
+installed package (`build/typing/mmemb`). It runs mypy on that folder and prints the messages with the real paths.
 
     python tools/typecheck.py [mypy options]
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = Path("build/typing")
-"""The folder of links, relative to the root: mypy prints paths as it was given them."""
+"""The folder of links, relative to the root, because mypy prints paths as they were given."""
 SCRIPTS = ("benchmarks", "tools")
-"""Folders checked beside the package; tests are left to pytest."""
+"""Folders that are checked in addition to the package; tests are not checked."""
 
 
 def link_package(root: Path) -> Path:
-    """Makes the folder of links afresh and returns it.
+    """Makes the folder of links again and returns it.
 
     Args:
         root: the project's root, with `src/mmemb` and `components`.
@@ -42,13 +42,13 @@ def link_package(root: Path) -> Path:
 
 
 def real_paths(text: str) -> str:
-    """mypy's messages with the links' paths replaced by what they point to."""
+    """The messages of mypy, with the paths of links replaced by the real paths."""
     text = re.sub(rf"{re.escape(str(LINKS))}/mmemb/components/", "components/", text)
     return text.replace(f"{LINKS}/mmemb/", "src/mmemb/")
 
 
 def main(options: list[str]) -> int:
-    """Checks everything and returns mypy's exit status (0 clean, 1 errors, 2 mypy itself failed)."""
+    """Checks everything and returns mypy's exit status: 0 no errors, 1 errors, 2 mypy itself failed."""
     link_package(ROOT)
     folders = [name for name in SCRIPTS if any((ROOT / name).rglob("*.py"))]
     command = [sys.executable, "-m", "mypy", *options, str(LINKS / "mmemb"), *folders]

@@ -1,7 +1,7 @@
-"""Writes the tables of README.md and docs/ that show results, each between two markers, from `benchmarks/results/`.
+"""Writes the tables of results in README.md and docs/, each between two markers, from `benchmarks/results/`.
 
-    python -m tools.update_docs            rewrite them
-    python -m tools.update_docs --check    only report which pages are out of date (exit code 1 if one is)
+    python -m tools.update_docs            rewrites the tables
+    python -m tools.update_docs --check    only reports which pages are out of date (exit code 1 if one is)
 
 The place of a table in a page is between `<!-- table: NAME -->` and `<!-- end of table -->`. The names are those of
 `TABLES`.
@@ -22,7 +22,7 @@ from tools import r1_headline, r1_tables, result_tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 XEON = "Intel(R) Xeon(R) Processor"
-"""The whole name of one machine; the name of another one continues with its clock rate."""
+"""The whole name of one machine; the name of another machine begins the same and continues with its clock rate."""
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "rows": lambda _: "\n".join(markdown_legend(ROWS, [])),

@@ -1,7 +1,7 @@
-"""Where the families of image-text-to-text models differ, in one small table.
+"""Lists the differences between the families of image-text-to-text models in one small table.
 
-Everything else goes through the auto classes of the transformers library. A family is found by its config's
-``model_type``.
+Everything else goes through the auto classes of the transformers library. The ``model_type`` of a config decides its
+family.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Family:
-    """What the adapter must know of a family.
+    """What the adapter must know about a family.
 
     Attributes:
         pictures: how a picture becomes tensors and tokens: ``qwen`` (any size, see `pictures.QwenPictures`) or
             ``idefics`` (fixed tiles, see `pictures.IdeficsPictures`).
-        positions: ``mrope``, three position ids a token (time, height, width; arXiv 2409.12191), or ``plain``, one.
-        vision: prefixes of the parameters of the picture encoder and its projection.
+        positions: ``mrope`` for three position ids per token (time, height, width; arXiv 2409.12191), or ``plain`` for
+            one.
+        vision: prefixes of the parameter names of the picture encoder and its projection.
     """
 
     pictures: Literal["qwen", "idefics"]

@@ -1,4 +1,7 @@
-"""From a hub id or a folder to config, tokenizer, image processor and model, by the auto classes. No remote code."""
+"""Loads config, tokenizer, image processor and model from a hub id or a folder, by the auto classes.
+
+Code from the hub is never run.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from .families import FAMILIES, Family
 from .pictures import IdeficsPictures, Pictures, QwenPictures
 
 MARKER = "backbone.json"
-"""File in a saved folder that keeps the identity of what was saved."""
+"""File in a saved folder that holds the identity of the saved model."""
 _NOT_ARCHITECTURE = {
     "_name_or_path",
     "architectures",
@@ -51,16 +54,17 @@ def _one_line(error: Exception) -> str:
 
 
 def load_config(model: str, *, revision: str | None, overrides: Mapping[str, Any]) -> tuple[PreTrainedConfig, Family]:
-    """The config of a model, with overrides merged in, and its family.
+    """Loads the config of a model, merges the overrides in, and finds the model's family.
 
     Raises:
-        FileNotFoundError: the model is written as a path and there is no such folder, or it has no config.
-        ValueError: it cannot be read, is no image-text-to-text model, or is of a family that the adapter does not know.
+        FileNotFoundError: the model is written as a path, and the folder does not exist or has no config.
+        ValueError: the config cannot be read, the model is not an image-text-to-text model, or the adapter does not
+            know its family.
     """
     path = Path(model)
     if not path.is_dir() and (path.is_absolute() or model.startswith(".")):
         raise FileNotFoundError(
-            f"backbone model {model!r}: there is no such folder; give one with config.json or a hub id (owner/name)"
+            f"backbone model {model!r}: there is no such folder; give one with config.json, or a hub id (owner/name)"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(
@@ -98,7 +102,7 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class LoadedProcessor:
-    """Tokenizer (with the three special tokens), image processor, chat template, ids of special tokens just added."""
+    """Tokenizer (with the three special tokens), image processor, chat template, and ids of newly added tokens."""
 
     tokenizer: Any
     image_processor: Any
@@ -107,10 +111,11 @@ class LoadedProcessor:
 
 
 def load_processor(model: str, *, revision: str | None) -> LoadedProcessor:
-    """The pieces of a model's processor.
+    """Loads the pieces of a model's processor.
 
-    The library's processor is taken apart where it can be built; without torchvision it often cannot (its video half is
-    missing), and then tokenizer and image processor load one by one, the latter in its Pillow version.
+    They come from the library's processor if it can be built. Without torchvision it often cannot, because its video
+    part is missing. Then tokenizer and image processor are loaded one by one, the image processor in its Pillow
+    version.
 
     Raises:
         ValueError: a piece is missing or cannot be read.
@@ -120,7 +125,7 @@ def load_processor(model: str, *, revision: str | None) -> LoadedProcessor:
     try:
         processor = AutoProcessor.from_pretrained(model, **kwargs)
     except (ImportError, ValueError, TypeError, OSError):
-        processor = None  # what is really missing shows below
+        processor = None  # the code below reports the piece that is really missing
     try:
         if isinstance(processor, ProcessorMixin):
             tokenizer, image_processor = processor.tokenizer, processor.image_processor
@@ -155,7 +160,7 @@ def _template_file(model: str, revision: str | None) -> str | None:
 
 
 def make_pictures(family: Family, config: PreTrainedConfig, image_processor: Any, image_token: str) -> Pictures:
-    """The family's way with pictures."""
+    """Makes the object that turns pictures into tensors for this family."""
     if family.pictures == "qwen":
         return QwenPictures(image_processor, image_token)
     vision = config.vision_config
@@ -174,9 +179,10 @@ def load_model(
     attention: str,
     quantization: Any,
 ) -> nn.Module:
-    """The model with its own weights, or with random ones drawn from a seed (the caller's random state is left alone).
+    """Loads the model with its own weights, or with random weights drawn from a seed.
 
-    It comes on the CPU; a quantised one on this process's GPU, where there is one: weights are packed where they land.
+    The caller's random state does not change. The model is on the CPU. A quantised model is on the GPU of this process
+    if there is one, because its weights are packed on the device to which they are loaded.
 
     Raises:
         ValueError: the weights cannot be read.
@@ -205,7 +211,7 @@ def load_model(
     except Exception as error:
         raise ValueError(
             f"backbone model {model!r}: its weights cannot be read ({_one_line(error)}); "
-            f"it needs model.safetensors, or say weights: random"
+            f"provide model.safetensors or set weights: random"
         ) from error
     network, report = loaded
     if missing := sorted(report["missing_keys"]):  # the library would fill them with random numbers
@@ -217,7 +223,7 @@ def load_model(
 
 
 def own_device() -> str:
-    """The GPU of this process among those of its machine (torchrun and Lightning number them, or SLURM), or the CPU."""
+    """The GPU of this process, or the CPU if there is none. Torchrun, Lightning or SLURM number a machine's GPUs."""
     if not torch.cuda.is_available():
         return "cpu"
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
@@ -226,7 +232,10 @@ def own_device() -> str:
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """Inside, the library draws no progress bars: those of local files only flash by. A download keeps its own."""
+    """Hides the library's progress bars while the context lasts; for local files they only flash by.
+
+    A download keeps its own bar.
+    """
     if not library_logging.is_progress_bar_enabled():
         yield
         return
@@ -240,7 +249,7 @@ def without_bars() -> Iterator[None]:
 def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:
     """Grows the embedding to the tokenizer's length and starts the rows of added tokens near the mean of the others.
 
-    Equal rows would be told apart by nothing, hence a little noise (from a fixed seed).
+    A little noise (from a fixed seed) is added, because the model could not distinguish equal rows.
     """
     rows = list(added)
     if not rows:
@@ -257,7 +266,7 @@ def fit_embeddings(model: Any, *, length: int, added: Sequence[int]) -> None:
 
 
 def origin_of(model: str, revision: str | None) -> str:
-    """``name@revision``: the same for the hub's model and a folder saved from it, wherever that folder lies."""
+    """``name@revision``: the same for the hub's model and for any folder saved from it."""
     path = Path(model)
     marker = path / MARKER
     if marker.is_file():

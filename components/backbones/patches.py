@@ -1,8 +1,8 @@
-"""The patch embedding as one matrix product.
+"""Computes the patch embedding as one matrix product.
 
-The Qwen families project patches by a Conv3d whose kernel is its stride, so every patch meets the weights once: a
-linear map. Convolution libraries do not see that and cost more on a CPU (docs/lab_notes.md). Same parameters, same
-names, same result up to rounding.
+The Qwen families project patches by a Conv3d whose kernel is as large as its stride. Every patch meets the weights
+once, so this is a linear map. Convolution libraries do not use that and are slower on a CPU (docs/lab_notes.md). The
+parameters and their names stay the same, and so does the result up to rounding.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 
 class PatchProjection(nn.Module):
-    """Stands in for a Conv3d with kernel = stride, applied to patches of exactly the kernel's size.
+    """Replaces a Conv3d with kernel = stride that is applied to patches of exactly the kernel's size.
 
     Args:
-        convolution: the layer whose weight [O, C, T, P, P] and bias [O] it takes over.
+        convolution: the layer to replace; its weight [O, C, T, P, P] and bias [O] are taken over.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:

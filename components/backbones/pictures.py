@@ -1,8 +1,9 @@
-"""Pictures -> tensors and placeholder text, one class a way of doing it.
+"""Turns pictures into tensors and placeholder text, with one class per method.
 
-Cost: pictures whose sides already fit are patchified together by hand; others pass through the library's processor.
+Cost: pictures whose sides already fit are cut into patches together by our own code. The others pass through the
+library's processor.
 
-Legend: P patches of all pictures, p patch side, m patches a token along a side, h and w patches of a picture.
+Legend: P patches of all pictures, p patch side, m patches per token along a side, h and w patches of a picture.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 Shape = tuple[int, int]
-"""What the tokens of a picture depend on: rows and columns (of patches, or of tiles)."""
+"""Rows and columns of a picture, in patches or tiles. They decide the tokens of the picture."""
 
 
 class Pictures(Protocol):
-    """Turns pictures into the model's tensors and says what stands for each in the prompt."""
+    """Turns pictures into the model's tensors and gives the text that represents each picture in the prompt."""
 
     def encode(self, pictures: Sequence[PILImage]) -> tuple[dict[str, Tensor], list[Shape]]:
         """Tensors of all pictures in order, and the shape of each."""
 
     def placeholder(self, shape: Shape) -> str:
-        """The text that stands in the prompt for a picture of a shape."""
+        """The text that represents a picture of this shape in the prompt."""
 
     def grid(self, shape: Shape) -> Shape:
-        """Rows and columns of tokens of a picture of a shape (for three-part position ids)."""
+        """Rows and columns of tokens of a picture of this shape (for three-part position ids)."""
 
 
 class QwenPictures:
     """Pictures of any size as one list of patches: ``pixel_values`` [P, 3*2*p*p] and ``image_grid_thw`` [pictures, 3].
 
     Args:
-        image_processor: the library's, holds sizes, mean and deviation.
+        image_processor: the library's image processor, which holds sizes, mean and deviation.
         image_token: text of the placeholder token.
     """
 
@@ -80,7 +81,7 @@ class QwenPictures:
         return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": grid}, shapes
 
     def patchify(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Equal-sized pictures [N, H, W, 3] uint8 -> patches [N, h*w, 3*2*p*p] float32, as the library's."""
+        """Cuts equal-sized pictures [N, H, W, 3] uint8 into patches [N, h*w, 3*2*p*p] float32, as the library does."""
         number, height, width, _ = pictures.shape
         p, m = self.patch, self.merge
         pixels = pictures.transpose(0, 3, 1, 2).astype(np.float32) * self._scale - self._shift
@@ -116,9 +117,9 @@ class IdeficsPictures:
     """Pictures cut into tiles of one size by the library: ``pixel_values`` [1, tiles, 3, S, S] and its mask.
 
     Args:
-        image_processor: the library's.
+        image_processor: the library's image processor.
         image_token: text of the placeholder token.
-        tokens_per_tile: tokens that the model makes of a tile.
+        tokens_per_tile: number of tokens that the model makes from a tile.
     """
 
     def __init__(self, image_processor: Any, image_token: str, tokens_per_tile: int) -> None:
@@ -127,14 +128,17 @@ class IdeficsPictures:
         self.tokens_per_tile = tokens_per_tile
 
     def encode(self, pictures: Sequence[PILImage]) -> tuple[dict[str, Tensor], list[Shape]]:
-        """Tensors of all pictures in order, as if of one row (the model drops row borders); tile (rows, columns)."""
+        """Tensors of all pictures in order, and the tile grid (rows, columns) of each.
+
+        The tensors are laid out as one row, since the model ignores row borders.
+        """
         out = self.image_processor(images=[list(pictures)], return_row_col_info=True, return_tensors="pt")
         tensors = {"pixel_values": out["pixel_values"], "pixel_attention_mask": out["pixel_attention_mask"]}
         rows, columns = out["rows"][0], out["cols"][0]
         return tensors, [(int(r), int(c)) for r, c in zip(rows, columns, strict=True)]
 
     def placeholder(self, shape: Shape) -> str:
-        """Every tile's tokens with its row and column, then the whole picture's."""
+        """Every tile's tokens with its row and column, then the tokens of the whole picture."""
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
         return get_image_prompt_string(

@@ -1,6 +1,9 @@
-"""Items -> model inputs: render the chat prompt, tokenise, left-pad, patchify, label. No model in here: it pickles.
+"""Turns items into model inputs: renders the chat prompt, tokenises, left-pads, cuts patches and labels.
 
-Cost: rows whose prompt (words and picture shapes) was seen before cost a dictionary look-up; a new one about 0.3 ms.
+No model is used here, so the processor can be pickled.
+
+Cost: a row whose prompt (words and picture shapes) was seen before costs a dictionary look-up. A new one takes about
+0.3 ms.
 
 Legend: B rows, T columns, L tokens of one row.
 """
@@ -33,9 +36,9 @@ class PromptProcessor:
     """Renders and tokenises items for one model.
 
     Args:
-        tokenizer: the library's, with the three special tokens.
-        chat_template: Jinja text; turns messages into a prompt with one placeholder a picture.
-        pictures: the family's way with pictures.
+        tokenizer: the library's tokenizer, with the three special tokens.
+        chat_template: Jinja text that turns messages into a prompt with one placeholder per picture.
+        pictures: turns pictures into tensors for this family.
         image_token: text of the placeholder token.
         positions: ``mrope`` or ``plain`` (see `families.Family`).
         max_prompt_tokens: longest prompt; a longer one is an error.
@@ -97,7 +100,7 @@ class PromptProcessor:
         return self._assemble(items, suffixes, unlabelled=1, embed=False, augment=augment)
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens in it defused."""
+        """Token ids of a text. Special tokens spelt out in it become ordinary characters."""
         return [int(token) for token in self._encode(self._plain(text))]
 
     def count_tokens(self, text: str) -> int:
@@ -107,9 +110,9 @@ class PromptProcessor:
     def _assemble(
         self, items: Sequence[Item], suffixes: Sequence[Ids], *, unlabelled: int, embed: bool, augment: Augment | None
     ) -> ModelInputs:
-        """Prompts + suffixes, left-padded; all of a suffix but its first ``unlabelled`` tokens is labelled."""
+        """Joins prompts and suffixes, left-padded. Suffix tokens after the first ``unlabelled`` ones are labelled."""
         if len(items) != len(suffixes):
-            raise ValueError(f"{len(items)} items but {len(suffixes)} texts; give one a row")
+            raise ValueError(f"{len(items)} items but {len(suffixes)} texts; give one text per item")
         loaded: list[Any] = []
         counts: list[int] = []
         for row, item in enumerate(items):
@@ -175,7 +178,7 @@ class PromptProcessor:
         if len(pieces) != len(shapes) + 1:
             raise ValueError(
                 f"the chat template wrote {len(pieces) - 1} picture placeholders for {len(shapes)} pictures; "
-                f"use a template with one a picture"
+                f"use a template that writes one per picture"
             )
         text = pieces[0] + "".join(
             self.pictures.placeholder(shape) + piece for shape, piece in zip(shapes, pieces[1:], strict=True)
@@ -184,7 +187,7 @@ class PromptProcessor:
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens is longer than max_prompt_tokens={self.max_prompt_tokens} "
-                f"(it begins {item.instruction[:40] + ' ' + item.text[:40]!r}); shorten it or raise the limit"
+                f"(it begins with {item.instruction[:40] + ' ' + item.text[:40]!r}); shorten it or raise the limit"
             )
         if self.positions == "mrope":
             return ids, mrope_positions(ids, image_id=self.image_id, grids=[self.pictures.grid(s) for s in shapes])
@@ -203,15 +206,15 @@ class PromptProcessor:
         return np.array(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def _plain(self, text: str) -> str:
-        """Defuses special tokens in a user's text: ``<emb>`` becomes ``< emb>``, ordinary characters."""
+        """Makes special tokens in a user's text ordinary characters: ``<emb>`` becomes ``< emb>``."""
         return self._special.sub(lambda match: match[0][0] + " " + match[0][1:], text)
 
 
 def mrope_positions(ids: Ids, *, image_id: int, grids: Sequence[Shape]) -> Ids:
     """Position ids [3, L] (time, height, width) of a row with pictures of the given token grids.
 
-    Text counts one by one on all three axes; a picture of r x c tokens keeps the time, counts rows and columns from
-    there, and what follows goes on after max(r, c) (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    Text counts one by one on all three axes. A picture of r x c tokens keeps the time and counts rows and columns from
+    there. The text that follows continues after max(r, c) (Qwen2-VL, arXiv 2409.12191, section 2.1).
     """
     positions = np.empty((3, len(ids)), dtype=np.int64)
     is_picture = ids == image_id

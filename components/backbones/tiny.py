@@ -10,21 +10,22 @@ from .transformers import TransformersBackbone
 from .tuning import LoraSettings
 
 FOLDER = Path(__file__).with_name("tiny")
-"""Config, tokenizer, chat template, image processor and weights; made by ``tools/build_tiny.py``."""
+"""Folder with config, tokenizer, chat template, image processor and weights, made by ``tools/build_tiny.py``."""
 
 
 class TinyBackbone(TransformersBackbone, name="tiny"):
     """The bundled small Qwen3-VL, pretrained on the bundled data; runs anywhere.
 
-    A picture of 64 px takes 4 tokens, a scene of 128 px 16; larger pictures are shrunk to 128 x 128 px of area.
+    A picture of 64 px takes 4 tokens and a scene of 128 px takes 16. Larger pictures are shrunk to an area of
+    128 x 128 px.
 
     Args:
         weights: ``pretrained`` or ``random``.
-        seed: draws the random weights.
+        seed: seed of the random weights.
         frozen: parts that do not learn, by the beginning of their parameters' names; ``vision`` is the picture encoder.
         lora: low-rank adapters; everything else is then frozen.
-        max_prompt_tokens: longest prompt, pictures included.
-        max_rationale_tokens: longest rationale; a longer one is cut.
+        max_prompt_tokens: maximum number of tokens in a prompt, pictures included.
+        max_rationale_tokens: maximum number of tokens in a rationale; a longer one is cut.
     """
 
     def __init__(

@@ -36,28 +36,28 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class TransformersBackbone(Backbone, name="transformers"):
     """Any image-text-to-text model of the transformers library, by hub id or folder.
 
-    Videos are taken as their frames, one picture after the other.
+    A video is treated as its frames, one picture after the other.
 
     Args:
-        model: hub id, local folder, or a folder with a config and a processor alone (with ``weights: random``).
+        model: hub id or local folder. With ``weights: random``, a folder with only a config and a processor suffices.
         revision: branch, tag or commit of the hub's model.
         config_overrides: config fields to change, nested as in config.json (``{text_config: {num_hidden_layers: 2}}``).
-        weights: ``pretrained`` reads the model's safetensors, ``random`` draws them.
-        seed: draws the random weights.
+        weights: ``pretrained`` reads the model's safetensors, ``random`` draws random weights.
+        seed: seed of the random weights.
         dtype: precision of the parameters.
         attention: attention implementation of the transformers library.
         frozen: parts that do not learn, by the beginning of their parameters' names; ``vision`` is the picture encoder.
         lora: low-rank adapters; everything else is then frozen.
         quantization: ``nf4`` (4 bits) or ``int8`` holds the decoder's linear layers in fewer bits, by bitsandbytes.
-        max_prompt_tokens: longest prompt, pictures included.
-        max_rationale_tokens: longest rationale; a longer one is cut.
-        min_pixels: smallest picture area; a smaller one is enlarged. None: the model's own.
-        max_pixels: largest picture area; a larger one is shrunk. None: the model's own.
+        max_prompt_tokens: maximum number of tokens in a prompt, pictures included.
+        max_rationale_tokens: maximum number of tokens in a rationale; a longer one is cut.
+        min_pixels: smallest picture area; a smaller picture is enlarged. None: the model's own limit.
+        max_pixels: largest picture area; a larger picture is shrunk. None: the model's own limit.
         gradient_checkpointing: recompute the layers in the backward pass to save memory.
 
     Raises:
         FileNotFoundError: the model's folder or its config is missing.
-        ValueError: the model cannot be read or is of no supported family; a setting does not fit it.
+        ValueError: the model cannot be read, its family is not supported, or a setting does not fit it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TransformersBackbone(Backbone, name="transformers"):
             network.activation_checkpointing_enable({"use_reentrant": False})
             network.enable_input_require_grads()
         tuning.keep_trainable_on_cpu(network)
-        self.model = network.train()  # the library hands models out in evaluation mode, where checkpointing is off
+        self.model = network.train()  # the library returns models in evaluation mode, where checkpointing is off
 
     def prepare(
         self,
@@ -168,9 +168,10 @@ class TransformersBackbone(Backbone, name="transformers"):
         )
 
     def extend(self, prefix: Prefix, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Prefix]:
-        """Encodes L more tokens [B, L] after a prefix (mask [B, L], 1 = real); states [B, L, H] and the longer prefix.
+        """Encodes L more tokens [B, L] after a prefix, with a mask [B, L] (1 = real).
 
-        The longer prefix's ``hidden`` is the state of each row's last real token (the old one where it has none).
+        Returns the states [B, L, H] and the longer prefix. Its ``hidden`` is the state of each row's last real token. A
+        row without real tokens keeps the old state.
         """
         mask = torch.ones_like(tokens) if mask is None else mask.to(tokens)
         steps = mask.cumsum(1)
@@ -193,9 +194,9 @@ class TransformersBackbone(Backbone, name="transformers"):
         )
 
     def fork(self, prefix: Prefix, rows: Tensor | None = None) -> Prefix:
-        """An independent copy of a prefix, of the given rows [R] int64 only if asked (a row may repeat).
+        """An independent copy of a prefix, or of its given rows [R] int64 (a row may repeat).
 
-        Costs no tensor copy without rows: the cache's layers grow by making new tensors, never in place.
+        Without rows no tensor is copied, because the cache's layers never grow in place but make new tensors.
         """
         cache = copy.copy(prefix.cache)
         cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
@@ -205,7 +206,7 @@ class TransformersBackbone(Backbone, name="transformers"):
         return Prefix(cache, prefix.attention_mask[rows], prefix.next_position[rows], prefix.hidden[rows])
 
     def join(self, prefixes: Sequence[Prefix]) -> Prefix:
-        """The rows of several prefixes as one: shorter ones get masked columns on the left."""
+        """Joins the rows of several prefixes into one prefix; shorter ones get masked columns on the left."""
         width = max(prefix.attention_mask.shape[1] for prefix in prefixes)
         cache = copy.copy(prefixes[0].cache)
         cache.layers = [_joined(layers) for layers in zip(*(prefix.cache.layers for prefix in prefixes), strict=True)]
@@ -223,7 +224,10 @@ class TransformersBackbone(Backbone, name="transformers"):
 
     @property
     def prompt_settings(self) -> dict[str, Any]:
-        """Picture areas (for some families sides), and a digest of chat template, tokenizer and picture processor."""
+        """Limits of the picture area (for some families sides), and a digest of all files that shape a prompt.
+
+        These files are chat template, tokenizer and picture processor.
+        """
         return {
             "picture_size": dict(getattr(self.image_processor, "size", None) or {}),
             "processing": self._processing_digest,
@@ -232,49 +236,52 @@ class TransformersBackbone(Backbone, name="transformers"):
     @functools.cached_property
     def _processing_digest(self) -> str:
         pictures = json.loads(self.image_processor.to_json_string())
-        # What a file says of itself, not what it does: these differ between a model and its saved copy.
+        # These fields describe the file and do not change what it does. They differ between a model and its saved copy.
         own = {name: value for name, value in pictures.items() if not name.endswith(("_type", "_class", "_path"))}
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
         return digest([self.processor.chat_template, tokenizer, own])
 
     @property
     def joins_prefixes(self) -> bool:
-        """Whether every layer of the cache holds keys and values and nothing else."""
+        """Whether every layer of the cache holds only keys and values."""
         layers = DynamicCache(config=self.model.config.get_text_config()).layers
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
     @property
     def keeps_cache_in_training(self) -> bool:
-        """False under gradient checkpointing, for which the library switches caches off."""
+        """False with gradient checkpointing, for which the library switches caches off."""
         return not self.gradient_checkpointing
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Ids of the tokenizer's other special tokens; one of them ends a rationale as ``</think>`` does."""
+        """Ids of the tokenizer's other special tokens. Each of them ends a rationale, as ``</think>`` does."""
         own = set(self.processor.ids.values())
         known = self.processor.tokenizer.added_tokens_decoder.items()
         return tuple(number for number, token in known if token.special and number not in own)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out, outer blanks stripped."""
+        """Text of token ids, without special tokens and outer blanks."""
         return str(self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text as `prepare` makes them; a special token spelt out in it is ordinary characters."""
+        """Token ids of a text as `prepare` makes them. Special tokens spelt out in it become ordinary characters."""
         return self.processor.tokenize(text)
 
     def count_tokens(self, text: str) -> int:
-        """Length of a text in tokens, special tokens not counted."""
+        """Length of a text in tokens, not counting special tokens."""
         return self.processor.count_tokens(text)
 
     @property
     def has_adapters(self) -> bool:
-        """Whether there is LoRA to switch off."""
+        """Whether the model has LoRA adapters that can be switched off."""
         return self.lora is not None
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """Inside, the model answers as its base does: the adapters are off. Without LoRA nothing changes."""
+        """Switches the adapters off while the context lasts, so the base model answers.
+
+        Without LoRA nothing changes.
+        """
         if self.lora is None:
             yield
             return
@@ -285,12 +292,12 @@ class TransformersBackbone(Backbone, name="transformers"):
             self.model.enable_adapters()
 
     def save(self, folder: Path) -> None:
-        """Writes weights (safetensors), config and processor; the folder loads again by its path.
+        """Writes weights (safetensors), config and processor to a folder that can be loaded by its path.
 
         Adapters are merged into the weights. The folder changes only when everything has been written.
 
         Raises:
-            ValueError: the weights are quantised: merging would lose what the adapters learned.
+            ValueError: the weights are quantised, so merging would lose what the adapters learned.
         """
         if getattr(self.model, "is_quantized", False):
             raise ValueError("a quantised backbone cannot be saved as a model; keep its training checkpoint instead")
@@ -309,18 +316,18 @@ class TransformersBackbone(Backbone, name="transformers"):
 
     @property
     def _base(self) -> Any:
-        """The model without its vocabulary head: returns states after the final norm."""
+        """The model without its vocabulary head; it returns states after the final norm."""
         return self.model.model
 
 
 def _joined(layers: Sequence[Any]) -> Any:
-    """One layer of several caches: keys and values [B, heads, T, width], the newest column is the last in each."""
+    """Joins one layer of several caches: keys and values [B, heads, T, width], with the newest column last in each."""
     joined = copy.copy(layers[0])
     columns = max(layer.keys.shape[-2] for layer in layers)
     for name in ("keys", "values"):
         parts = [getattr(layer, name) for layer in layers]
         setattr(joined, name, torch.cat([pad(part, (0, 0, columns - part.shape[-2], 0)) for part in parts]))
-    if joined.is_sliding:  # it has seen more columns than it keeps
+    if joined.is_sliding:  # a sliding layer has seen more columns than it keeps
         joined.cumulative_length = max(layer.cumulative_length for layer in layers)
     return joined
 
@@ -332,6 +339,6 @@ def _set_pixels(image_processor: Any, *, min_pixels: int | None, max_pixels: int
         return
     size = image_processor.size
     if not (hasattr(image_processor, "patch_size") and hasattr(image_processor, "merge_size")):
-        raise ValueError(f"backbone model {model!r} sizes its pictures itself; leave min_pixels and max_pixels out")
+        raise ValueError(f"backbone model {model!r} sizes its pictures itself; remove min_pixels and max_pixels")
     for key, value in wanted.items():
         size[key] = value

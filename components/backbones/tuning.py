@@ -1,6 +1,7 @@
-"""What of a backbone learns, and in how many bits the rest is held: LoRA, frozen parts, quantisation.
+"""Decides which parts of a backbone learn and how many bits hold the rest: LoRA, frozen parts, quantisation.
 
-peft and bitsandbytes are imported where they are asked for: together they cost seconds, and most runs need neither.
+peft and bitsandbytes are imported only where they are used. Together they take seconds to import, and most runs need
+neither.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters on the text decoder (LoRA, arXiv 2106.09685), through peft; the base is frozen.
+    """Low-rank adapters on the text decoder (LoRA, arXiv 2106.09685), made by peft; the base is frozen.
 
     Attributes:
         rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
         dropout: probability that an adapter's input is dropped.
-        targets: names of the linear layers that get one.
+        targets: names of the linear layers that get an adapter.
     """
 
     rank: int = 16
@@ -36,7 +37,7 @@ class LoraSettings:
 
 
 def quantization_config(quantization: Quantization, *, compute_dtype: torch.dtype, skip: Sequence[str]) -> Any:
-    """The library's config for bitsandbytes, or None. The named modules and the head stay in full precision."""
+    """The library's bitsandbytes config, or None. The modules in ``skip`` and the head stay in full precision."""
     if quantization == "none":
         return None
     kept = [*skip, "lm_head"]
@@ -48,7 +49,7 @@ def quantization_config(quantization: Quantization, *, compute_dtype: torch.dtyp
 
 
 def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_tokens: Sequence[int]) -> None:
-    """Freezes the model and puts adapters on its decoder; the rows of newly added tokens learn too."""
+    """Freezes the model and adds adapters to its decoder. The rows of newly added tokens learn too."""
     from peft import LoraConfig
 
     tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
@@ -65,7 +66,7 @@ def add_lora(model: Any, settings: LoraSettings, *, exclude: Sequence[str], new_
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str], *, vision: Sequence[str]) -> None:
-    """Stops the gradients of parameters whose name starts with a prefix; ``vision`` is the family's picture encoder.
+    """Stops the gradients of parameters whose names start with a prefix; ``vision`` is the family's picture encoder.
 
     Raises:
         ValueError: no parameter starts with a prefix.
@@ -76,16 +77,17 @@ def freeze(model: nn.Module, prefixes: Sequence[str], *, vision: Sequence[str]) 
         if not found:
             parts = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
             raise ValueError(
-                f"frozen part {prefix!r}: no parameter's name starts so; there are: vision, {', '.join(parts)}"
+                f"frozen part {prefix!r}: no parameter name starts with it; choose from vision, {', '.join(parts)}"
             )
         for parameter in found:
             parameter.requires_grad_(False)
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Stops bitsandbytes from re-packing 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+    """Stops bitsandbytes from packing 4-bit weights again at the first evaluation on a CPU with AVX512-BF16.
 
-    Re-packed weights pass no gradient (a validation would end training) and need widths that are multiples of 64.
+    Weights that are packed again pass no gradient, so a validation would end training. They also need widths that are
+    multiples of 64.
     """
     if not getattr(model, "is_quantized", False):
         return
@@ -98,9 +100,10 @@ def keep_trainable_on_cpu(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def merged(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, adapters are added into the weights; yields the parameters by the plain model's names.
+    """Adds the adapters to the weights while the context lasts; yields the parameters by the plain model's names.
 
-    Afterwards the weights are what they were, bit for bit (from copies: subtracting would round).
+    Afterwards the weights are what they were, bit for bit. They are restored from copies, since subtracting would
+    round.
     """
     if not model._hf_peft_config_loaded:
         yield model.state_dict()
@@ -110,7 +113,7 @@ def merged(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]
     copies = [weight.detach().to("cpu", copy=True) for weight in weights]
-    model._hf_peft_config_loaded = False  # else the library saves the adapters alone
+    model._hf_peft_config_loaded = False  # otherwise the library saves only the adapters
     try:
         for layer in layers:
             layer.merge()

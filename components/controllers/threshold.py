@@ -20,7 +20,7 @@ class Threshold(Controller, name="threshold"):
 
     Args:
         threshold: queries with a confidence below it reason; null fits it. The confidence is the largest softmax
-            probability of the direct embedding over the reference bank, in [0, 1].
+            probability of the direct embedding over the confidence bank, in [0, 1].
         price: cost of a rationale token, in hit@1; used by the fit.
         token_share: maximum number of tokens for the fit, as a share of the tokens when every query reasons; null for
             no limit.
@@ -50,7 +50,7 @@ class Threshold(Controller, name="threshold"):
         """A query reasons where its confidence is below the threshold. The reported degree is 1 - confidence.
 
         Raises:
-            ValueError: the threshold is not calibrated, or there is no reference bank.
+            ValueError: the threshold is not calibrated, or there is no confidence bank.
         """
         if self.threshold is None:
             raise ValueError(
@@ -63,7 +63,7 @@ class Threshold(Controller, name="threshold"):
         """Fits the threshold, unless one was given.
 
         Raises:
-            ValueError: there are no queries, no reference bank, or the gain from reasoning is unknown.
+            ValueError: there are no queries, there is no confidence bank, or the gain from reasoning is unknown.
         """
         if self.fitted:
             confidence = _confidence(state)
@@ -85,5 +85,5 @@ class Threshold(Controller, name="threshold"):
 def _confidence(state: PrefillState) -> Tensor:
     """Confidences [B] of the direct path."""
     if state.confidence is None:
-        raise ValueError("controller threshold: no reference bank, so no confidence; give a bank")
+        raise ValueError("controller threshold: there is no confidence bank, so no confidence; give a bank")
     return state.confidence

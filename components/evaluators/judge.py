@@ -1,4 +1,4 @@
-"""Confidence of a judge: a vision-language model is asked whether query and target match."""
+"""The evaluator that asks a vision-language model whether query and target match."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ _SLOT = "{rationale}"
 
 
 class JudgeEvaluator(Evaluator, name="judge"):
-    """Log-odds of Yes against No when a vision-language model is asked whether query and target match [S].
+    """Scores a pair by the log-odds of yes against no when a vision-language model judges whether it matches.
 
-    The model is shown the query, the target and the question; its answer is begun for it, with the rationale where
-    there is one:
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report such a judge. The model reads the query, the target, the question
+    and the beginning of an answer, which contains the rationale if there is one:
 
         c(q, t | r) = logit(yes | q, t, question, reasoning(r), answer) - logit(no | the same)
 
-    Every arm ends in the same words, so arms differ by the rationale alone. Query and target, pictures and all, are
+    Every arm ends in the same words, so arms differ only in the rationale. Query and target, with their pictures, are
     encoded once for all arms of a pair.
 
     Args:
-        backbone: the judge; null: the model in training (of use only if that can judge).
-        question: asked after query and target.
-        reasoning: how a rationale is put into the answer; ``{rationale}`` stands for it.
+        backbone: the judge; null for the model in training (useful only if that model can judge).
+        question: question that follows query and target.
+        reasoning: text that puts a rationale into the answer; ``{rationale}`` is replaced by it.
         answer: the last words before yes or no.
-        yes: the affirmative as it would go on from ``answer``, blank included; one token of the judge's.
-        no: the negative likewise.
-        batch_size: rows of one forward pass.
+        yes: the word for yes as it would continue ``answer``, leading blank included; one token of the judge.
+        no: the word for no, in the same form.
+        batch_size: rows per forward pass.
 
     Raises:
-        ValueError: ``yes`` or ``no`` is no single token of the judge, or ``reasoning`` has no place for the rationale.
+        ValueError: ``yes`` or ``no`` is not a single token of the judge, or ``reasoning`` has no place for the
+            rationale.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class JudgeEvaluator(Evaluator, name="judge"):
         batch_size: int = 32,
     ) -> None:
         if reasoning.count(_SLOT) != 1:
-            raise ValueError(f"judge evaluator: reasoning is {reasoning!r}, expected {_SLOT} in it once")
+            raise ValueError(f"judge evaluator: reasoning is {reasoning!r}; it must contain {_SLOT} exactly once")
         self.backbone = backbone
         self.question = question
         self.reasoning = reasoning
@@ -60,17 +61,17 @@ class JudgeEvaluator(Evaluator, name="judge"):
         self.no = no
         self.batch_size = batch_size
         self._is_own = backbone is not None
-        self._device: torch.device | None = None  # where a judge of its own scores; None: where it lies
+        self._device: torch.device | None = None  # where a separate judge scores; None: where it is now
         if backbone is not None:
             self._answer_ids(backbone)
 
     def setup(self, context: SetupContext) -> None:
-        """Gives the evaluator the model in training; a judge of its own moves to where that model is, to score.
+        """Gives the evaluator the model in training. A separate judge moves to that model's device to score.
 
         A judge looks at one pair at a time, so it needs no negatives.
 
         Raises:
-            ValueError: yes or no is no single token of the model.
+            ValueError: ``yes`` or ``no`` is not a single token of the model.
         """
         if context.model is None:
             return
@@ -85,7 +86,7 @@ class JudgeEvaluator(Evaluator, name="judge"):
         """See `Evaluator.score`.
 
         Raises:
-            ValueError: no model is there.
+            ValueError: there is no model yet.
         """
         backbone = self._bound()
         if not pairs:
@@ -106,14 +107,14 @@ class JudgeEvaluator(Evaluator, name="judge"):
         ids = torch.tensor(self._answer_ids(backbone), device=states.device)
         scores: list[float] = []
         with torch.no_grad():
-            for some in states.split(self.batch_size):  # the vocabulary is wide: not every row's logits at once
+            for some in states.split(self.batch_size):  # the vocabulary is large, so not all logits at once
                 logits = backbone.logits(some)[:, ids].double()
                 scores += (logits[:, 0] - logits[:, 1]).tolist()
         return scores
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The judge (identity, a probe of its weights, its limits) and its prompt."""
+        """The judge's identity, a probe of its weights, its limits and its prompt."""
         backbone = self._bound()
         return {
             "judge": backbone.identity,
@@ -128,9 +129,9 @@ class JudgeEvaluator(Evaluator, name="judge"):
         }
 
     def release(self) -> None:
-        """Moves a judge of its own to the CPU, and the next score back: it was given whole, so it cannot be reloaded.
+        """Moves a separate judge to the CPU until the next score. It was passed as an object, so it cannot be reloaded.
 
-        A quantised one stays: its layers are packed for the device where they lie.
+        A quantised judge stays, because its layers are packed for their device.
         """
         if self._device is not None and not getattr(getattr(self.backbone, "model", None), "is_quantized", False):
             self._bound().to("cpu")
@@ -151,13 +152,13 @@ class JudgeEvaluator(Evaluator, name="judge"):
                 pieces = ", ".join(repr(backbone.decode([each])) for each in ids) or "nothing"
                 raise ValueError(
                     f"judge evaluator: {key} is {word!r}, which is {len(ids)} tokens of {backbone.identity} "
-                    f"({pieces}); expected one: name answers that the model's vocabulary has whole, by yes: and no:"
+                    f"({pieces}); expected one token: set yes and no to words that are single tokens of this model"
                 )
             found += ids
         if found[0] == found[1]:
-            raise ValueError(f"judge evaluator: yes {self.yes!r} and no {self.no!r} are the same token; name two")
+            raise ValueError(f"judge evaluator: yes {self.yes!r} and no {self.no!r} are the same token; set two words")
         if not backbone.tokenize(self.answer):
-            raise ValueError(f"judge evaluator: answer is {self.answer!r}, which is no token; name a word or more")
+            raise ValueError(f"judge evaluator: answer is {self.answer!r}, which gives no token; give at least a word")
         return found
 
     def _prompt(self, pair: Pair) -> Item:

@@ -1,4 +1,4 @@
-"""Another evaluator's confidence, checked: is the text sound, and is it about this query?"""
+"""The evaluator that checks another evaluator's confidence: is the text sound, and is it about this query?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmemb.inference.shared_prompts import log_likelihoods
 from mmemb.interfaces import Backbone, Evaluator, SetupContext
 from mmemb.types import Item, Pair
 
-_SPARE = 8  # times as many queries are kept as are compared: those with the pair's own target do not count
+_SPARE = 8  # keeps this many times the queries that are compared, since those with the pair's own target do not count
 
 
 class _Asked(NamedTuple):
-    """A query, the first pair that asks it, and every target it is asked with."""
+    """A query, the first pair that has it, and every target that it comes with."""
 
     query: Item
     pair_id: str
@@ -30,34 +30,35 @@ class _Asked(NamedTuple):
 
 
 class PlausibleEvaluator(Evaluator, name="plausible"):
-    """Another evaluator's confidence, less the nats by which other words or another query suit the writer better.
+    """Lowers another evaluator's confidence by the nats by which alternatives are more likely under the writer.
 
-    A gain says that a rationale helps, not that it is right: an embedder finds the target by the right words in any
-    order, and where it is unsure without a rationale, even nonsense may help. With p the model that writes, r' the
-    words of r rearranged, q' other queries of the task with another target, and [x]+ = max(0, x) [D]:
+    A gain says that a rationale helps, not that it is right. An embedder finds the target by the right words in any
+    order, and where it is unsure without a rationale, even nonsense may help. The check is our choice. With p the model
+    that writes, r' the words of r rearranged, q' other queries of the task with another target, and
+    [x]+ = max(0, x):
 
         c'(q, t | r) = c(q, t | r) - [max over r' of log p(r' | q) - log p(r | q)]+
                                    - [max over q' of log p(r | q') - log p(r | q)]+
         c'(q, t | none) = c(q, t | none)
 
-    Either part is a permutation test (Fisher 1935): words in random order, or a text that has nothing to do with its
-    query, pass it with probability 1 / (n + 1), n the alternatives that there are, at most ``alternatives``: two words
-    have one other order, a single word has none, and then that part is 0. A text that passes both is worth what it
-    was; one that fails loses the nats by which it does, and a larger gain outweighs them.
+    Each part is a permutation test (Fisher 1935). Words in random order, or a text that is unrelated to its query, pass
+    it with probability 1 / (n + 1). Here n is the number of alternatives, at most ``alternatives``. Two words have one
+    other order. A single word has none, and then that part is 0. A text that passes both parts keeps its confidence. A
+    text that fails loses the nats by which it fails, and a larger gain can outweigh them.
 
-    A writer in half precision rounds its logits, so that small differences between alternatives are noise.
+    A writer in half precision rounds its logits, so small differences between alternatives are noise.
 
     Args:
         evaluator: gives the confidence c.
         writer: the model p: a checkpoint or run folder of ``mmemb fit``, a folder of `Embedder.save`, or a bare
-            backbone's folder or hub id. None: the backbone given to `setup`, as it is when scoring.
-        alternatives: most rearrangements, and most other queries, a rationale. Each costs a continuation of its length,
-            as does the rationale itself.
-        batch_size: rows of one forward pass.
-        seed: another seed draws other alternatives.
+            backbone's folder or hub id. None for the backbone given to `setup`, with its weights at scoring time.
+        alternatives: maximum number of rearrangements, and of other queries, per rationale. Each costs a continuation
+            as long as the rationale, and so does the rationale itself.
+        batch_size: rows per forward pass.
+        seed: seed of the drawn alternatives.
 
     Raises:
-        ValueError: no alternative is asked for.
+        ValueError: ``alternatives`` is below 1.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         self._queries: dict[str, list[_Asked]] = {}  # by task
 
     def setup(self, context: SetupContext) -> None:
-        """See `Evaluator.setup`; sets the other evaluator up too. A writer of its own is kept.
+        """See `Evaluator.setup`; sets the other evaluator up too. A separate writer is kept.
 
-        The other queries are drawn from ``context.pairs``, whatever their order.
+        The other queries are drawn from ``context.pairs``. The order of the pairs has no effect.
         """
         self.evaluator.setup(context)
         if self.writer is None and context.model is not None:
@@ -103,7 +104,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         """See `Evaluator.score`.
 
         Raises:
-            ValueError: a pair's task is not in the bank, no model is there, or a likelihood is not finite.
+            ValueError: a pair's task is not in the bank, there is no model yet, or a likelihood is not finite.
         """
         scores = self.evaluator.score(pairs, rationales)
         distinct = {(id(pair), text): pair for pair, text in zip(pairs, rationales, strict=True) if text is not None}
@@ -116,7 +117,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The other evaluator's, the writer (identity, a probe of its weights, its limits) and the arguments."""
+        """The other evaluator's settings, the writer's identity, weight probe and limits, and the arguments."""
         backbone = self._model()
         return {
             "of": {"evaluator": self.evaluator.name or type(self.evaluator).__qualname__, **self.evaluator.settings},
@@ -129,7 +130,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         }
 
     def release(self) -> None:
-        """Drops a writer of its own, which the next score loads again, and what the other evaluator can spare."""
+        """Frees a separate writer, which the next score loads again, and the memory of the other evaluator."""
         self.evaluator.release()
         if self.writer is not None:
             self._backbone = None
@@ -144,7 +145,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         return self._backbone
 
     def _doubts(self, asked: Sequence[tuple[Pair, str]]) -> list[float]:
-        """Nats >= 0 to take off, a (pair, text)."""
+        """Nats >= 0 to subtract, for each (pair, text)."""
         backbone = self._model()
         items: list[Item] = []
         continuations: list[list[int]] = []
@@ -156,9 +157,9 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
 
         distinct = {id(pair): pair for pair, _ in asked}
         others_of = {key: self._other_queries(pair) for key, pair in distinct.items()}
-        rows = []  # of each text: its own row, those of other orders, those of other queries
+        rows = []  # for each text: its own row, the rows of other orders, the rows of other queries
         for pair, text in asked:
-            # As a rearrangement has it: what is longer than a rationale may be cut, blanks between words one each.
+            # In the form of a rearrangement: cut to the rationale's maximum length, with one blank between words.
             words = backbone.decode(backbone.tokenize(text)[: backbone.max_rationale_tokens]).split()
             own = " ".join(words)
             orders = [ask(pair.query, other) for other in self._rearranged(words)]
@@ -167,7 +168,7 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         nats = log_likelihoods(backbone, items, continuations, batch_size=self.batch_size)
         if not all(map(math.isfinite, nats)):
             raise ValueError(
-                f"plausible evaluator: {backbone.identity} gives a likelihood that is no finite number; "
+                f"plausible evaluator: {backbone.identity} gives a likelihood that is not finite; "
                 f"load the writer in bfloat16 or float32"
             )
         return [
@@ -176,10 +177,10 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         ]
 
     def _rearranged(self, words: Sequence[str]) -> Iterator[str]:
-        """Other orders of the words, distinct, drawn by the words."""
+        """Distinct other orders of the words, drawn with a seed made from the words."""
         draw = random.Random(seed_of(self.seed, "order", *words))
         seen, shuffled = {" ".join(words)}, list(words)
-        for _ in range(4 * self.alternatives):  # few words have few orders
+        for _ in range(4 * self.alternatives):  # a few words have only a few orders
             if len(seen) > self.alternatives:
                 return
             draw.shuffle(shuffled)
@@ -189,12 +190,12 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
                 yield text
 
     def _other_queries(self, pair: Pair) -> list[Item]:
-        """Queries of the task that ask something else and have another target."""
+        """Other queries of the task, with different content and another target."""
         if pair.task not in self._queries:
             known = ", ".join(sorted(self._queries)) or "none"
             raise ValueError(
-                f"plausible evaluator: no other queries for the task {pair.task!r}, only for: {known}; "
-                f"call setup with the pairs of every task to be scored"
+                f"plausible evaluator: there are no other queries for the task {pair.task!r}, only for: {known}; "
+                f"call setup with pairs of every task to be scored"
             )
         own = item_key(pair.query)
         others = (
@@ -205,5 +206,8 @@ class PlausibleEvaluator(Evaluator, name="plausible"):
         return list(itertools.islice(others, self.alternatives))
 
     def _drawn(self, task: str, asked: _Asked) -> tuple[int, str]:
-        """A query's place in the order drawn, the same on every disk; ids break the ties of like-named pictures."""
+        """A query's rank in the drawn order, which does not depend on the disk.
+
+        Ids break the ties between pictures of the same name.
+        """
         return seed_of(self.seed, task, item_digest(asked.query)), asked.pair_id

@@ -1,4 +1,4 @@
-"""Confidence without a judge: does the rationale bring the query nearer to its target than to other targets?"""
+"""The evaluator without a judge: does the rationale bring the query nearer to its target than to other targets?"""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from mmemb.types import Item, Pair
 
 
 class RetrievalEvaluator(Evaluator, name="retrieval"):
-    """Log-probability of the true target among negatives of the pair's own task, under a frozen embedder.
+    """Scores the log-probability of the true target among negatives of the pair's own task, under a frozen embedder.
 
-    With e = f(q, r) (f(q) without a rationale), t the true target and t' the negatives [D]:
+    The formula is our choice. With e = f(q, r) (f(q) without a rationale), t the true target and t' the negatives:
 
         c(q, t | r) = cos(e, t) / temperature - log(sum over t and all t' of exp(cos(e, .) / temperature))
 
-    Negatives are the first ``negatives`` other targets of the task in an order drawn by the seed, so they do not depend
-    on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in every arm.
+    Negatives are the first ``negatives`` other targets of the task, in an order drawn by the seed. So they do not
+    depend on the order of the data. Each task's targets are embedded once. A task with a single target scores 0 in
+    every arm.
 
     Args:
-        embedder: a trained model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`; or a
-            bare backbone's folder or hub id, read at ``<emb>``. None: the backbone and pooler given to `bind`, as they
-            are when scoring.
+        embedder: a trained model: a checkpoint or run folder of ``mmemb fit``, or a folder of `Embedder.save`. It may
+            also be a bare backbone's folder or hub id, read at ``<emb>``. None for the backbone and pooler given to
+            `setup`, with their weights at scoring time.
         temperature: divides the cosines.
-        negatives: most negatives a pair.
-        batch_size: rows of one forward pass.
-        seed: another seed draws other negatives.
+        negatives: maximum number of negatives per pair.
+        batch_size: rows per forward pass.
+        seed: seed of the drawn negatives.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         self._embedded: dict[str, tuple[list[str], Tensor]] = {}
 
     def setup(self, context: SetupContext) -> None:
-        """See `Evaluator.setup`; an evaluator that names an embedder of its own keeps that."""
+        """See `Evaluator.setup`. An evaluator with a separate embedder keeps it."""
         if self.embedder is None and context.model is not None:
             self._encoder = Encoder(context.model.backbone, context.model.pooler, batch_size=self.batch_size)
             self._embedded = {}
@@ -74,11 +75,11 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         for task, targets in every.items():
             drawn = {target: seed_of(self.seed, task, portable_id(target, item)) for target, item in targets.items()}
             order = sorted(targets, key=lambda target: (drawn[target], target))
-            # One more than needed: a pair whose own target is among them still has as many negatives as the others.
+            # One more than needed, so that a pair whose own target is drawn has as many negatives as the others.
             self._bank[task] = {target: targets[target] for target in order[: self.negatives + 1]}
             if len(targets) == 1:
                 warnings.warn(
-                    f"retrieval evaluator: the task {task!r} has one target only, so no rationale can gain there",
+                    f"retrieval evaluator: the task {task!r} has only one target, so no rationale can have a gain",
                     stacklevel=2,
                 )
 
@@ -86,7 +87,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         """See `Evaluator.score`.
 
         Raises:
-            ValueError: a pair's task is not in the bank, or no model is there.
+            ValueError: a pair's task is not in the bank, or there is no model yet.
         """
         if not pairs:
             return []
@@ -110,7 +111,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The embedder (identity, a probe of its weights, its limits) and the arguments that move scores."""
+        """The embedder's identity, a probe of its weights, its limits, and the arguments that change scores."""
         encoder = self._frozen()
         return {
             "embedder": encoder.backbone.identity,
@@ -123,7 +124,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         }
 
     def release(self) -> None:
-        """Drops an embedder of its own, which the next score loads again, and the bank's embeddings."""
+        """Frees a separate embedder, which the next score loads again, and the bank's embeddings."""
         if self.embedder is not None:
             self._encoder = None
         self._embedded = {}
@@ -138,12 +139,12 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         return self._encoder
 
     def _task_bank(self, task: str) -> tuple[list[str], Tensor]:
-        """Ids of a task's M bank targets and their embeddings [M, D], made at the first call."""
+        """Ids of a task's M bank targets and their embeddings [M, D], computed at the first call."""
         if task not in self._bank:
             known = ", ".join(sorted(self._bank)) or "none"
             raise ValueError(
-                f"retrieval evaluator: no negatives for the task {task!r}, only for: {known}; "
-                f"call setup with the pairs of every task to be scored"
+                f"retrieval evaluator: there are no negatives for the task {task!r}, only for: {known}; "
+                f"call setup with pairs of every task to be scored"
             )
         if task not in self._embedded:
             items = self._bank[task]
@@ -151,7 +152,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         return self._embedded[task]
 
     def _embed_positives(self, pairs: Sequence[Pair]) -> Tensor:
-        """True targets [B, D]: from the bank where it has them, the others once each."""
+        """Embeddings [B, D] of the true targets, from the bank where possible; each other one is embedded once."""
         known: dict[tuple[str, str], Tensor] = {}
         for task in {pair.task for pair in pairs}:
             ids, bank = self._task_bank(task)
@@ -164,7 +165,7 @@ class RetrievalEvaluator(Evaluator, name="retrieval"):
         return torch.stack([known[pair.task, pair.positive_id] for pair in pairs])
 
     def _left_out(self, ids: list[str], positives: list[str]) -> Tensor:
-        """[n, M] bool: bank targets that are no negative of a row: its own, or else the spare one."""
+        """[n, M] bool, the bank target that is not a negative of a row: its own target, or else the spare one."""
         left_out = torch.zeros(len(positives), len(ids), dtype=torch.bool)
         place = {target: column for column, target in enumerate(ids)}
         for row, positive in enumerate(positives):

@@ -1,4 +1,4 @@
-"""A learned mixture of states."""
+"""The pooler that learns a weighted mean of states."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .base import ProjectedPooler
 
 
 class Attention(ProjectedPooler, name="attention"):
-    """A learned query attends to the hidden states of a row's real tokens, with one set of weights a head.
+    """Attends with a learned query to the hidden states of a row's real tokens, with one set of weights per head.
 
-    The state is cut into heads of equal width; each head's query scores that head's slice of every token, and the
-    slices are averaged by the softmax of the scores. It starts as `mean`: the queries start at zero.
+    The state is cut into heads of equal width. Each head's query scores that head's slice of every token, and the
+    slices are averaged by the softmax of the scores. The queries start at zero, so the pooler starts as `mean`.
 
     Args:
-        heads: number of heads; divides the hidden width.
-        projection: width of a linear projection without bias; None: none.
-        dim: embedding width: the first entries of the pooled state (Matryoshka); None: all.
+        heads: number of heads; it must divide the hidden width.
+        projection: width of a linear projection without bias; None for no projection.
+        dim: embedding width, the first entries of the pooled state (Matryoshka); None for all entries.
     """
 
     needs_all_states = True
-    """Adaptive inference keeps only the state at ``<emb>``; for this pooler it encodes a row again."""
+    """Adaptive inference keeps only the state at ``<emb>``, so for this pooler it encodes a row again."""
 
     def __init__(self, *, heads: int = 1, projection: int | None = None, dim: int | None = None) -> None:
         super().__init__(projection=projection, dim=dim)
@@ -45,7 +45,7 @@ class Attention(ProjectedPooler, name="attention"):
         self.query = nn.Parameter(torch.zeros(self.heads, hidden_size // self.heads))
 
     def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
-        """See `ProjectedPooler.pool`; the position of ``<emb>`` is not looked at."""
+        """See `ProjectedPooler.pool`. The position of ``<emb>`` has no effect."""
         rows, columns, width = hidden.shape
         slices = hidden.reshape(rows, columns, self.heads, -1)
         scores = torch.einsum("bthd,hd->bth", slices, self.query.to(hidden.dtype)) / slices.shape[-1] ** 0.5

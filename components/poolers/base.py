@@ -1,4 +1,6 @@
-"""What every pooler shares: an optional projection, Matryoshka truncation, normalisation. A pooler says only `pool`.
+"""The base of every pooler: an optional projection, Matryoshka truncation and normalisation.
+
+A pooler implements only `pool`.
 
 Legend: B rows, T columns, H hidden width, P projected width, D embedding width.
 """
@@ -16,11 +18,11 @@ from mmemb.interfaces import Pooler, SetupContext
 
 
 class ProjectedPooler(Pooler):
-    """A pooled state [B, H] -> projected [B, P] -> its first D entries -> unit length, in float32.
+    """Projects a pooled state [B, H] to [B, P], takes its first D entries and scales them to unit length, in float32.
 
     Args:
-        projection: width P of a linear projection without bias; None: no projection, P = H.
-        dim: embedding width D: the first D of P entries (Matryoshka, arXiv 2205.13147); None: all.
+        projection: width P of a linear projection without bias; None for no projection, so P = H.
+        dim: embedding width D, the first D of P entries (Matryoshka, arXiv 2205.13147); None for all entries.
     """
 
     def __init__(self, *, projection: int | None = None, dim: int | None = None) -> None:
@@ -49,7 +51,7 @@ class ProjectedPooler(Pooler):
 
     @abstractmethod
     def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
-        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> one state a row [B, H]."""
+        """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> one state per row [B, H]."""
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
         """Hidden [B, T, H], mask [B, T], position of ``<emb>`` [B] -> [B, D] float32, L2-normalised."""
@@ -66,5 +68,5 @@ def last_real(attention_mask: Tensor) -> Tensor:
 
 
 def take(hidden: Tensor, column: Tensor) -> Tensor:
-    """The states [B, H] of hidden [B, T, H] at one column [B] a row."""
+    """The states [B, H] of hidden [B, T, H], each at its row's column [B]."""
     return hidden[torch.arange(len(hidden), device=hidden.device), column]

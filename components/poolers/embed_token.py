@@ -1,4 +1,4 @@
-"""The state at ``<emb>``."""
+"""The pooler that takes the state at ``<emb>``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .base import ProjectedPooler, take
 
 
 class EmbedToken(ProjectedPooler, name="embed_token"):
-    """The hidden state at `<emb>`: what the model itself gathered for the embedding.
+    """Takes the hidden state at `<emb>`, in which the model itself gathers the embedding.
 
     Args:
-        projection: width of a linear projection without bias; None: none.
-        dim: embedding width: the first entries of the pooled state (Matryoshka); None: all.
+        projection: width of a linear projection without bias; None for no projection.
+        dim: embedding width, the first entries of the pooled state (Matryoshka); None for all entries.
     """
 
     def pool(self, hidden: Tensor, attention_mask: Tensor, emb_position: Tensor) -> Tensor:
-        """See `ProjectedPooler.pool`; the mask is not looked at."""
+        """See `ProjectedPooler.pool`. The mask has no effect."""
         return take(hidden, emb_position)

@@ -1,4 +1,4 @@
-"""No selection: a pair trains on every candidate it has."""
+"""The selector that selects nothing: a pair trains on all of its rationale candidates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mmemb.types import Candidates, Selection
 
 
 class All(Selector, name="all"):
-    """Trains every candidate of a pair in every step, each at an equal share of the pair's weight.
+    """Trains on every rationale candidate of a pair in every step, each with an equal share of the pair's weight.
 
-    What selection has to beat when compute is no matter: the reasoned path costs K rows a pair instead of one, so
-    lower the objective's ``chunk_size``.
+    This is the baseline for selection when compute does not matter. The reasoned path costs K rows per pair instead of
+    one, so lower the objective's ``chunk_size``.
     """
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
-        """One candidate, drawn uniformly, for whoever wants one alone (see `Selector.select`)."""
+        """One candidate, drawn uniformly, for callers that need a single one (see `Selector.select`)."""
         count = len(candidates.rationales)
         return Selection(random.Random(seed).randrange(count) if count else None)
 

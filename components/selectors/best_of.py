@@ -1,4 +1,4 @@
-"""Best of K: the candidate that helps most, if one helps."""
+"""The selector that takes the rationale candidate that helps most, if one helps (best of K)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from mmemb.types import Candidates, Selection
 
 
 class BestOf(Selector, name="best_of"):
-    """Takes the candidate of the largest gain; if that does not exceed the margin, the pair trains the direct path.
+    """Takes the candidate with the largest gain, or none if that gain does not exceed the margin.
 
-    What ``counterfactual`` becomes at temperature 0. Unlike ``oracle`` it leaves out what harms. The first of equals is
-    taken.
+    Without a candidate the pair trains only the direct path. This is ``counterfactual`` at temperature 0. Unlike
+    ``oracle`` it leaves out candidates that harm. Of equally good candidates the first is taken.
 
     Args:
-        margin: least gain, in the evaluator's unit (nats).
-        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.rationales.gains`).
+        margin: gain that a candidate must exceed, in the evaluator's unit (nats).
+        net_of_placebo: whether to subtract from each gain the gain of another pair's rationale
+            (`mmemb.rationales.gains`).
     """
 
     def __init__(self, margin: float = 0.0, net_of_placebo: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The paper's selector: keep what helps this pair, prefer what helps more."""
+"""The selector from the paper: it keeps candidates that help this pair and prefers those that help more."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from mmemb.types import Candidates, Selection
 
 
 class Counterfactual(Selector, name="counterfactual"):
-    """Samples among the candidates whose gain over no rationale exceeds a margin; none survives: direct path only.
+    """Samples among the candidates whose gain over no rationale exceeds a margin.
 
-    With the gain of the counterfactual intervention [A]
+    If no candidate exceeds it, the pair trains only the direct path. The gain is the effect of the counterfactual
+    intervention of MMEmb-R1 (arXiv 2604.06156):
 
-        gain(r) = c(q, t | do(r)) - c(q, t | do(none)),
+        gain(r) = c(q, t | do(r)) - c(q, t | do(none)).
 
-    r is kept where gain(r) > margin, and drawn with probability proportional to exp(gain(r) / temperature) [S].
+    A candidate r is kept if gain(r) > margin. It is drawn with probability proportional to exp(gain(r) / temperature),
+    as summaries of the paper report.
 
     Args:
-        margin: least gain, in the evaluator's unit (nats).
-        temperature: of the draw, in the same unit, > 0; small values approach the arg-max.
-        net_of_placebo: takes from each gain what another pair's rationale would have gained (`mmemb.rationales.gains`).
+        margin: gain that a candidate must exceed, in the evaluator's unit (nats).
+        temperature: temperature of the draw, in the same unit, > 0; small values approach the arg-max.
+        net_of_placebo: whether to subtract from each gain the gain of another pair's rationale
+            (`mmemb.rationales.gains`).
     """
 
     def __init__(self, margin: float = 0.0, temperature: float = 0.1, net_of_placebo: bool = False) -> None:

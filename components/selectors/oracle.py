@@ -1,4 +1,4 @@
-"""The upper bound: what the evaluator likes best."""
+"""The selector that takes the candidate with the best score: the upper bound."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from mmemb.types import Candidates, Selection
 
 
 class Oracle(Selector, name="oracle"):
-    """Takes the candidate that best aligns with the true target: arg-max of c(q, t | do(r)), the upper bound [S].
+    """Takes the candidate that best fits the true target, the arg-max of c(q, t | do(r)): the upper bound.
 
-    Unlike ``counterfactual`` it always reasons where there is a candidate, even where none helps. The first of equals
-    is taken.
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report this bound. Unlike ``counterfactual`` it always takes a candidate if
+    there is one, even if none helps. Of equally good candidates the first is taken.
     """
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:

@@ -1,4 +1,4 @@
-"""The baseline: any candidate will do."""
+"""The selector that draws any candidate: the baseline."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from mmemb.types import Candidates, Selection
 
 
 class Random(Selector, name="random"):
-    """Draws uniformly over the candidates, whatever their scores: the baseline [S].
+    """Draws uniformly among the candidates and ignores their scores: the baseline.
+
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report this baseline.
 
     Args:
-        seed: another seed makes other draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""A client of an OpenAI-compatible chat endpoint: many requests in flight, a budget, and a key that is never shown.
+"""A client for an OpenAI-compatible chat endpoint, with many requests in flight, a budget and a key that never shows.
 
 The `openai` library sends the requests and repeats those that may succeed later: after connection errors, timeouts and
-the statuses 408, 409, 429 and 5xx. It waits as long as the server asks, up to two minutes, or else a growing time. Here
-the budget is kept, and answers that do not follow the protocol are refused: the library passes them through.
+the statuses 408, 409, 429 and 5xx. It waits as long as the server asks, up to two minutes, or else a growing time. This
+module keeps the budget. It also refuses answers that do not follow the protocol, since the library lets them through.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answer:
-    """What the endpoint wrote.
+    """An answer of the endpoint.
 
     Attributes:
-        text: as it came.
-        tokens: completion tokens, thoughts that are not in the text included; 0 where the endpoint does not say.
-        finish_reason: the endpoint's word for it: ``stop``, ``length``, ``content_filter``...
-        model: the model's name by the endpoint, and its fingerprint after an ``@`` if there is one.
+        text: the unchanged text.
+        tokens: completion tokens, including reasoning that is not in the text; 0 if the endpoint does not report them.
+        finish_reason: the reason as the endpoint names it: ``stop``, ``length``, ``content_filter``...
+        model: the model's name as the endpoint gives it, with its fingerprint after an ``@`` if there is one.
     """
 
     text: str
@@ -47,16 +47,16 @@ class Answer:
 
 @dataclass
 class Budget:
-    """What was used, and how much may be.
+    """Counts the tokens and the money used, and holds their limits.
 
     Attributes:
-        tokens: most prompt and completion tokens; None: no limit.
-        cost: most money, in the unit of the prices; None: no limit.
-        input_price: of a million prompt tokens.
-        output_price: of a million completion tokens.
-        requests: answered so far, damaged answers that were counted included.
-        prompt_tokens: read by the endpoint so far.
-        completion_tokens: written by it so far.
+        tokens: maximum number of prompt and completion tokens; None for no limit.
+        cost: maximum cost, in the unit of the prices; None for no limit.
+        input_price: price of a million prompt tokens.
+        output_price: price of a million completion tokens.
+        requests: requests answered so far, including damaged answers that were counted.
+        prompt_tokens: tokens that the endpoint has read so far.
+        completion_tokens: tokens that the endpoint has written so far.
     """
 
     tokens: int | None
@@ -69,22 +69,22 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Money so far."""
+        """Cost so far, in the unit of the prices."""
         return (self.prompt_tokens * self.input_price + self.completion_tokens * self.output_price) / 1e6
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit to keep."""
+        """Whether there is a limit."""
         return self.tokens is not None or self.cost is not None
 
     def count(self, usage: Any) -> None:
-        """Adds an answer by what the endpoint says that it used; None adds no tokens."""
+        """Adds an answer with the usage that the endpoint reports; None adds no tokens."""
         self.requests += 1
         self.prompt_tokens += int(getattr(usage, "prompt_tokens", 0) or 0)
         self.completion_tokens += int(getattr(usage, "completion_tokens", 0) or 0)
 
     def excess(self, tokens: int) -> str:
-        """The limit that so many completion tokens alone would exceed, in words; empty if none."""
+        """The limit, in words, that this number of completion tokens alone would exceed; empty if there is none."""
         if self.tokens is not None and tokens > self.tokens:
             return f"token_budget of {self.tokens:,}"
         if self.cost is not None and tokens * self.output_price / 1e6 > self.cost:
@@ -92,10 +92,10 @@ class Budget:
         return ""
 
     def check(self) -> None:
-        """Refuses to go on once a limit is reached.
+        """Raises an error once a limit is reached.
 
         Raises:
-            ValueError: names the limit and what was used.
+            ValueError: a limit is reached; the message names the limit and the usage.
         """
         used = self.prompt_tokens + self.completion_tokens
         if self.tokens is not None and used >= self.tokens:
@@ -119,11 +119,11 @@ class Endpoint:
     """Asks an OpenAI-compatible chat endpoint.
 
     Args:
-        base_url: as in ``http://host:8000/v1``; None: the library's (``OPENAI_BASE_URL`` or OpenAI itself).
-        key_variable: environment variable that holds the key; None for an endpoint that wants none.
-        timeout: seconds an answer may take.
-        retries: further attempts of a request by the library.
-        budget: counts what is used and stops at its limits.
+        base_url: address such as ``http://host:8000/v1``; None for the library's (``OPENAI_BASE_URL`` or OpenAI).
+        key_variable: environment variable that holds the key; None for an endpoint that needs no key.
+        timeout: maximum time for an answer, in seconds.
+        retries: number of times that the library repeats a request.
+        budget: counts the usage and stops at its limits.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Endpoint:
         self.budget = budget
 
     def run(self, work: Callable[[AsyncOpenAI], Coroutine[Any, Any, T]]) -> T:
-        """Runs a coroutine with an open client, also from within a running event loop (a notebook's).
+        """Runs a coroutine with an open client, also inside a running event loop (as in a notebook).
 
         Raises:
             ImportError: the client library is not installed.
@@ -162,12 +162,12 @@ class Endpoint:
             return thread.submit(asyncio.run, inside()).result()
 
     async def ask(self, client: AsyncOpenAI, **request: Any) -> Answer:
-        """One answer; `request` holds the arguments of ``chat.completions.create``.
+        """Asks for one answer; `request` holds the arguments of ``chat.completions.create``.
 
         Raises:
             Refused: the endpoint refuses this request (400, 413, 422), or its answer does not follow the protocol.
             ValueError: a limit of the budget is reached, or the endpoint refuses key, model or address.
-            ConnectionError: no answer after all attempts.
+            ConnectionError: there was no answer after all attempts.
         """
         import openai
 
@@ -184,15 +184,15 @@ class Endpoint:
         except (_DamagedAnswer, openai.APIResponseValidationError, ValueError) as error:
             if isinstance(error, ValueError) and not _is_decoding(error):
                 raise
-            raise Refused(f"no proper answer ({self._clean(error)})") from None
+            raise Refused(f"the answer does not follow the protocol ({self._clean(error)})") from None
         raise self._down(what, failure) from None
 
     def _status(self, error: APIStatusError) -> str:
-        """What a status that may change with time says about the endpoint.
+        """Describes the state of the endpoint by a status that may change with time.
 
         Raises:
-            Refused: the endpoint will never answer the request.
-            ValueError: it will answer no request.
+            Refused: the endpoint will never answer this request.
+            ValueError: the endpoint will answer no request at all.
         """
         if error.status_code in (400, 413, 422):
             raise Refused(self._clean(error)) from None
@@ -209,20 +209,20 @@ class Endpoint:
         ) from None
 
     def _read(self, completion: Any) -> Answer:
-        """Checks an answer, which the library does not: any JSON, or text, may come."""
+        """Checks an answer. The library does not, so any JSON or text may arrive here."""
         choices, usage = (getattr(completion, name, None) for name in ("choices", "usage"))
         if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
             if usage is not None:
-                self.budget.count(usage)  # worthless, and paid for
-            raise _DamagedAnswer("an answer without choices")
+                self.budget.count(usage)  # it is worthless but was paid for
+            raise _DamagedAnswer("the answer has no choices")
         if usage is None and self.budget.limited:
             raise _NoUsage(
                 f"openai worker: {self._place} does not say how many tokens it used, so a budget cannot be kept; "
-                f"leave token_budget and cost_budget out, or bound the run by its pairs and max_new_tokens"
+                f"remove token_budget and cost_budget, and bound the run by its pairs and max_new_tokens"
             )
         self.budget.count(usage)
         message = choices[0].message
-        # Servers that tell thoughts from the answer put them into a field of their own; it is all there may be.
+        # Some servers put reasoning into a separate field, and there may be nothing else.
         fields = ("content", "reasoning_content", "reasoning")
         text = next(filter(None, (_text(getattr(message, name, None)) for name in fields)), "")
         fingerprint = getattr(completion, "system_fingerprint", None)
@@ -240,7 +240,7 @@ class Endpoint:
         if not key:
             raise ValueError(
                 f"openai worker: the environment variable {self.key_variable} is not set; "
-                f"put the endpoint's key there, or say api_key_variable: null for an endpoint that wants none"
+                f"put the endpoint's key there, or set api_key_variable: null for an endpoint that needs no key"
             )
         return key
 
@@ -249,32 +249,32 @@ class Endpoint:
         return self._clean(self.base_url or os.environ.get("OPENAI_BASE_URL") or "the OpenAI endpoint")
 
     def _clean(self, said: object) -> str:
-        """What was said, in one line, without the key: servers like to repeat it."""
+        """A message in one line and without the key, since servers often repeat the key."""
         text = " ".join(str(said).split())
         key = os.environ.get(self.key_variable or "", "")
-        return (text.replace(key, "***") if key else text)[:500]  # cut last: half a key is one to be seen
+        return (text.replace(key, "***") if key else text)[:500]  # cut last: half a key would not be recognised
 
     def _down(self, what: str, error: Exception) -> ConnectionError:
         return ConnectionError(
             f"openai worker: {self._place} {what}, retries: {self.retries} "
             f"({self._clean(error) or type(error).__name__}); "
-            f"finished shards are kept: run the same command again when it is back"
+            f"finished shards are kept; run the same command again when the endpoint is back"
         )
 
 
 class _DamagedAnswer(Exception):
-    """An answer that is not what the protocol says."""
+    """An answer that does not follow the protocol."""
 
 
 class _NoUsage(ValueError):
-    """An answer that cannot be counted against a budget."""
+    """An answer without a token count, so that a budget cannot be kept."""
 
 
 def _text(content: Any) -> str:
-    """A message's text, which may come as a list of parts: those of type text, joined.
+    """The text of a message. Of a list of parts, the parts of type text are joined.
 
     Raises:
-        _DamagedAnswer: it is neither a text nor such a list.
+        _DamagedAnswer: the content is neither a text nor such a list.
     """
     if content is None:
         return ""
@@ -283,17 +283,20 @@ def _text(content: Any) -> str:
     else:
         texts = [content]
     if not all(isinstance(text, str) for text in texts):
-        raise _DamagedAnswer("an answer whose text is none")
+        raise _DamagedAnswer("the answer's content is not a text")
     return _encodable("".join(texts))
 
 
 def _encodable(text: str) -> str:
-    """Lone surrogates, which JSON may hold and UTF-8 (a shard on disk) may not, as question marks."""
+    """Replaces lone surrogates by question marks: JSON may contain them, but UTF-8 (a shard on disk) may not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 async def all_of(jobs: Sequence[Callable[[], Awaitable[T]]], *, at_once: int) -> list[T]:
-    """The results of many coroutines in order, so many at a time; the first error stops the rest and is raised."""
+    """Runs coroutines, ``at_once`` at a time, and returns their results in order.
+
+    The first error stops the rest and is raised.
+    """
     gate = asyncio.Semaphore(at_once)
 
     async def gated(job: Callable[[], Awaitable[T]]) -> T:
@@ -312,14 +315,16 @@ async def all_of(jobs: Sequence[Callable[[], Awaitable[T]]], *, at_once: int) ->
 
 
 def message_content(item: Item, *, max_pixels: int) -> str | list[dict[str, Any]]:
-    """An item as the content of a chat message: instruction and parts in order, pictures and video frames as data URLs.
+    """Turns an item into the content of a chat message: its instruction and its parts in order.
+
+    Pictures and video frames become data URLs.
 
     Args:
         item: the item.
-        max_pixels: largest picture area; a larger one is shrunk.
+        max_pixels: largest picture area; a larger picture is shrunk.
 
     Raises:
-        FileNotFoundError: a picture is not there.
+        FileNotFoundError: a picture's file does not exist.
         ValueError: a picture cannot be read.
     """
     content: list[dict[str, Any]] = [{"type": "text", "text": item.instruction}] if item.instruction else []
@@ -333,13 +338,13 @@ def message_content(item: Item, *, max_pixels: int) -> str | list[dict[str, Any]
             except ValueError as error:
                 raise ValueError(f"openai worker: the item {describe(item)!r}: {error}") from None
             content.append({"type": "image_url", "image_url": {"url": url}})
-    if all(entry["type"] == "text" for entry in content):  # a plain text is understood by every endpoint
+    if all(entry["type"] == "text" for entry in content):  # every endpoint understands plain text
         return "\n".join(entry["text"] for entry in content)
     return content
 
 
 def data_url(source: str | PILImage, *, max_pixels: int) -> str:
-    """A picture as ``data:image/jpeg;base64,...``: upright, RGB, shrunk to an area, hardly compressed."""
+    """A picture as ``data:image/jpeg;base64,...``: upright, RGB, shrunk to the maximum area, hardly compressed."""
     picture = load_image(source)
     area = picture.width * picture.height
     if area > max_pixels:
@@ -351,12 +356,12 @@ def data_url(source: str | PILImage, *, max_pixels: int) -> str:
 
 
 def _is_decoding(error: ValueError) -> bool:
-    """Whether the body of an answer was no JSON, or no text at all."""
+    """Whether the error says that the body of an answer is not JSON, or not text."""
     return isinstance(error, UnicodeDecodeError) or type(error).__name__ == "JSONDecodeError"
 
 
 def _stop(limit: str, used: str) -> NoReturn:
     raise ValueError(
-        f"openai worker: the {limit} is used up ({used}); finished shards are kept: "
-        f"run the same command again to go on, with as much again"
+        f"openai worker: the {limit} is used up ({used}); finished shards are kept; "
+        f"run the same command again to continue with a full budget"
     )

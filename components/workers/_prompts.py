@@ -1,4 +1,4 @@
-"""What a vision-language model is asked by the workers that show it the whole item."""
+"""The prompt and the answer's cleaning for workers that show a vision-language model the whole item."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ REQUEST = (
     "Do not answer yet. In at most three short sentences, name what in the input matters for this task "
     "and what follows from it."
 )
-"""What is asked after the item. Short, because a rationale is read by every later forward pass."""
+"""The request after the item. It asks for a short text, because every later forward pass reads the rationale."""
 
 
 def asked(item: Item, request: str) -> Item:
-    """The item as a model is shown it: instruction and parts as they stand, the request last, no fields."""
+    """The item as the model sees it: unchanged instruction and parts, then the request, without fields."""
     return replace(item, parts=(*item.parts, Text(request)), fields={})
 
 
 def thought(text: str) -> str:
-    """A model's answer without its brackets: what follows ``</think>``, or what was thought if nothing does."""
+    """A model's answer: the text after ``</think>``, or the text between the brackets if nothing follows."""
     inside, _, after = text.rpartition(END_THINK)
     text = after if after.strip() else inside
     for token in (THINK, END_THINK, EMB):

@@ -1,4 +1,4 @@
-"""What workers that sample from a local model share: seeds by content, one prefill an item, provenance."""
+"""Sampling for workers with a local model: seeds by content, one prefill per item, provenance."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def sample_rationales(
     batch_size: int,
     think: bool,
 ) -> list[list[Rationale]]:
-    """At most k rationales for each prompt; a sample is seeded by its prompt's content and number.
+    """Samples at most k rationales for each prompt; a sample's seed depends on its prompt's content and its number.
 
     Batches are cut from all samples in order of length. Equal texts of one prompt are merged (the first stays) and
-    empty ones dropped: fewer than k may be left.
+    empty ones are dropped, so fewer than k may be left.
 
     Args:
         backbone: the model; its training mode is restored.
-        prompts: B prompts. Equal ones are asked once, and share what comes of it.
-        k: samples a prompt.
+        prompts: B prompts. Equal prompts are asked once and share their rationales.
+        k: number of samples per prompt.
         worker: short name, for the provenance.
-        seed: derives every sample's seed.
-        temperature: of the sampling.
-        max_new_tokens: longest rationale, in tokens.
-        batch_size: sequences decoded at once.
-        think: whether the model is made to write between ``<think>`` and ``</think>``.
+        seed: seed from which every sample's seed is derived.
+        temperature: temperature of the sampling.
+        max_new_tokens: maximum length of a rationale, in tokens.
+        batch_size: number of sequences that are decoded at once.
+        think: whether the model must write between ``<think>`` and ``</think>``.
     """
     keys = [item_key(prompt) for prompt in prompts]
     distinct = dict(zip(keys, prompts, strict=True))
-    digests = [item_digest(prompt) for prompt in distinct.values()]  # portable: the disk moves no sample
+    digests = [item_digest(prompt) for prompt in distinct.values()]  # the place on disk changes no sample
     seeds = [seed_of(seed, content, number) for content in digests for number in range(k)]
     with evaluating(backbone):
         samples = sample(
@@ -73,15 +73,15 @@ def sample_rationales(
 
 
 def model_settings(backbone: Backbone) -> dict[str, Any]:
-    """The model by its identity and a probe of its weights, and how much it sees of an item."""
+    """The model's identity, a probe of its weights, and the limits on what it sees of an item."""
     return {"model": backbone.identity, "weights": module_digest(backbone), **backbone.prompt_settings}
 
 
 def check_sampling(worker: str, *, temperature: float, max_new_tokens: int, batch_size: int) -> None:
-    """Refuses settings that make no sense.
+    """Checks that the settings are within their ranges.
 
     Raises:
-        ValueError: names the setting and what is expected.
+        ValueError: a setting is outside its range.
     """
     check_numbers(f"workers.{worker}", above=0, temperature=temperature)  # at 0 all samples would be equal
     check_numbers(f"workers.{worker}", at_least=1, max_new_tokens=max_new_tokens, batch_size=batch_size)

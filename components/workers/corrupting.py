@@ -1,4 +1,4 @@
-"""A worker that spoils what another one proposes: the control with which selection is tested."""
+"""The worker that damages another worker's candidates, as a control to test selection."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ EMPTY_TALK = (
     "taking everything into account , a careful look is needed",
     "i should compare what i see with what i know",
 )
-"""Sentences that fit any item, and so tell nothing of it."""
+"""Sentences that fit any item and so say nothing about it."""
 
-_DONORS_TRIED = 3  # each is one more item for the other worker, and most have something else to say
+_DONORS_TRIED = 3  # each costs the other worker one more item, and most of them give a different text
 
 
 class CorruptingWorker(Worker, name="corrupting"):
-    """Damages a share of another worker's candidates, and marks which in `Rationale.corruption`.
+    """Damages a share of another worker's candidates and records the damage in `Rationale.corruption`.
 
-    - ``wrong_entity``: what the worker says of another item, of the same instruction where there is one.
-    - ``shuffled``: the same words in random order (of two words or more).
+    - ``wrong_entity``: the worker's candidate for another item, with the same instruction if there is one.
+    - ``shuffled``: the same words in random order (for two words or more).
     - ``empty_talk``: a sentence that says nothing.
 
-    A damage that cannot be done to a candidate (one word cannot be shuffled) gives way to the next one.
+    If a kind of damage is impossible for a candidate (one word cannot be shuffled), the next kind is used.
 
     Args:
-        worker: whose candidates are damaged.
-        share: probability that a candidate is, from 0 to 1.
-        kinds: the damages, each as likely.
+        worker: the worker whose candidates are damaged.
+        share: probability that a candidate is damaged, from 0 to 1.
+        kinds: kinds of damage, all equally likely.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CorruptingWorker(Worker, name="corrupting"):
         check_numbers("workers.corrupting", at_least=0, at_most=1, share=share)
         if unknown := set(kinds) - {"wrong_entity", "shuffled", "empty_talk"}:
             raise ValueError(
-                f"corrupting worker: unknown kinds {sorted(unknown)}; there are wrong_entity, shuffled, empty_talk"
+                f"corrupting worker: unknown kinds {sorted(unknown)}; choose from wrong_entity, shuffled, empty_talk"
             )
         if not kinds:
             raise ValueError(
@@ -67,7 +67,7 @@ class CorruptingWorker(Worker, name="corrupting"):
         self._of_instruction: dict[str, list[int]] = {}
 
     def setup(self, context: SetupContext) -> None:
-        """Sets the other worker up, and keeps the items: a wrong entity is taken from one of them."""
+        """Sets the other worker up, and keeps the items, from which wrong entities are taken."""
         self.worker.setup(context)
         if not context.items:
             return
@@ -77,10 +77,10 @@ class CorruptingWorker(Worker, name="corrupting"):
             self._of_instruction.setdefault(item.instruction, []).append(number)
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """See `Worker.propose`: the other worker's candidates, damaged or as they are, all under this worker's name.
+        """See `Worker.propose`: the other worker's candidates, damaged or unchanged, all under this worker's name.
 
         Raises:
-            ValueError: a wrong entity is asked for and `setup` got no items.
+            ValueError: ``kinds`` includes ``wrong_entity`` and `setup` got no items.
         """
         if "wrong_entity" in self.kinds and not self._items and items:
             raise ValueError("corrupting worker: a wrong entity needs other items; call setup with items first")
@@ -95,7 +95,7 @@ class CorruptingWorker(Worker, name="corrupting"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The other worker's, the share and the kinds."""
+        """The other worker's settings, the share and the kinds."""
         return {
             "worker": self.name,
             "of": {"worker": self.worker.name or type(self.worker).__qualname__, **self.worker.settings},
@@ -105,15 +105,15 @@ class CorruptingWorker(Worker, name="corrupting"):
 
     @property
     def report(self) -> str:
-        """The other worker's: damaging costs nothing."""
+        """The other worker's report, since the damage costs nothing."""
         return self.worker.report
 
     def release(self) -> None:
-        """Hands it on."""
+        """Releases the memory of the other worker."""
         self.worker.release()
 
     def _donors(self, item: Item, seed: int) -> list[Item]:
-        """Items whose rationales may stand in for this one's, drawn by its content."""
+        """Items whose rationales may replace this item's, drawn with a seed made from its content."""
         own = item_key(item)
         alike = self._of_instruction.get(item.instruction, [])
         pool: Sequence[int] = alike if len(alike) > 1 else range(len(self._items))
@@ -145,14 +145,14 @@ class CorruptingWorker(Worker, name="corrupting"):
     def _by(
         kind: Corruption, rationale: Rationale, strange: Sequence[Rationale], draw: random.Random, taken: set[str]
     ) -> Rationale | None:
-        """The candidate with one damage done to it; None where that cannot give a text of its own."""
+        """The candidate with one kind of damage; None if the damage cannot give a new text."""
         if kind == "wrong_entity":
             other = next((each for each in strange if each.text not in taken), None)
             return None if other is None else replace(other, worker=rationale.worker, corruption=kind)
         if kind == "shuffled":
             words = rationale.text.split()
             draw.shuffle(words)
-            texts = [" ".join(words), " ".join(words[::-1])]  # of two words one order is the candidate's own
+            texts = [" ".join(words), " ".join(words[::-1])]  # with two words, one order is the candidate's own
         else:
             texts = draw.sample(EMPTY_TALK, len(EMPTY_TALK))
         text = next((each for each in texts if each not in taken), None)

@@ -1,4 +1,4 @@
-"""Rationales from what the row already says: no model needed."""
+"""The worker that makes rationales from a row's own fields, without a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DEFAULT_TEMPLATES = {"rationale": "{rationale}"}
 
 
 class MetadataWorker(Worker, name="metadata"):
-    """Fills templates with a row's fields: by default the field ``rationale`` as it stands.
+    """Fills templates with a row's fields. By default the rationale is the unchanged field ``rationale``.
 
     Args:
-        templates: a label and a template each, as in ``{"hop": "the flag of {country} -> {currency}"}``; each gives one
-            candidate, in order. ``{name}`` stands for the item's field of that name, ``{{`` for a brace.
+        templates: templates by label, as in ``{"hop": "the flag of {country} -> {currency}"}``. Each gives one
+            candidate, in order. ``{name}`` is replaced by the item's field of that name, ``{{`` by a brace.
     """
 
     def __init__(self, templates: dict[str, str] | None = None) -> None:
@@ -26,7 +26,7 @@ class MetadataWorker(Worker, name="metadata"):
         self._fields = {label: _field_names(label, template) for label, template in self.templates.items()}
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """See `Worker.propose`; nothing is random here. A template that comes out empty gives no candidate.
+        """See `Worker.propose`. Nothing is random here. A template whose filled text is empty gives no candidate.
 
         Raises:
             ValueError: an item lacks a field that a template names.
@@ -62,7 +62,7 @@ def _field_names(label: str, template: str) -> list[str]:
         raise ValueError(f"metadata worker: the template {label!r} is not well formed: {error}") from None
     for name in names:
         if not name.isidentifier():
-            raise ValueError(f"metadata worker: the template {label!r} has {{{name}}}, expected the name of a field")
+            raise ValueError(f"metadata worker: the template {label!r} has {{{name}}}; put a field name in the braces")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Rationales that the model in training writes itself, before it is trained or (for a refresh) while it is."""
+"""The worker whose rationales the model in training writes itself, before training or (for a refresh) during it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ._sampling import check_sampling, model_settings, sample_rationales
 class ModelWorker(Worker, name="model"):
     """Samples rationales from a vision-language model: the backbone in training unless another is given.
 
-    The prompt is the worker's own. A model that knows nothing of the task can still say what it sees, so an item with
-    pictures is shown with the worker's instruction instead of its own instruction and text; an item of text alone is
-    asked as it stands. Queries that differ in their question alone share a prompt, and so their rationales.
+    A model that knows nothing about the task can still describe a picture. So an item with pictures gets the worker's
+    instruction instead of its own instruction and text. An item with text only is not changed. Queries that differ
+    only in their question share a prompt, and so their rationales.
 
     Args:
-        backbone: the model; None: the one given to `bind`.
-        instruction: what a picture is shown with; null shows every item as it stands, which is what a model that has
-            learned the tasks wants.
-        temperature: of the sampling, > 0.
-        max_new_tokens: longest rationale, in tokens.
-        batch_size: sequences decoded at once.
+        backbone: the model; None for the one given to `setup`.
+        instruction: instruction for items with pictures. With null no item is changed, which suits a model that has
+            learned the tasks.
+        temperature: temperature of the sampling, > 0.
+        max_new_tokens: maximum length of a rationale, in tokens.
+        batch_size: number of sequences that are decoded at once.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class ModelWorker(Worker, name="model"):
         self.batch_size = batch_size
 
     def setup(self, context: SetupContext) -> None:
-        """Gives the worker the model in training; one that was built with a model of its own keeps that."""
+        """Gives the worker the model in training. A worker that was built with another model keeps it."""
         if self.backbone is None and context.model is not None:
             self.backbone = context.model.backbone
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """See `Worker.propose`. A sample is seeded by its item's content and number, whatever the items around it.
+        """See `Worker.propose`. A sample's seed depends on its item's content and its number, not on other items.
 
-        Equal texts of one item are merged (the first stays) and empty ones dropped: fewer than k may be left.
+        Equal texts of one item are merged (the first stays) and empty ones are dropped, so fewer than k may be left.
         """
         return sample_rationales(
             self._bound(),
@@ -68,7 +68,7 @@ class ModelWorker(Worker, name="model"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Model (identity and a probe of its weights), prompt and sampling."""
+        """The model's identity and a probe of its weights, the prompt and the sampling settings."""
         return {
             "worker": self.name,
             **model_settings(self._bound()),
@@ -85,7 +85,7 @@ class ModelWorker(Worker, name="model"):
         return self.backbone
 
     def prompt(self, item: Item) -> Item:
-        """What the model is shown of an item."""
+        """The item as the model sees it."""
         if self.instruction is None or next(pictures(item), None) is None:
             return replace(item, fields={})
         seen = tuple(part for part in item.parts if not isinstance(part, Text))

@@ -1,4 +1,4 @@
-"""Rationales by any OpenAI-compatible chat endpoint: vLLM, SGLang, a hosted model."""
+"""The worker whose rationales come from an OpenAI-compatible chat endpoint: vLLM, SGLang or a hosted model."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ if TYPE_CHECKING:
 
 
 class OpenAIWorker(Worker, name="openai"):
-    """Samples rationales from an OpenAI-compatible chat endpoint, many requests in flight.
+    """Samples rationales from an OpenAI-compatible chat endpoint, with many requests in flight.
 
-    Pictures and video frames are sent as data URLs. Every sample is a request of its own with a seed of its own, so
-    that it can be had again (from an endpoint that keeps to seeds); servers with a prefix cache read the prompt once.
-    The library `openai` repeats a request that fails for now (429, 5xx, timeouts, cut connections). It waits as long as
-    the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for what it is,
-    such as a picture that is too large, gives no candidate and a warning. So does an answer that does not follow the
-    protocol. Every run begins with its full budget.
+    Pictures and video frames are sent as data URLs. Every sample is a separate request with its own seed, so an
+    endpoint that respects seeds can reproduce it. Servers with a prefix cache read the prompt once.
 
-    The key comes from the environment and is written nowhere. Needs the library `openai` (``pip install
+    The library `openai` repeats a request after a temporary failure (429, 5xx, timeouts, cut connections). It waits as
+    long as the endpoint asks, up to two minutes, or else a growing time. A request that the endpoint refuses for its
+    content, such as a picture that is too large, gives no candidate and a warning. So does an answer that does not
+    follow the protocol. Every run begins with its full budget.
+
+    The key comes from the environment and is written nowhere. The worker needs the library `openai` (``pip install
     'mmemb[openai]'``).
 
     Args:
         model: the model's name at the endpoint.
-        base_url: as in ``http://host:8000/v1``; null: the environment's ``OPENAI_BASE_URL``, or OpenAI itself.
-        api_key_variable: the environment variable that holds the key; null for an endpoint that wants none.
-        instruction: what is asked after the item.
-        temperature: of the sampling.
-        top_p: share of the probability that is sampled from.
-        max_new_tokens: longest answer, in tokens; of a model that thinks first, thoughts included.
-        limit_name: what the endpoint calls that limit; OpenAI's newer models know `max_completion_tokens` alone.
-        extra_body: further fields of each request, as the endpoint knows them.
-        max_pixels: largest picture area; a larger one is shrunk.
-        concurrency: requests in flight.
-        timeout: seconds an answer may take.
-        retries: further attempts of a request.
-        token_budget: prompt and completion tokens of one run of the program, after which it stops, give or take the
-            requests in flight; null: no limit.
-        cost_budget: cost of one run after which it stops, in the prices' unit; null: no limit.
+        base_url: address such as ``http://host:8000/v1``; null for the environment's ``OPENAI_BASE_URL`` or OpenAI.
+        api_key_variable: the environment variable that holds the key; null for an endpoint that needs no key.
+        instruction: the request that follows the item.
+        temperature: temperature of the sampling.
+        top_p: share of the probability mass that is sampled from.
+        max_new_tokens: maximum length of an answer, in tokens, including the reasoning of models that reason first.
+        limit_name: the endpoint's name for that limit; OpenAI's newer models accept only `max_completion_tokens`.
+        extra_body: further fields of each request, as the endpoint defines them.
+        max_pixels: largest picture area; a larger picture is shrunk.
+        concurrency: number of requests in flight.
+        timeout: maximum time for an answer, in seconds.
+        retries: number of times that a request is repeated.
+        token_budget: maximum number of prompt and completion tokens in one run of the program; null for no limit. The
+            run stops there, but requests in flight may exceed it.
+        cost_budget: maximum cost of one run, in the unit of the prices; null for no limit.
         input_price: price of a million prompt tokens.
         output_price: price of a million completion tokens.
     """
@@ -95,11 +96,11 @@ class OpenAIWorker(Worker, name="openai"):
         name, address = ("base_url", base_url) if given else ("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"))
         if address and not address.startswith(("http://", "https://")):
             raise ValueError(
-                f"openai worker: {name} is {address!r}, expected an address with http:// or https:// in front, "
+                f"openai worker: {name} is {address!r}; give an address that begins with http:// or https://, "
                 f"as in http://{address.rpartition('://')[2]}"
             )
         if cost_budget is not None and not (input_price or output_price):
-            raise ValueError("openai worker: cost_budget needs input_price and output_price, of a million tokens each")
+            raise ValueError("openai worker: cost_budget needs input_price and output_price, both per million tokens")
         self.model = model
         self.instruction = instruction
         self.max_new_tokens = max_new_tokens
@@ -110,8 +111,8 @@ class OpenAIWorker(Worker, name="openai"):
             base_url=base_url, key_variable=api_key_variable, timeout=timeout, retries=retries, budget=self.budget
         )
         self._may_warn = self.budget.limited
-        # Over the worker's life: a call may hold one item (shard_size 1). Each change is one atomic step, and nothing
-        # is ever taken back, so that neither tasks nor threads can lose one.
+        # These last as long as the worker, since a call may hold only one item (shard_size 1). Each change is atomic
+        # and none is undone, so neither tasks nor threads can lose a change.
         self._answered = False
         self._refused: set[Hashable] = set()
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -119,17 +120,17 @@ class OpenAIWorker(Worker, name="openai"):
         self._request = {"model": model, "temperature": temperature, "top_p": top_p, limit_name: max_new_tokens}
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """See `Worker.propose`. A sample is seeded by its prompt's content and number; equal texts are merged.
+        """See `Worker.propose`. A sample's seed depends on its prompt's content and its number. Equal texts are merged.
 
         Raises:
             ImportError: the client library is not installed.
-            ValueError: there is no key; the endpoint refuses key, model or every request; the budget is used up.
-            ConnectionError: the endpoint is down after all attempts.
+            ValueError: there is no key, the endpoint refuses key, model or every request, or the budget is used up.
+            ConnectionError: the endpoint is still down after all attempts.
         """
         prompts = [asked(item, self.instruction) for item in items]
         keys = [item_key(prompt) for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
-        digests = {key: item_digest(prompt) for key, prompt in distinct.items()}  # portable: seeds hold on any disk
+        digests = {key: item_digest(prompt) for key, prompt in distinct.items()}  # seeds do not depend on the disk
         seeds = {key: [_request_seed(seed, content, number) for number in range(k)] for key, content in digests.items()}
         if not distinct or not k:
             return [[] for _ in items]
@@ -141,7 +142,7 @@ class OpenAIWorker(Worker, name="openai"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Model, prompt and sampling. Where the endpoint stands is left out: a server may move, the model stays."""
+        """Model, prompt and sampling settings, without the endpoint's address, since a server may move."""
         return {
             "worker": self.name,
             "model": self.model,
@@ -153,13 +154,13 @@ class OpenAIWorker(Worker, name="openai"):
 
     @property
     def report(self) -> str:
-        """What the endpoint was asked so far, and what that cost."""
+        """The number of answers so far, with their tokens and cost."""
         return f"{self.name} ({self.model}): {self.budget}"
 
     async def _ask_all(
         self, client: AsyncOpenAI, prompts: dict[Hashable, Item], seeds: dict[Hashable, list[int]]
     ) -> list[list[Answer | Refused]]:
-        """k answers a prompt. As many prompts as requests are held encoded at a time."""
+        """Asks for k answers per prompt. Prompts are encoded only for the requests in flight."""
         gate = asyncio.Semaphore(self.concurrency)
 
         async def one(content: Any, seed: int) -> Answer | Refused:
@@ -174,7 +175,7 @@ class OpenAIWorker(Worker, name="openai"):
                     )
                 except Refused as refusal:
                     return refusal
-            self._answered = True  # here, since a call that ends with an error was answered too
+            self._answered = True  # set here, since a call that ends with an error may have had answers
             return answer
 
         async def of_prompt(key: Hashable) -> list[Answer | Refused]:
@@ -203,21 +204,22 @@ class OpenAIWorker(Worker, name="openai"):
         return list(texts.values())
 
     def _compare_with_budget(self, requests: int) -> None:
-        """Warns, before the first request, where one call (a shard) may use up the budget and leave nothing on disk."""
+        """Warns before the first request if one call (a shard) may use up the budget and leave nothing on disk."""
         tokens = requests * self.max_new_tokens
         if self._may_warn and (limit := self.budget.excess(tokens)):
             warnings.warn(
                 f"openai worker: the {requests:,} requests of one shard may write {tokens:,} tokens, more than the "
-                f"{limit} allows, and a run that it stops keeps finished shards only; "
-                f"take a smaller pool.shard_size, or raise it",
+                f"{limit} allows. A run that the budget stops keeps only finished shards; "
+                f"set a smaller pool.shard_size or raise the budget",
                 stacklevel=3,
             )
         self._may_warn = False
 
     def _report_refused(self, prompts: dict[Hashable, Item], found: Sequence[Sequence[Answer | Refused]]) -> None:
-        """One warning for what was refused; an error once several items were, in any calls, and none was ever answered.
+        """Warns once about refused requests.
 
-        A pool whose last shard holds nothing but one item that the endpoint will not take must come to its end.
+        Once several items were refused, in any calls, and none was ever answered, this is an error. One refused item
+        alone is not an error: a pool must be completed even if its last shard holds only that item.
         """
         refused = [
             (key, answer)
@@ -230,16 +232,16 @@ class OpenAIWorker(Worker, name="openai"):
         first, refusal = refused[0]
         count = sum(map(len, found))
         share = f"{len(refused)} of {count} requests were refused"
-        text = f"openai worker: {share}; the first, {describe(prompts[first])!r}: {refusal}"
-        if not self._answered:  # from the first answer on nothing asks for the items, which may be many
+        text = f"openai worker: {share}; the first was for {describe(prompts[first])!r}: {refusal}"
+        if not self._answered:  # after the first answer the items, which may be many, are not needed
             self._refused.update(key for key, _ in refused)
             if (items := len(self._refused)) > 1:
                 raise ValueError(
-                    f"{text}; none of {items} items was answered so far: check the model's name and what it can take"
+                    f"{text}; none of {items} items was answered so far. Check the model's name and its input limits"
                 )
-        warnings.warn(f"{text}; they give no candidates", stacklevel=3)
+        warnings.warn(f"{text}; refused requests give no candidates", stacklevel=3)
 
 
 def _request_seed(seed: int, prompt: str, number: int) -> int:
-    """The seed of one request: 31 bits, which every endpoint takes."""
+    """The seed of one request, with 31 bits, which every endpoint accepts."""
     return seed_of(seed, prompt, number) >> 32

@@ -1,4 +1,4 @@
-"""Rationales by a local vision-language model that is not the one in training."""
+"""The worker whose rationales come from a local vision-language model other than the one in training."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _PROCESSING = ("chat_template*", "tokenizer*", "*processor_config.json", "*_toke
 class TransformersWorker(Worker, name="transformers"):
     """Samples rationales from a local Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or Idefics3 model, by hub id or folder.
 
-    The model is loaded with the first proposal, through the `transformers` backbone: so are its chat template and its
-    pictures, and its families are those that may be named (`mmemb.components.backbones.families`). Samples are decoded
-    in batches of similar length; the k samples of an item share a prefill.
+    The `transformers` backbone loads the model at the first proposal, and also handles its chat template and pictures.
+    It supports the families in `mmemb.components.backbones.families`. Samples are decoded in batches of similar length.
+    The k samples of an item share a prefill.
 
     Args:
         model: hub id or local folder.
         revision: branch, tag or commit of the hub's model.
-        style: ``instruct`` lets the model write right after the prompt, ``thinking`` between ``<think>`` and
-            ``</think>``, for a model that knows those tokens.
-        instruction: what is asked after the item.
-        temperature: of the sampling, > 0.
-        max_new_tokens: longest rationale, in tokens.
-        batch_size: sequences decoded at once.
+        style: ``instruct`` lets the model write right after the prompt. ``thinking`` makes it write between ``<think>``
+            and ``</think>``, for a model that knows those tokens.
+        instruction: the request that follows the item.
+        temperature: temperature of the sampling, > 0.
+        max_new_tokens: maximum length of a rationale, in tokens.
+        batch_size: number of sequences that are decoded at once.
         dtype: precision of the parameters.
-        device: where it runs; null: a GPU if there is one.
+        device: device of the model; null for a GPU if there is one.
         quantization: ``nf4`` (4 bits) or ``int8`` holds the decoder's linear layers in fewer bits.
-        max_prompt_tokens: longest prompt, pictures included.
-        max_pixels: largest picture area; a larger one is shrunk. null: the model's own.
+        max_prompt_tokens: maximum number of tokens in a prompt, pictures included.
+        max_pixels: largest picture area; a larger picture is shrunk. null for the model's own limit.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TransformersWorker(Worker, name="transformers"):
     ) -> None:
         check_sampling(self.name, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if style not in ("instruct", "thinking"):
-            raise ValueError(f"transformers worker: style is {style!r}, expected instruct or thinking")
+            raise ValueError(f"transformers worker: style is {style!r}; give instruct or thinking")
         self.model = model
         self.revision = revision
         self.style = style
@@ -76,13 +76,13 @@ class TransformersWorker(Worker, name="transformers"):
         self._backbone: Backbone | None = None
 
     def propose(self, items: Sequence[Item], k: int, *, seed: int) -> list[list[Rationale]]:
-        """See `Worker.propose`. A sample is seeded by its item's content and number, whatever the items around it.
+        """See `Worker.propose`. A sample's seed depends on its item's content and its number, not on other items.
 
-        Equal texts of one item are merged (the first stays) and empty ones dropped: fewer than k may be left.
+        Equal texts of one item are merged (the first stays) and empty ones are dropped, so fewer than k may be left.
 
         Raises:
             FileNotFoundError: the model's folder is missing.
-            ValueError: the model cannot be read, or is of no supported family.
+            ValueError: the model cannot be read, or its family is not supported.
         """
         return sample_rationales(
             self._loaded(),
@@ -98,9 +98,10 @@ class TransformersWorker(Worker, name="transformers"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Model (identity and a mark of its weights), how it is loaded, prompt and sampling; loads no weights.
+        """The model's identity and a mark of its weights, its loading options, the prompt and the sampling settings.
 
-        The longest prompt is left out: one that is longer is an error, whose remedy is to raise it and go on.
+        No weights are loaded. ``max_prompt_tokens`` is not included: a longer prompt is an error, and the user may
+        raise the limit and continue.
         """
         return {
             "worker": self.name,
@@ -125,20 +126,20 @@ class TransformersWorker(Worker, name="transformers"):
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
             backbone = TransformersBackbone(self.model, revision=self.revision, **self._options)
             self._backbone = backbone.requires_grad_(False).eval()
-            if self._options["quantization"] == "none":  # a quantised model lies where it was packed
+            if self._options["quantization"] == "none":  # a quantised model stays where it was packed
                 self._backbone.to(device)
         return self._backbone
 
 
 def source(model: str, *, revision: str | None) -> dict[str, str]:
-    """What a model is recognised by without loading it: identity, and the hub's commit or digests of a folder's files.
+    """Identifies a model without loading it: its identity, with the hub's commit or digests of a folder's files.
 
-    Of a folder's weights a few blocks of every file are read: training moves all of them. What makes its prompts (chat
-    template, tokenizer, picture processor) is read whole.
+    A few blocks of every weight file are read, since training changes all of them. The files that shape prompts (chat
+    template, tokenizer, picture processor) are read whole.
 
     Raises:
         FileNotFoundError: the model's folder or its config is missing.
-        ValueError: the config cannot be read, or is of no supported family.
+        ValueError: the config cannot be read, or its family is not supported.
     """
     from mmemb.components.backbones import loading
 

@@ -1,16 +1,16 @@
 """Runs the examples of the documentation, so that a page cannot promise what the code does not do.
 
-A block is run where the line above it says so: ``<!-- test: run -->``. After the colon:
+A block is tested if the line above it says so: ``<!-- test: run -->``. After the colon there may be:
 
-    run              bash (`mmemb` is on the path) and python, each block in a process of its own; must succeed
+    run              runs a bash block (`mmemb` is on the path) or a python block in a separate process; must succeed
     exit=N           the exit code must be N
-    shows="text"     what the block prints contains the text
-    file=path        any language: written to the path (``~`` is the page's own home), and nothing else
-    pairs            jsonl: read as pairs
-    json             parsed
+    shows="text"     the output of the block must contain the text
+    file=path        only writes a block of any language to the path (``~`` is the page's own home)
+    pairs            reads a jsonl block as pairs
+    json             parses a json block
 
-The blocks of a page share one folder, in which they run in order. It stands for the root of a clone (`recipes/` and
-`benchmarks/` are there), is the home folder too, and has a folder `pictures` with a few PNGs.
+The blocks of a page share one folder, in which they run in order. The folder represents the root of a clone with
+`recipes/` and `benchmarks/`. It is also the home folder, and has a folder `pictures` with a few PNGs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PICTURES = ("cat", "beach", "market", "chair")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block with how to test it."""
+    """A code block and how to test it."""
 
     language: str
     code: str
@@ -59,7 +59,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of `mmemb` and `python`; on Linux they need not start from nothing."""
+    """The folder of the programs `mmemb` and `python`; on Linux they share one start-up to save time."""
     if sys.platform != "linux":
         yield Path(sys.executable).parent
         return
@@ -69,7 +69,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def clone(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the root of a clone and for the home folder, as the working directory."""
+    """A working directory that represents both the root of a clone and the home folder."""
     from PIL import Image
 
     for folder in ("recipes", "benchmarks"):
@@ -84,13 +84,13 @@ def clone(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def run_block(block: Block, clone: Path) -> None:
-    """Does with a block what its comment says; fails where the page is wrong."""
+    """Tests a block as its comment says; fails if the page is wrong."""
     if "file" in block.options:
         path = Path(block.options["file"]).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.code, encoding="utf-8")
     elif block.language in ("bash", "python"):
-        # Python too runs in a process of its own: a page's components must not stay registered for other tests.
+        # Python runs in a separate process too, since a page's components must not stay registered for other tests.
         command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else ["python", "-c"]
         done = subprocess.run([*command, block.code], cwd=clone, capture_output=True, text=True, check=False)
         printed = done.stdout + done.stderr
@@ -106,7 +106,7 @@ def run_block(block: Block, clone: Path) -> None:
     elif "json" in block.words:
         json.loads(block.code)
     else:
-        raise AssertionError(f"line {block.line}: nothing is known to do with a {block.language} block")
+        raise AssertionError(f"line {block.line}: there is no test for a {block.language} block with these options")
 
 
 @pytest.mark.slow

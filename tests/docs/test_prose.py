@@ -1,4 +1,4 @@
-"""The check of the pages' English finds what it should, at its line, and the pages pass it."""
+"""Tests that the check of the pages' English finds phrases at their lines, and that the pages pass it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_phrases_that_we_do_not_use_are_found(text: str, word: str) -> None:
 @pytest.mark.parametrize(
     "text", ["besides", "stands in for", "tokens per query", "most tokens", "goes on top", "[D](x)"]
 )
-def test_their_neighbours_are_not(text: str) -> None:
+def test_similar_phrases_are_not_found(text: str) -> None:
     assert prose.check_page(f"It {text}.\n") == []
 
 
@@ -68,7 +68,7 @@ def test_long_sentences_are_found(text: str, line: int) -> None:
         f"A [link](beside-{LONG.replace(' ', '-')}).",
     ],
 )
-def test_what_is_no_prose_does_not_count(text: str) -> None:
+def test_code_comments_and_tables_of_results_are_not_checked(text: str) -> None:
     assert prose.check_page(text + "\n") == []
 
 

@@ -1,4 +1,4 @@
-"""Rules that hold for the whole tree: what the text may not name, unsafe loading, sizes, documented parts, README."""
+"""Tests rules for the whole tree: forbidden names in texts, unsafe loading, sizes, documentation and the README."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mmemb import registry
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".cfg", ".in", ".sh", ".jinja", ""}
 LONGEST_FUNCTION = 60
-"""Lines of a function's body, without its docstring, in the package and its components."""
+"""Maximum lines of a function's body, without its docstring, in the package and its components."""
 LONGEST = 400
-"""Lines of a source file; a longer one is split by what a newcomer would look for, or justified here."""
+"""Maximum lines of a source file. Split a longer file by what a newcomer would look for, or justify it below."""
 JUSTIFIED = {
-    "tools/build_bundled.py": "a script of one piece, a fifth of it the list of pictures that were sorted out by eye"
+    "tools/build_bundled.py": "one script, of which a fifth is the list of pictures that were sorted out by eye"
 }
 
 
 def tracked() -> list[Path]:
-    """The project's files as git knows them; of an unpacked sdist, every file."""
+    """The project's files that git tracks, or every file of an unpacked sdist."""
     done = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -40,7 +40,7 @@ def tracked() -> list[Path]:
 
 
 def texts(*suffixes: str) -> list[tuple[str, str]]:
-    """(path, content) of every text file, or of those with a suffix."""
+    """(path, content) of every text file, or of those with one of the suffixes."""
     wanted = set(suffixes) or TEXT
     return [
         (str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")) for file in tracked() if file.suffix in wanted
@@ -58,7 +58,7 @@ def offenders(pattern: str, *suffixes: str) -> list[str]:
     ]
 
 
-def test_the_pattern_search_finds_what_is_there() -> None:
+def test_the_pattern_search_finds_a_known_line() -> None:
     assert any(place.startswith("README.md:") for place in offenders("mmemb", ".md"))
 
 
@@ -99,10 +99,10 @@ def unsafe_calls(text: str) -> list[int]:
     return lines
 
 
-def test_nothing_is_loaded_that_could_run_code() -> None:
+def test_no_file_is_loaded_in_a_way_that_can_run_code() -> None:
     sample = "import torch\ntorch.load(f, weights_only=False)\nload(m, trust_remote_code=True)\npickle.load(f)\n"
     assert unsafe_calls(sample) == [2, 3, 4]
-    # Tests are left out: they pickle what they have just made, to see that workers can be handed it.
+    # Tests are left out, since they pickle their own objects to test that workers can receive them.
     code = [(path, text) for path, text in texts(".py") if not path.startswith("tests/")]
     assert [f"{path}:{line}" for path, text in code for line in unsafe_calls(text)] == []
     assert offenders(r"trust_remote_code:\s*true", ".yaml", ".yml") == []
@@ -134,12 +134,12 @@ def test_no_function_is_too_long(path: str) -> None:
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-def test_undefined_and_unused_names_are_never_waved_through() -> None:
+def test_undefined_and_unused_names_are_never_ignored() -> None:
     assert offenders(r"[n]oqa:.*\b(F821|F841)\b") == []
 
 
 @pytest.mark.parametrize("path", sorted(path for path, _ in texts(".py") if path.startswith(("src/", "components/"))))
-def test_every_module_and_public_name_says_what_it_is(path: str) -> None:
+def test_every_module_and_public_name_has_a_docstring(path: str) -> None:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     if not tree.body:
         return
@@ -154,7 +154,7 @@ def test_every_module_and_public_name_says_what_it_is(path: str) -> None:
 
 
 @pytest.mark.parametrize("listing", registry.listings(), ids=lambda item: f"{item.kind}.{item.name}")
-def test_every_component_explains_itself(listing: registry.Listing) -> None:
+def test_every_component_and_parameter_is_documented(listing: registry.Listing) -> None:
     assert 10 <= len(listing.summary) <= 120
     assert listing.summary.endswith(".")
     cls = registry.resolve(listing.kind, listing.name)

@@ -1,4 +1,4 @@
-"""Imports point one way, and what must start fast stays light: no torch, Lightning or transformers until needed."""
+"""Tests that imports point one way, and that torch, Lightning and transformers are imported only when needed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FLOORS = (
     ("training",),
     ("commands",),
 )
-"""The rooms from the ground up: a room may import what lies below it, never its own floor's other rooms or above."""
+"""The rooms, from the lowest floor up. A room may import rooms of lower floors, but not others of its own floor."""
 COMPONENTS_MAY = {"types", "registry", "common", "interfaces", "data", "rationales", "inference"}
-"""What a component may know; nobody but the command line and the registry's names knows a component."""
+"""Rooms that a component may import. Only the command line and the registry's names may import a component."""
 
 HEAVY = ("torch", "lightning", "transformers", "numpy", "pyarrow", "PIL", "matplotlib")
 
@@ -58,7 +58,7 @@ def test_light_and_fast(code: str, seconds: float) -> None:
 
 
 def cpu_seconds() -> float:
-    """Processor time of all finished children: unlike the clock, it does not depend on the machine's other work."""
+    """Processor time of all finished child processes. Unlike the clock, it does not depend on other processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -89,7 +89,7 @@ def files_of(room: str) -> list[Path]:
 
 
 def upward(room: str, allowed: set[str]) -> set[tuple[str, str]]:
-    """(file, module) of every import of a room that leads to a room that is not allowed."""
+    """(file, module) of every import in a room that leads to a room that is not allowed."""
     found = {(file.name, module) for file in files_of(room) for module in modules_imported(file)}
     return {(file, module) for file, module in found if room_of(module) not in allowed | {room}}
 
@@ -102,7 +102,7 @@ def test_imports_point_down(floor: int) -> None:
         assert upward(room, below) == set()
 
 
-def test_components_know_contracts_data_rationales_and_inference_alone() -> None:
+def test_components_import_only_the_rooms_that_they_may() -> None:
     assert upward("components", COMPONENTS_MAY) == set()
 
 
@@ -111,8 +111,8 @@ def test_every_room_has_a_floor() -> None:
     assert rooms - {"__init__", "__main__"} == {room for floor in FLOORS for room in floor}
 
 
-def test_no_file_imports_itself_through_others() -> None:
-    """No circle, file by file; imports inside functions count, imports for type checking do too."""
+def test_there_are_no_import_cycles() -> None:
+    """Checks file by file. Imports inside functions and imports for type checking count too."""
     files = {
         path: ".".join(("mmemb", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")
     }
@@ -126,7 +126,7 @@ def test_no_file_imports_itself_through_others() -> None:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The first circle of a directed graph as a closed path; empty where there is none."""
+    """The first cycle of a directed graph as a closed path; empty if there is none."""
     state: dict[str, int] = {}
 
     def visit(node: str, path: list[str]) -> list[str]:
@@ -146,20 +146,22 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 OPTIONAL_WORK = ("bitsandbytes", "peft", "tensorboard", "matplotlib")
-"""Needed by some runs only: quantised models, adapters, logs and drawings."""
+"""Libraries that only some runs need: for quantised models, adapters, logs and drawings."""
 
 
 @pytest.mark.parametrize(
     ("module", "brought_by_lightning"),
     [
-        ("mmemb.training.module", {"matplotlib"}),  # torchmetrics, which Lightning imports, imports it
+        ("mmemb.training.module", {"matplotlib"}),  # imported by torchmetrics, which Lightning imports
         ("mmemb.inference.embedder", set()),
         ("mmemb.commands.embed", set()),
         ("mmemb.drawing.curves", set()),
         ("mmemb.rationales.page", set()),
     ],
 )
-def test_what_some_runs_need_is_imported_by_them(module: str, brought_by_lightning: set[str]) -> None:
+def test_libraries_that_only_some_runs_need_are_not_imported_by_others(
+    module: str, brought_by_lightning: set[str]
+) -> None:
     done = run(f"import sys, {module}; print(*[name for name in {OPTIONAL_WORK!r} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= brought_by_lightning

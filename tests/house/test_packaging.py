@@ -1,4 +1,4 @@
-"""What an installed distribution contains (folders, data, licence), and that the type checker sees all of it."""
+"""Tests the contents of an installed distribution (folders, data, licence), and that the type checker sees them all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUNDLED_SUFFIXES = {".json", ".zip", ".parquet"}
 
 
 def folders_with_code() -> set[str]:
-    """Package names by the folders that hold an `__init__.py`."""
+    """Names of the packages, from the folders with an `__init__.py`."""
     names = {
         ".".join(file.parent.relative_to(ROOT / "src").parts) for file in (ROOT / "src" / "mmemb").rglob("__init__.py")
     }
@@ -32,7 +32,7 @@ def folders_with_code() -> set[str]:
 
 
 def expected_files() -> set[str]:
-    """Every module and data file of the tree by its path inside a wheel."""
+    """Paths inside a wheel of every module and data file of the tree."""
     found = set()
     for base, prefix in ((ROOT / "src" / "mmemb", "mmemb"), (ROOT / "components", "mmemb/components")):
         for file in base.rglob("*"):
@@ -46,7 +46,7 @@ def expected_files() -> set[str]:
 
 
 def copy_of_the_tree(target: Path) -> Path:
-    """The project's own files, without caches and runs, so that a build cannot reuse what an older one left."""
+    """Copies the project's own files without caches and runs, so that a build cannot reuse files of an older one."""
     skip = shutil.ignore_patterns(
         ".git",
         ".venv",
@@ -64,7 +64,7 @@ def copy_of_the_tree(target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(wheel, sdist); the wheel is built from the sdist, so that what the sdist forgets is missing in both."""
+    """(wheel, sdist); the wheel is built from the sdist, so that a file that the sdist lacks is missing in both."""
     base = tmp_path_factory.mktemp("dist")
     tree = copy_of_the_tree(base / "tree")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(base / "out"), str(tree)]
@@ -99,7 +99,7 @@ def test_wheel_holds_every_module_and_data_file(distributions: tuple[Path, Path]
     assert licences == {"LICENSE", "NOTICE"}
 
 
-def test_sdist_holds_the_sources_and_what_is_needed_to_work_on_them(distributions: tuple[Path, Path]) -> None:
+def test_the_sdist_has_the_sources_and_all_files_for_development(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[1]) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
@@ -127,7 +127,7 @@ def test_installed_wheel_imports_and_lists_the_components(distributions: tuple[P
         "import mmemb, mmemb.components.selectors, mmemb.registry as r;"
         "print(mmemb.__file__, mmemb.components.__file__, len(r.listings()))"
     )
-    # PYTHONPATH is asked before the editable install.
+    # PYTHONPATH comes before the editable install.
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
@@ -144,7 +144,7 @@ def test_installed_wheel_imports_and_lists_the_components(distributions: tuple[P
 
 
 def test_type_check_sees_the_components(tmp_path: Path) -> None:
-    """mypy must report an error seeded into `components/` and one into `src/`, each by its real path."""
+    """Adds an error to `components/` and one to `src/`; mypy must report both with their real paths."""
     for name in ("src", "components", "tools"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "tiny", "*.egg-info")
@@ -155,7 +155,7 @@ def test_type_check_sees_the_components(tmp_path: Path) -> None:
     (tmp_path / "src" / "mmemb" / "seeded.py").write_text(
         "from mmemb.components.selectors.seeded import WRONG\n\nTEXT: str = WRONG\n"
     )
-    # Libraries are skipped: the errors looked for need none of them, and torch takes a minute.
+    # Libraries are skipped, since these errors do not need them and torch takes a minute.
     command = [sys.executable, "tools/typecheck.py", "--follow-imports=skip", "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr

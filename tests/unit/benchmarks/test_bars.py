@@ -1,4 +1,4 @@
-"""The bars read the summaries of runs, and report what does not hold and what was not measured."""
+"""Tests that the bars are computed from summaries, and report what does not hold and what was not measured."""
 
 from __future__ import annotations
 

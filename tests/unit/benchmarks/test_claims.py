@@ -1,4 +1,4 @@
-"""The claims are judged by the newest rows, and missing measurements are reported."""
+"""Tests that the claims are judged by the newest rows, and that missing measurements are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times are paired, memory counts what lives at once, rows say where they were measured."""
+"""Tests that times are paired, that memory is the peak of one call, and that rows record their environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks import harness
 
 
-def test_peak_memory_counts_what_lives_at_once() -> None:
+def test_peak_memory_counts_tensors_that_exist_at_once() -> None:
     def function() -> torch.Tensor:
         first = torch.empty(1000, 250)  # 1 MB
         second = torch.empty(1000, 500)  # 2 MB more
@@ -23,7 +23,7 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
 
 def test_ratios_pair_repetitions() -> None:
-    # The machine was ten times slower in the second repetition: the ratio does not see it.
+    # The machine was ten times slower in the second repetition, which does not change the ratio.
     assert harness.median_ratio([2.0, 30.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
 
 
@@ -47,7 +47,7 @@ def test_busy_time_is_shared_by_the_threads() -> None:
     assert harness.busy_seconds(3.0, device="cuda") == 3.0
 
 
-def test_rows_are_appended_with_where_they_were_measured(tmp_path: Path) -> None:
+def test_rows_are_appended_with_their_environment(tmp_path: Path) -> None:
     for value in (1, 2):
         path = harness.append([{"value": value}], output=tmp_path / "new", name="x", smoke=False, device="cpu")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -60,7 +60,7 @@ def test_rows_are_appended_with_where_they_were_measured(tmp_path: Path) -> None
     assert rows[0]["threads"] == torch.get_num_threads()
 
 
-def test_a_table_shows_the_columns_asked_for() -> None:
+def test_a_table_shows_the_given_columns() -> None:
     rows = [{"a": 1.23456, "b": None, "c": "no"}, {"a": 12345.6, "b": 3, "c": "no"}]
     lines = harness.table(rows, columns=["a", "b"]).splitlines()
     assert [line.split() for line in lines] == [["a", "b"], ["1.23", "-"], ["12346", "3"]]
@@ -73,12 +73,12 @@ def test_a_script_adds_its_options_to_the_shared_ones(capsys: pytest.CaptureFixt
     assert (options.smoke, options.sizes, options.repeats, options.output) == (True, [1, 2], 5, harness.RESULTS)
     with pytest.raises(SystemExit):
         parser.parse_args(["--repeats", "0"])
-    assert "counts from 1" in capsys.readouterr().err
+    assert "is below 1" in capsys.readouterr().err
 
 
 def test_a_missing_distribution_has_no_version() -> None:
     version = harness.version("torch")
     assert version is not None
-    assert version.partition("+")[0] == torch.__version__.partition("+")[0]  # a CUDA build names itself in one of them
+    assert version.partition("+")[0] == torch.__version__.partition("+")[0]  # a CUDA build has a suffix in one of them
     assert harness.version("no-such-distribution") is None
     assert harness.available_megabytes("cpu") > 100

@@ -1,4 +1,4 @@
-"""The inference benchmark runs, every way comes to the same embeddings, and its rows say how they compare."""
+"""Tests that the inference benchmark runs, that all methods give equal embeddings, and that its rows compare them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 WAYS = {"mmemb", "floor", "row_read", "row_reencode", "batch_reencode", "batch_sorted"}
 
 
-def test_a_smoke_run_compares_all_ways(
+def test_a_smoke_run_compares_all_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))

@@ -1,4 +1,4 @@
-"""The loss benchmark: every rival computes the same loss, and what cannot be measured is a row that says why."""
+"""Tests that every rival computes the same loss, and that rows say why a case was not measured."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def course(**changes: float) -> Course:
 
 
 def answers_the_same(rival: peers.Rival) -> None:
-    """Odd sizes; mini-batches of 32 leave a remainder."""
+    """Checks a rival with odd sizes, so that mini-batches of 32 leave a remainder."""
     for symmetric in (False, True) if rival.both else (False,):
         query, candidate = Case(70, 9, "float32", symmetric).embeddings("cpu")
-        # Not of unit length, so that a rival that normalises is told from one that does not.
+        # Not of unit length, so that normalising changes the result.
         assert peers.error(rival, query * 1.5, candidate, symmetric=symmetric) < 1e-5
 
 
@@ -53,7 +53,7 @@ def test_gpu_rivals_compute_the_same_loss_and_gradients(rival: peers.Rival) -> N
         assert peers.error(rival, query, candidate, symmetric=symmetric) < 3e-2
 
 
-def test_error_sees_a_wrong_gradient() -> None:
+def test_error_is_large_for_a_wrong_gradient() -> None:
     def make(query: Tensor, candidate: Tensor, symmetric: bool) -> peers.Call:
         answer = NAIVE.make(query, candidate, symmetric)()
         return lambda: answer._replace(candidate=[answer.candidate[0] * 1.01])
@@ -62,13 +62,13 @@ def test_error_sees_a_wrong_gradient() -> None:
     assert peers.error(replace(NAIVE, make=make), query, candidate, symmetric=False) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_rival_that_was_named_and_does_not_suit_the_device_is_a_row_that_says_so(tmp_path: Path) -> None:
+def test_the_row_of_a_rival_that_cannot_run_on_the_device_says_why(tmp_path: Path) -> None:
     infonce.main(["--smoke", "--device", "cpu", "--output", str(tmp_path), "--rivals", "torch.compile"])
     rows = [json.loads(line) for line in (tmp_path / "infonce_smoke.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["note"] for row in rows} <= {"needs a GPU", peers.INSTALL}
 
 
-def test_a_smoke_run_appends_a_row_a_rival_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smoke_run_appends_a_row_per_rival_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [rival.name for rival in HERE]
     argv = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--rivals", *names]
     infonce.main(argv)
@@ -99,10 +99,10 @@ def test_a_smoke_run_appends_a_row_a_rival_and_draws(tmp_path: Path, capsys: pyt
     assert f"appended to {path}" in printed
 
 
-def test_memory_is_counted_beyond_the_gradients() -> None:
+def test_memory_does_not_include_the_gradients() -> None:
     case = Case(512, 8, "float32", False)
     naive = course().measure(NAIVE, case)
-    # Logits, their log-softmax and gradient: at least two of the 512 x 512 matrices at once.
+    # At least two of three 512 x 512 matrices exist at once: logits, their log-softmax and the gradient.
     assert 2 * 512**2 * 4e-6 < naive["extra_mb"] < 6 * 512**2 * 4e-6
 
 
@@ -121,7 +121,7 @@ def test_errors_are_those_of_the_cases_first_rows(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_compiled_rival_stays_compiled_from_case_to_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without a C++ compiler: dynamo alone, whose limit is what is asked about.
+    # Only dynamo is tested, without a C++ compiler, since the limit is that of dynamo.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     (compiled,) = [rival for rival in peers.RIVALS if rival.name == "torch.compile"]
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
@@ -146,13 +146,13 @@ def test_a_failing_peer_is_a_row_and_our_own_failure_is_not() -> None:
         course().measure(replace(MMEMB, make=fails), case)
 
 
-def test_what_would_not_fit_or_takes_too_long_is_not_tried() -> None:
+def test_cases_that_do_not_fit_or_take_too_long_are_not_tried() -> None:
     huge = Case(10_000_000, 1, "float32", False)
     assert "MB are free" in course().measure(NAIVE, huge)["note"]
     slow = course(limit=1e-6)
     assert slow.measure(MMEMB, Case(64, 16, "float32", False))["seconds"] > 0
     assert "--limit 1e-06" in slow.measure(MMEMB, Case(128, 16, "float32", False))["note"]
-    # Nothing is known yet of the other dtype.
+    # Nothing is known yet about the other dtype.
     assert slow.measure(MMEMB, Case(64, 16, "bfloat16", False))["seconds"] > 0
 
 
@@ -166,7 +166,7 @@ def test_the_floor_is_the_three_products() -> None:
     torch.testing.assert_close(cells["candidate_grad"], logits.T @ query)
 
 
-def test_options_name_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_select_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
     options = infonce.parse(["--cases", "64x32", "16x8", "--dtypes", "float32", "--directions", "one"])
     assert infonce.cases(options) == [Case(16, 8, "float32", False), Case(64, 32, "float32", False)]
     full = infonce.cases(infonce.parse(["--full"]))

@@ -1,4 +1,4 @@
-"""The phase benchmark runs and compares the control phase's step with the joint phase's."""
+"""Tests that the phase benchmark runs and compares a step of the control phase with one of the joint phase."""
 
 from __future__ import annotations
 

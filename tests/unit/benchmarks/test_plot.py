@@ -1,4 +1,4 @@
-"""The picture of the loss benchmark: which rows are in it, and that nothing of it is cut off."""
+"""Tests which rows are in the picture of the loss benchmark, and that no text is cut off."""
 
 from __future__ import annotations
 

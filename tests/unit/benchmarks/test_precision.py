@@ -1,4 +1,4 @@
-"""The precision benchmark measures every rival against float64."""
+"""Tests that the precision benchmark compares every rival with float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks import precision
 from benchmarks.harness import read
 
 
-def test_rows_have_the_mean_cosine_asked_for() -> None:
+def test_rows_have_the_given_mean_cosine() -> None:
     query, candidate = precision.rows(200, 128, 0.9, torch.Generator().manual_seed(1))
     assert float((query @ candidate.T).mean()) == pytest.approx(0.9, abs=0.01)
 
@@ -25,7 +25,7 @@ def test_a_smoke_run_measures_all_rivals(tmp_path: Path) -> None:
         assert row["draws"] == 1
 
 
-def test_what_loses_bits_has_a_larger_error() -> None:
+def test_a_method_that_loses_bits_has_a_larger_error() -> None:
     small = {"n": 12, "width": 8, "draws": 1, "device": "cpu"}
     single, half = (precision.measure("naive", dtype, 0.9, **small) for dtype in ("float32", "bfloat16"))
     assert half["embedding_error"] > 100 * single["embedding_error"]

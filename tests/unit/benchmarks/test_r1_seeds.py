@@ -1,4 +1,4 @@
-"""The seeds benchmark runs each seed once, keeps finished runs, and writes the list of summaries."""
+"""Tests that the seeds benchmark runs each seed once, keeps finished runs, and writes the list of summaries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_run_that_fails_is_reported_in_one_line(
     )
 
 
-def test_other_settings_are_another_run(
+def test_other_settings_start_another_run(
     tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, recipe = tmp_path / "changes.yaml", tmp_path / "r1.yaml"
@@ -84,7 +84,7 @@ def test_other_settings_are_another_run(
     assert len(commands) == 4
 
 
-def test_a_word_that_is_too_long_for_a_file_name_counts_by_its_text() -> None:
+def test_a_word_that_is_too_long_for_a_file_name_counts_as_text() -> None:
     long = "[{path: bundled:validation}]" * 20
     assert r1_seeds.made_from([long]) == r1_seeds.made_from([long])
     assert r1_seeds.made_from([long]) != r1_seeds.made_from([long + " "])

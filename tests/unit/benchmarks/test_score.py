@@ -1,4 +1,4 @@
-"""The scoring benchmark's rival computes the same scores with nothing shared."""
+"""Tests that the rival of the scoring benchmark computes the same scores without sharing a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selectors benchmark counts selection right against a known corruption, and changes of the recipe what it says."""
+"""Tests that the selectors benchmark counts selection correctly, and changes only the documented recipe settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.rationales.fakes import make_pairs
 
 
 class Honest(Evaluator):
-    """Knows which rationale is the pair's own; of every fifth pair it thinks the opposite."""
+    """Knows which rationale is the pair's own, and scores the opposite for every fifth pair."""
 
     def setup(self, context: object) -> None: ...
 
@@ -44,7 +44,7 @@ def pool(tmp_path: Path) -> RationalePool:
     return score(make_pairs(40), Honest(), tmp_path / "pool", progress=False)
 
 
-def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) -> None:
+def test_selection_is_compared_with_the_known_corruption(pool: RationalePool) -> None:
     found = {
         (each.selector, each.task): each for each in selectors.selection(pool, make_pairs(40), ["task-0", "task-1"])
     }
@@ -68,7 +68,7 @@ def test_selection_is_counted_against_the_known_corruption(pool: RationalePool) 
     assert ("best_of", "reasoning") not in found  # none of these tasks
 
 
-def test_a_run_changes_tasks_and_length_alone() -> None:
+def test_a_run_changes_only_tasks_and_length() -> None:
     made = selectors.overlay(["fact", "scenematch"], steps=7)
     assert made["trainer"]["max_steps"] == 7
     recipe = yaml.safe_load(r1_seeds.RECIPE.read_text(encoding="utf-8"))["data"]["train"]
@@ -82,7 +82,7 @@ def test_a_run_changes_tasks_and_length_alone() -> None:
     assert "limit" not in some["test"][0]
 
 
-def test_a_selector_may_be_of_ones_own(pool: RationalePool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_can_name_another_selector(pool: RationalePool, capsys: pytest.CaptureFixture[str]) -> None:
     mine = "mmemb.components.selectors.best_of.BestOf"
     options = selectors.options_of(["--selectors", "none", mine, "all", "--pairs", "9"])
     assert (options.selectors, options.pairs) == (["none", mine, "all"], 9)
@@ -99,7 +99,7 @@ def test_a_selector_may_be_of_ones_own(pool: RationalePool, capsys: pytest.Captu
         assert told in capsys.readouterr().err
 
 
-def test_what_is_trained_has_the_margin_of_the_evaluator_that_training_reads() -> None:
+def test_training_uses_the_margin_of_the_evaluator_that_it_reads() -> None:
     assert next(iter(selectors.MARGINS)) == min(selectors.MARGINS)  # a pool opens with the first evaluator by name
     margin = selectors.MARGINS["plausible"]
     assert selectors._with_margin("counterfactual") == {"class_path": "counterfactual", "init_args": {"margin": margin}}
@@ -125,7 +125,7 @@ def test_hits_are_means_over_seeds_by_row_and_task() -> None:
     assert rows[2]["name"] == "0.500±0.000"
 
 
-def test_a_folder_of_runs_is_not_taken_for_the_selector_whose_name_it_bears(
+def test_a_folder_of_runs_is_not_mistaken_for_the_selector_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Path] = []

@@ -1,4 +1,4 @@
-"""A live server on loopback that speaks the chat-completions protocol, and all the ways in which one may fail."""
+"""A live server on loopback with the chat-completions protocol, which can fail in every way that tests need."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class ChatServer(ThreadingHTTPServer):
     """Answers with words drawn from the request's seed and content.
 
     Attributes:
-        faults: what happens to the next requests, one each: an HTTP status, ``slow``, ``cut``, ``truncated``,
-            ``malformed``, ``html``, ``empty``.
-        always: what happens to every request; empty for answers.
-        contents: what the next answers say in place of words, one each: any JSON.
-        headers: sent with every answer.
-        requests: the bodies received.
-        authorizations: the headers received.
-        most_at_once: most requests in work at one time.
+        faults: faults of the next requests, one per request: an HTTP status, ``slow``, ``cut``, ``truncated``,
+            ``malformed``, ``html`` or ``empty``.
+        always: fault of every request; empty for proper answers.
+        contents: contents of the next answers instead of words, one per answer, any JSON.
+        headers: headers of every answer.
+        requests: bodies of the requests received.
+        authorizations: authorization headers received.
+        most_at_once: maximum number of requests that were in work at one time.
     """
 
     daemon_threads = True
@@ -37,7 +37,7 @@ class ChatServer(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.always: int | str = ""
         self.contents: list[Any] = []
-        self.refuse = ""  # a request whose prompt has this word is answered by 400
+        self.refuse = ""  # a request whose prompt contains this word gets status 400
         self.delay = 0.0
         self.usage = True
         self.reason = "stop"
@@ -54,7 +54,7 @@ class ChatServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is part of the game."""
+        """Does nothing, since some tests expect the client to hang up."""
 
     def text(self, body: dict[str, Any]) -> str:
         """The answer to a request."""
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def chat_server() -> Iterator[ChatServer]:
-    """Runs a server for the block."""
+    """Runs a server while the context lasts."""
     server = ChatServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, with random weights, as folders on disk: made once a session."""
+"""Fixtures: tiny models of every supported family, with random weights, as folders made once per test session."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _make(family: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``model_folder("qwen2_vl")``: a folder with a tiny model of the family; made at the first call."""
+    """``model_folder("qwen2_vl")``: a folder with a tiny model of the family, made at the first call."""
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
@@ -167,7 +167,7 @@ def make_backbone(model_folder: Callable[[str], Path]) -> Callable[..., Backbone
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., PILImage.Image]:
-    """``picture(width, height, seed)``: noise, smooth enough for resizing to make sense."""
+    """``picture(width, height, seed)``: noise that is smooth enough to be resized without large changes."""
     import numpy as np
 
     def make(width: int = 64, height: int = 64, seed: int = 0) -> PILImage.Image:

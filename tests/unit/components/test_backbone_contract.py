@@ -1,4 +1,4 @@
-"""Every family keeps the `Backbone` contract: tiny models with random weights, and the bundled `tiny`."""
+"""Tests that every family keeps the `Backbone` contract, with tiny random models and the bundled `tiny`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def backbone(family: str, make_backbone: Callable[..., Backbone]) -> Backbone:
 
 @pytest.fixture
 def items(picture: Callable[..., Any]) -> list[Item]:
-    """A mixed batch: one picture, pictures and text (of odd sizes), text only, frames, a page."""
+    """A mixed batch: one picture, pictures of odd sizes with text, text only, frames, and a page with text."""
     return [
         Item("what is shown", (Image(picture(64, 64, 1)),)),
         Item("find", (Image(picture(96, 32, 2)), Text("left of the"), Image(picture(80, 50, 3)))),
@@ -45,7 +45,7 @@ def embed(backbone: Backbone, inputs: ModelInputs) -> Tensor:
         return backbone(inputs)[torch.arange(len(inputs)), inputs.emb_position]
 
 
-def test_direct_rows_end_in_emb_and_label_it_alone(backbone: Backbone, items: list[Item]) -> None:
+def test_direct_rows_end_in_emb_and_only_emb_is_labelled(backbone: Backbone, items: list[Item]) -> None:
     inputs = backbone.prepare(items)
     emb = backbone.token_id(EMB)
     width = inputs.tensors["input_ids"].shape[1]
@@ -56,7 +56,7 @@ def test_direct_rows_end_in_emb_and_label_it_alone(backbone: Backbone, items: li
     assert (inputs.labels[:, :-1] == -100).all()
 
 
-def test_reasoned_rows_label_decision_rationale_and_both_ends(backbone: Backbone, items: list[Item]) -> None:
+def test_in_reasoned_rows_decision_rationale_and_both_ends_are_labelled(backbone: Backbone, items: list[Item]) -> None:
     inputs = backbone.prepare(items[:2], rationales=["red apple", None])
     think, end, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
     labelled = [row[row != -100].tolist() for row in inputs.labels]
@@ -76,7 +76,7 @@ def test_a_bare_prompt_has_no_emb_and_no_labels(backbone: Backbone, items: list[
     assert torch.equal(bare.tensors["input_ids"], full.tensors["input_ids"][:, :-1])
 
 
-def test_a_response_is_labelled_without_prompt_and_decision(backbone: Backbone, items: list[Item]) -> None:
+def test_in_a_response_prompt_and_decision_are_not_labelled(backbone: Backbone, items: list[Item]) -> None:
     inputs = backbone.prepare_response(items, ["dog"] * len(items))
     ids, labels = inputs.tensors["input_ids"], inputs.labels
     count = backbone.count_tokens("dog")
@@ -128,7 +128,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(backbone: Backbone, items: list[I
         torch.testing.assert_close(alone[0], together[row], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_going_on_from_a_prefix_equals_encoding_again(backbone: Backbone, items: list[Item]) -> None:
+def test_extending_a_prefix_equals_encoding_again(backbone: Backbone, items: list[Item]) -> None:
     texts = ["red apple", "dog and cat", "peso", "a flag", "left"]
     direct = embed(backbone, backbone.prepare(items))
     reasoned = embed(backbone, backbone.prepare(items, rationales=texts))
@@ -164,7 +164,7 @@ def test_a_fork_of_rows_is_independent_and_may_repeat_them(backbone: Backbone, i
         expected = embed(backbone, backbone.prepare(items))
         chosen = backbone.fork(prefix, rows)
         torch.testing.assert_close(chosen.hidden, prefix.hidden[rows])
-        backbone.extend(backbone.fork(chosen), torch.full((3, 2), think))  # must leave the others alone
+        backbone.extend(backbone.fork(chosen), torch.full((3, 2), think))  # must not change the others
         out, _ = backbone.extend(chosen, torch.full((3, 1), emb))
         torch.testing.assert_close(out[:, -1], expected[rows], atol=TOLERANCE, rtol=TOLERANCE)
         out, _ = backbone.extend(backbone.fork(prefix), torch.full((5, 1), emb))
@@ -185,7 +185,7 @@ def test_a_masked_extension_leaves_the_row_as_it_was(backbone: Backbone, items: 
     )
 
 
-def test_saved_and_loaded_is_the_same_model(
+def test_a_saved_and_loaded_model_is_the_same(
     family: str, make_backbone: Callable[..., Backbone], items: list[Item], tmp_path: Path
 ) -> None:
     from mmemb.components.backbones.transformers import TransformersBackbone
@@ -218,7 +218,7 @@ def test_adapters_learn_switch_off_and_merge(
     backbone = make_backbone(family, lora=LoraSettings(rank=4, alpha=8))
     inputs = backbone.prepare_response(items, ["red apple"] * len(items))
     before = backbone(inputs).detach()
-    torch.testing.assert_close(before, plain(inputs), atol=TOLERANCE, rtol=TOLERANCE)  # an adapter starts as nothing
+    torch.testing.assert_close(before, plain(inputs), atol=TOLERANCE, rtol=TOLERANCE)  # a new adapter changes nothing
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     assert trained
     assert not [name for name in trained if "visual" in name or "vision" in name]
@@ -234,7 +234,7 @@ def test_adapters_learn_switch_off_and_merge(
     merged = TransformersBackbone(str(tmp_path / "merged"), max_prompt_tokens=512)
     with torch.no_grad():
         torch.testing.assert_close(merged(inputs), after, atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(backbone(inputs), after)  # saving leaves the adapters where they were
+    torch.testing.assert_close(backbone(inputs), after)  # saving does not change the adapters
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -251,7 +251,7 @@ def test_a_quantised_base_learns_through_adapters(
     assert kinds & {"Linear4bit", "Linear8bitLt"}
     inputs = backbone.prepare_response(items[:3], ["red apple"] * 3)
     with torch.no_grad():
-        backbone.eval()(inputs)  # a validation first: must not end training
+        backbone.eval()(inputs)  # a validation before training must not end training
     losses = train(backbone.train(), inputs, steps=10)
     assert losses[-1] < 0.9 * losses[0]
     with pytest.raises(ValueError, match="quantised backbone cannot be saved"):
@@ -263,12 +263,12 @@ def test_the_whole_model_learns(family: str, make_backbone: Callable[..., Backbo
     losses = train(backbone, backbone.prepare_response(items, ["red apple"] * len(items)), steps=5, rate=1e-3)
     assert losses[-1] < losses[0]
     untouched = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
-    allowed = ("post_layernorm", "layers.1", "blocks.1")  # nothing behind the states that the decoder reads
+    allowed = ("post_layernorm", "layers.1", "blocks.1")  # no layers after the states that the decoder reads
     assert not [name for name in untouched if not any(part in name for part in allowed)], untouched
 
 
 def train(backbone: Backbone, inputs: ModelInputs, *, steps: int, rate: float = 1e-2) -> list[float]:
-    """Next-token losses while learning one batch by heart."""
+    """Trains on one batch and returns the next-token loss of each step."""
     optimizer = torch.optim.Adam([p for p in backbone.parameters() if p.requires_grad], lr=rate)
     target = inputs.labels[:, 1:]
     losses = []

@@ -1,4 +1,4 @@
-"""How a backbone comes to be: folders, overrides, seeds, frozen parts, identity; and what it says when it cannot."""
+"""Tests how a backbone is loaded: folders, overrides, seeds, frozen parts, identity, and the error messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture
 def copied(model_folder: Folder, tmp_path: Path) -> Path:
-    """A folder of a tiny Qwen3-VL to spoil."""
+    """A folder with a tiny Qwen3-VL that a test may damage."""
     return Path(shutil.copytree(model_folder("qwen3_vl"), tmp_path / "model"))
 
 
@@ -35,7 +35,7 @@ def test_both_names_are_registered() -> None:
     assert resolve("backbone", "tiny") is TinyBackbone
 
 
-def test_random_weights_follow_their_seed_and_leave_the_caller_s_randomness_alone() -> None:
+def test_random_weights_depend_on_their_seed_and_do_not_change_the_random_state_of_the_caller() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -46,7 +46,7 @@ def test_random_weights_follow_their_seed_and_leave_the_caller_s_randomness_alon
     assert not torch.equal(*(state["model.model.language_model.embed_tokens.weight"] for state in states))
 
 
-def test_a_config_can_be_shrunk(model_folder: Folder) -> None:
+def test_overrides_can_shrink_a_config(model_folder: Folder) -> None:
     backbone = TransformersBackbone(
         str(model_folder("qwen3_vl")),
         weights="random",
@@ -61,7 +61,7 @@ def test_a_config_can_be_shrunk(model_folder: Folder) -> None:
     assert backbone.identity != TransformersBackbone(str(model_folder("qwen3_vl"))).identity
 
 
-def test_identity_names_model_revision_and_architecture(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
+def test_identity_is_of_model_revision_and_architecture(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
     backbone = make_backbone("qwen2_vl")
     origin, _, digest = backbone.identity.partition("#")
     assert origin == "qwen2_vl@main"
@@ -71,7 +71,7 @@ def test_identity_names_model_revision_and_architecture(make_backbone: Callable[
     assert TransformersBackbone(str(tmp_path / "elsewhere" / "renamed"), dtype="bfloat16").identity == backbone.identity
 
 
-def test_added_special_tokens_start_near_the_mean_and_apart(make_backbone: Callable[..., Any]) -> None:
+def test_added_special_tokens_start_near_the_mean_and_differ(make_backbone: Callable[..., Any]) -> None:
     backbone = make_backbone("qwen2_vl")
     ids = [backbone.token_id(token) for token in (THINK, END_THINK, EMB)]
     assert len(set(ids)) == 3
@@ -89,9 +89,7 @@ def test_frozen_parts_get_no_gradient(make_backbone: Callable[..., Backbone]) ->
     learns = {name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad}
     assert learns
     assert not [name for name in learns if name.startswith(("model.vision_model", "model.connector", "lm_head"))]
-    with pytest.raises(
-        ValueError, match="frozen part 'visoin': no parameter's name starts so; there are: vision, lm_head"
-    ):
+    with pytest.raises(ValueError, match="frozen part 'visoin': no parameter name .*vision, lm_head"):
         make_backbone("smolvlm", frozen=["visoin"])
 
 
@@ -105,11 +103,11 @@ def test_pixel_limits_change_what_a_picture_costs(
         ids = backbone.prepare([item]).tensors["input_ids"]
         lengths.append(int((ids == backbone.model.config.image_token_id).sum()))
     assert lengths == [4, 16, 64]
-    with pytest.raises(ValueError, match="sizes its pictures itself; leave min_pixels and max_pixels out"):
+    with pytest.raises(ValueError, match="sizes its pictures itself; remove min_pixels"):
         make_backbone("smolvlm", max_pixels=100)
 
 
-def test_checkpointing_saves_memory_not_accuracy(make_backbone: Callable[..., Any]) -> None:
+def test_gradient_checkpointing_saves_memory_and_gives_the_same_gradients(make_backbone: Callable[..., Any]) -> None:
     gradients = []
     for checkpointing in (False, True):
         backbone = make_backbone("qwen3_vl", gradient_checkpointing=checkpointing).train()
@@ -141,8 +139,8 @@ def test_a_failed_save_leaves_nothing_half_written(
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_missing_folder_or_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.*there is no such folder"):
+def test_the_error_names_a_missing_folder_or_config(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.*no such folder"):
         TransformersBackbone(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="the folder has no config.json"):
         TransformersBackbone(str(tmp_path))
@@ -177,14 +175,16 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, config: str, messa
         (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template; take its instruct version"),
     ],
 )
-def test_a_folder_that_lacks_a_piece_says_which(copied: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_the_error_names_the_missing_piece_of_a_folder(
+    copied: Path, spoil: Callable[[Path], Any], message: str
+) -> None:
     spoil(copied)
     with pytest.raises(ValueError, match=message) as caught:
         TransformersBackbone(str(copied))
     assert "\n" not in str(caught.value)
 
 
-def test_missing_weights_are_not_made_up(copied: Path) -> None:
+def test_missing_weights_are_an_error(copied: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     state = load_file(copied / "model.safetensors")
@@ -215,7 +215,7 @@ def test_quantisation_needs_weights(model_folder: Folder) -> None:
         ({"LOCAL_RANK": "3"}, "cuda:1"),  # each process sees fewer GPUs than there are processes
     ],
 )
-def test_quantised_weights_are_packed_on_the_process_s_own_gpu(
+def test_quantised_weights_are_packed_on_the_gpu_of_the_process(
     environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
@@ -241,7 +241,7 @@ def test_a_home_folder_may_be_written_with_a_tilde(
 
 
 @pytest.mark.slow
-def test_a_plain_model_is_loaded_silently_and_without_the_libraries_of_others(model_folder: Folder) -> None:
+def test_a_plain_model_is_loaded_silently_and_without_optional_libraries(model_folder: Folder) -> None:
     code = (
         "import sys; from mmemb.components.backbones.transformers import TransformersBackbone as Model; "
         f"Model({str(model_folder('qwen3_vl'))!r}); print(sorted({{'bitsandbytes', 'peft'}} & set(sys.modules)))"

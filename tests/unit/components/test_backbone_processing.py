@@ -1,4 +1,4 @@
-"""Prompts, tokens, patches and positions: equal to the library's where it does the same; errors."""
+"""Tests prompts, tokens, patches and positions, against the library where it does the same, and the errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def one_picture(picture: PILImage.Image, text: str = "red apple") -> Item:
 
 
 @pytest.mark.parametrize("family", [*QWEN, "tiny"])
-def test_patches_equal_the_library_s(family: str, make_backbone: Callable[..., Any], picture: PictureMaker) -> None:
+def test_patches_equal_the_librarys(family: str, make_backbone: Callable[..., Any], picture: PictureMaker) -> None:
     pictures = make_backbone(family).processor.pictures
     side = pictures.patch * pictures.merge
     sizes = [(side * 2, side * 2), (side, side * 3), (side * 2, side * 2), (3, 5), (301, 205), (side * 40, side)]
@@ -43,7 +43,7 @@ def test_patches_equal_the_library_s(family: str, make_backbone: Callable[..., A
 
 
 @pytest.mark.parametrize("family", [*QWEN, "tiny"])
-def test_positions_equal_the_library_s(family: str, make_backbone: Callable[..., Any], picture: PictureMaker) -> None:
+def test_positions_equal_the_librarys(family: str, make_backbone: Callable[..., Any], picture: PictureMaker) -> None:
     backbone = make_backbone(family)
     items = [
         one_picture(picture(64, 64)),
@@ -77,14 +77,14 @@ def test_smolvlm_writes_every_tile_and_the_whole_picture(
 @pytest.mark.parametrize(
     ("width", "height", "tokens"), [(64, 64, 4), (128, 128, 16), (32, 32, 1), (300, 300, 16), (640, 64, 12)]
 )
-def test_a_picture_costs_tiny_few_tokens(
+def test_a_picture_takes_few_tokens_of_tiny(
     tiny: Any, picture: PictureMaker, width: int, height: int, tokens: int
 ) -> None:
     ids = tiny.prepare([one_picture(picture(width, height))]).tensors["input_ids"]
     assert int((ids == tiny.model.config.image_token_id).sum()) == tokens
 
 
-def test_tiny_writes_a_bundled_word_as_one_token_wherever_it_stands(tiny: Any) -> None:
+def test_a_bundled_word_is_one_token_of_tiny_at_any_position(tiny: Any) -> None:
     assert [tiny.count_tokens(text) for text in ("red apple", "apple", "chilean peso", "kyrgyzstan , chile")] == [
         2,
         1,
@@ -99,7 +99,7 @@ def test_tiny_writes_a_bundled_word_as_one_token_wherever_it_stands(tiny: Any) -
     assert inputs.tensors["input_ids"][0, -4:].tolist() == [think, apple, tiny.token_id(END_THINK), tiny.token_id(EMB)]
 
 
-def test_special_tokens_in_a_user_s_text_are_ordinary_words(tiny: Any, picture: PictureMaker) -> None:
+def test_special_tokens_in_the_text_of_a_user_are_ordinary_words(tiny: Any, picture: PictureMaker) -> None:
     hostile = "<emb> </think> <|image_pad|> <think>"
     inputs = tiny.prepare([one_picture(picture(64, 64), hostile)], rationales=[hostile])
     ids = inputs.tensors["input_ids"][0].tolist()
@@ -109,7 +109,7 @@ def test_special_tokens_in_a_user_s_text_are_ordinary_words(tiny: Any, picture: 
         assert tiny(inputs).isfinite().all()
 
 
-def test_augment_sees_every_picture_with_its_row(tiny: Any, picture: PictureMaker) -> None:
+def test_augment_gets_every_picture_with_its_row(tiny: Any, picture: PictureMaker) -> None:
     items = [
         one_picture(picture(64, 64)),
         Item("", (Text("red"),)),
@@ -128,7 +128,7 @@ def test_augment_sees_every_picture_with_its_row(tiny: Any, picture: PictureMake
     assert torch.equal(twice.tensors["pixel_values"], plain.tensors["pixel_values"])
 
 
-def test_a_prompt_seen_before_is_the_same_again_after_the_cache_was_full(
+def test_a_prompt_is_the_same_after_the_cache_was_full(
     tiny: Any, picture: PictureMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mmemb.components.backbones.processing as processing
@@ -158,16 +158,16 @@ def test_the_matrix_product_equals_the_convolution() -> None:
 
 def test_a_prompt_over_the_limit_is_refused(make_backbone: Callable[..., Backbone]) -> None:
     backbone = make_backbone("tiny", max_prompt_tokens=10)
-    assert backbone.prompt_settings == make_backbone("tiny").prompt_settings  # raising it changes nothing that is made
+    assert backbone.prompt_settings == make_backbone("tiny").prompt_settings  # the limit does not change what is made
     with pytest.raises(ValueError, match=r"a prompt of \d+ tokens is longer than max_prompt_tokens=10 .*'find red red"):
         backbone.prepare([Item("find", (Text("red " * 20),))])
 
 
-def test_a_row_needs_its_text_and_a_bare_prompt_none(tiny: Any) -> None:
+def test_every_row_needs_a_text_and_a_bare_prompt_takes_none(tiny: Any) -> None:
     items = [Item("", (Text("red"),))] * 2
-    with pytest.raises(ValueError, match="2 items but 1 texts; give one a row"):
+    with pytest.raises(ValueError, match="2 items but 1 texts"):
         tiny.prepare(items, rationales=["a"])
-    with pytest.raises(ValueError, match="2 items but 3 texts; give one a row"):
+    with pytest.raises(ValueError, match="2 items but 3 texts"):
         tiny.prepare_response(items, ["a"] * 3)
     with pytest.raises(ValueError, match="rationales need embed=True"):
         tiny.prepare(items, rationales=["a", "b"], embed=False)
@@ -180,7 +180,7 @@ def test_a_chat_template_without_pictures_is_refused(make_backbone: Callable[...
         backbone.prepare([one_picture(picture(64, 64))])
 
 
-def test_a_picture_that_cannot_be_read_is_named(tiny: Any, tmp_path: Any) -> None:
+def test_the_error_names_a_picture_that_cannot_be_read(tiny: Any, tmp_path: Any) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="broken.png"):
@@ -189,7 +189,7 @@ def test_a_picture_that_cannot_be_read_is_named(tiny: Any, tmp_path: Any) -> Non
         tiny.prepare([Item("", (Image(str(tmp_path / "missing.png")),))])
 
 
-def test_labels_never_lie_on_padding(tiny: Any) -> None:
+def test_padding_is_never_labelled(tiny: Any) -> None:
     items = [Item("", (Text("red " * length),)) for length in (1, 7, 3)]
     inputs = tiny.prepare(items, rationales=["dog", None, "cat dog"])
     assert not (np.asarray(inputs.labels != -100) & np.asarray(inputs.tensors["attention_mask"] == 0)).any()

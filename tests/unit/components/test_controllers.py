@@ -226,5 +226,5 @@ def test_threshold_says_what_is_missing() -> None:
     given = state(2, confidence=torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="not calibrated; calibrate it"):
         Threshold().decide(given)
-    with pytest.raises(ValueError, match="no reference bank"):
+    with pytest.raises(ValueError, match="no confidence bank"):
         Threshold(threshold=0.5).decide(state(2))

@@ -1,4 +1,4 @@
-"""Evaluators compute their formulas, row by row, whatever the batch, and share a prompt between its arms."""
+"""Tests that evaluators compute their formulas in any batch, and encode a prompt once for all its arms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
 def make_pairs(count: int, *, tasks: int = 2) -> list[Pair]:
-    """Pairs whose targets repeat: two pairs in three share one."""
+    """Pairs whose targets repeat: three pairs in a row share one."""
     return [
         Pair(
             id=f"p{number}",
@@ -68,7 +68,7 @@ def test_the_drawn_negatives_do_not_depend_on_the_disk() -> None:
 
 
 ARGUMENTS = {"judge": {"yes": "left", "no": "right", "answer": "what is", "reasoning": "red {rationale} blue"}}
-"""What a part needs to work with the small model, whose vocabulary is a dozen words."""
+"""Arguments with which an evaluator works with the fake model, whose vocabulary has a dozen words."""
 
 RATIONALES = ("chile peso", None, "peru lima sol", "red")
 
@@ -86,7 +86,7 @@ def rows(pairs: Sequence[Pair]) -> list[str | None]:
     return [RATIONALES[number % 4] for number in range(len(pairs))]
 
 
-def test_every_evaluator_scores_a_row_whatever_the_others(evaluator: Evaluator) -> None:
+def test_the_score_of_a_row_does_not_depend_on_the_other_rows(evaluator: Evaluator) -> None:
     pairs = make_pairs(40)
     evaluator.setup(SetupContext(pairs=pairs))
     whole = evaluator.score(pairs, rows(pairs))
@@ -98,7 +98,7 @@ def test_every_evaluator_scores_a_row_whatever_the_others(evaluator: Evaluator) 
     assert evaluator.score([], []) == []
 
 
-def test_every_evaluator_hears_the_rationale(evaluator: Evaluator) -> None:
+def test_every_score_depends_on_the_rationale(evaluator: Evaluator) -> None:
     pairs = make_pairs(12)
     evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, ["red apple"] * 12) != evaluator.score(pairs, [None] * 12)
@@ -108,8 +108,8 @@ def test_every_evaluator_encodes_a_prompt_once_for_all_its_arms(evaluator: Evalu
     pairs = make_pairs(6)
     arms = (None, "chile peso", "peru lima sol", "red apple", "blue dog left")
     evaluator.setup(SetupContext(pairs=pairs))
-    evaluator.score(pairs, [None] * 6)  # whatever is made once
-    inner = evaluator.evaluator if isinstance(evaluator, PlausibleEvaluator) else evaluator  # one model in both
+    evaluator.score(pairs, [None] * 6)  # computes what is needed only once
+    inner = evaluator.evaluator if isinstance(evaluator, PlausibleEvaluator) else evaluator  # both use the same model
     backbone = inner._bound() if isinstance(inner, JudgeEvaluator) else inner._frozen().backbone
     together, alone = [], []
     for rows, sharing in ((together, True), (alone, False)):
@@ -125,7 +125,7 @@ def test_every_evaluator_has_settings_for_the_hash(evaluator: Evaluator) -> None
     assert json.loads(json.dumps(evaluator.settings)) == evaluator.settings
 
 
-def test_every_evaluator_knows_the_limits_of_its_model(evaluator: Evaluator) -> None:
+def test_the_settings_of_every_evaluator_depend_on_the_limits_of_its_model(evaluator: Evaluator) -> None:
     class Seeing(FakeBackbone):
         prompt_settings = {"picture_size": {"longest_edge": 4096}}
 
@@ -135,7 +135,7 @@ def test_every_evaluator_knows_the_limits_of_its_model(evaluator: Evaluator) -> 
         assert evaluator.settings != before
 
 
-def test_every_evaluator_scores_the_same_after_it_gave_its_memory_back(evaluator: Evaluator) -> None:
+def test_every_evaluator_scores_the_same_after_it_released_its_memory(evaluator: Evaluator) -> None:
     pairs = make_pairs(12)
     evaluator.setup(SetupContext(pairs=pairs))
     before = evaluator.score(pairs, rows(pairs))
@@ -157,9 +157,9 @@ def test_retrieval_is_the_log_softmax_of_the_true_target_among_other_targets_of_
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 5])
-def test_retrieval_compares_with_equally_many_negatives_everywhere(negatives: int) -> None:
+def test_retrieval_compares_every_pair_with_equally_many_negatives(negatives: int) -> None:
     class Alike:
-        """Every embedding is the same, so that a score is minus the log of the number of targets."""
+        """Gives equal embeddings, so that a score is minus the log of the number of targets."""
 
         def encode_queries(self, items: Sequence[Item], rationales: object = None) -> Tensor:
             return torch.eye(4)[torch.zeros(len(items), dtype=torch.int64)]
@@ -173,7 +173,7 @@ def test_retrieval_compares_with_equally_many_negatives_everywhere(negatives: in
     assert evaluator.score(pairs, [None] * 36) == pytest.approx([-math.log(1 + negatives)] * 36)
 
 
-def test_retrieval_draws_negatives_by_its_seed_alone() -> None:
+def test_the_negatives_of_retrieval_depend_on_its_seed_only() -> None:
     pairs = make_pairs(36)
     evaluators = [bound(negatives=3), bound(negatives=3), bound(negatives=3, seed=1)]
     for evaluator, bank in zip(evaluators, (pairs, pairs[::-1], pairs), strict=True):
@@ -192,10 +192,10 @@ def test_retrieval_embeds_the_bank_once() -> None:
     evaluator.score(pairs[:2], [None, None])
     before = len(backbone.calls)
     evaluator.score(pairs[:2], [None, None])
-    assert len(backbone.calls) - before == 1  # the queries alone
+    assert len(backbone.calls) - before == 1  # only the queries
 
 
-def test_retrieval_forgets_embeddings_of_another_model() -> None:
+def test_retrieval_drops_the_embeddings_of_another_model() -> None:
     pairs = make_pairs(36)
     evaluator = bound()
     evaluator.setup(SetupContext(pairs=pairs))
@@ -210,34 +210,34 @@ def test_retrieval_forgets_embeddings_of_another_model() -> None:
     assert second == fresh.score(pairs, [None] * 36) != first
 
 
-def test_a_task_with_one_target_is_pointed_out_and_scores_zero() -> None:
+def test_a_task_with_one_target_gives_a_warning_and_scores_zero() -> None:
     pairs = make_pairs(3, tasks=1)
     evaluator = bound()
-    with pytest.warns(UserWarning, match="the task 'task-0' has one target only"):
+    with pytest.warns(UserWarning, match="the task 'task-0' has only one target"):
         evaluator.setup(SetupContext(pairs=pairs))
     assert evaluator.score(pairs, [None] * 3) == pytest.approx([0.0] * 3)
 
 
-def test_a_task_without_a_bank_is_named() -> None:
+def test_the_error_names_a_task_without_a_bank() -> None:
     evaluator = bound()
     evaluator.setup(SetupContext(pairs=make_pairs(8)))
     with pytest.raises(ValueError, match="no negatives for the task 'task-2', only for: task-0, task-1"):
         evaluator.score(make_pairs(9, tasks=3), [None] * 9)
 
 
-def test_an_evaluator_without_a_model_says_so() -> None:
+def test_an_evaluator_without_a_model_raises_an_error() -> None:
     with pytest.raises(ValueError, match=r"no embedder; pass embedder=, or call setup with the model"):
         _ = RetrievalEvaluator().settings
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"negatives": 0}])
-def test_settings_without_sense_are_refused(options: dict[str, Any]) -> None:
+def test_settings_outside_their_range_are_errors(options: dict[str, Any]) -> None:
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=rf"evaluators\.retrieval\.{name} is {value}; give"):
         RetrievalEvaluator(**options)
 
 
-def test_an_embedder_of_its_own_is_loaded_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separate_embedder_is_loaded_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, dict[str, Any]]] = []
     backbone, pooler = model()
 
@@ -295,7 +295,7 @@ def test_the_judge_compares_the_logits_of_yes_and_no_after_prompt_and_reasoning(
         assert value == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-4)
 
 
-def test_a_judge_of_its_own_is_kept_and_its_settings_follow_it() -> None:
+def test_a_separate_judge_is_kept_and_described_by_the_settings() -> None:
     own = FakeBackbone(seed=5)
     evaluator = judge(backbone=own)
     pairs = make_pairs(4)
@@ -304,7 +304,7 @@ def test_a_judge_of_its_own_is_kept_and_its_settings_follow_it() -> None:
     assert judge(question="what").settings != judge().settings == judge().settings
 
 
-def test_a_judge_of_its_own_lies_where_it_scores_only_while_it_does() -> None:
+def test_a_separate_judge_is_on_the_scoring_device_only_while_it_scores() -> None:
     class Moving(FakeBackbone):
         def to(self, device: Any) -> Any:  # type: ignore[override]
             moved.append(str(device))
@@ -318,7 +318,7 @@ def test_a_judge_of_its_own_lies_where_it_scores_only_while_it_does() -> None:
     for _ in range(2):
         bound.setup(SetupContext(model=Model(Moving(), model()[1])))
     bound.score(make_pairs(2), [None] * 2)
-    bound.release()  # the model in training stays where it trains
+    bound.release()  # the model in training stays on its device
     assert moved == ["cpu", "cpu"]
 
 
@@ -327,8 +327,8 @@ def test_a_judge_of_its_own_lies_where_it_scores_only_while_it_does() -> None:
     [
         ({"yes": "red apple"}, r"yes is 'red apple', which is 2 tokens of fake \('red', 'apple'\); expected one"),
         ({"no": "unheard"}, r"no is 'unheard', which is 0 tokens of fake \(nothing\); expected one"),
-        ({"no": "left"}, "yes 'left' and no 'left' are the same token; name two"),
-        ({"answer": "unheard"}, "answer is 'unheard', which is no token"),
+        ({"no": "left"}, "yes 'left' and no 'left' are the same token"),
+        ({"answer": "unheard"}, "answer is 'unheard', which gives no token"),
     ],
 )
 def test_a_judge_checks_its_answers_when_it_gets_its_model(options: dict[str, str], message: str) -> None:
@@ -338,20 +338,20 @@ def test_a_judge_checks_its_answers_when_it_gets_its_model(options: dict[str, st
         JudgeEvaluator(FakeBackbone(), **{**ARGUMENTS["judge"], **options})
 
 
-def test_a_judge_wants_a_place_for_the_rationale_and_a_model() -> None:
-    with pytest.raises(ValueError, match=r"reasoning is 'because', expected \{rationale\} in it once"):
+def test_a_judge_needs_a_place_for_the_rationale_and_a_model() -> None:
+    with pytest.raises(ValueError, match=r"reasoning is 'because'; it must contain \{rationale\}"):
         JudgeEvaluator(reasoning="because")
     with pytest.raises(ValueError, match="no model yet; pass backbone="):
         JudgeEvaluator().score(make_pairs(1), [None])
 
 
-def test_the_tiny_model_says_that_it_cannot_be_asked_for_yes_or_no() -> None:
+def test_the_error_for_the_tiny_model_says_that_yes_is_not_one_token() -> None:
     with pytest.raises(ValueError, match=r"yes is ' Yes', which is 3 tokens of tiny@"):
         JudgeEvaluator(create("backbone", "tiny", weights="random"))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "smolvlm"])
-def test_a_judge_looks_at_pictures_and_shares_them(
+def test_a_judge_reads_pictures_and_encodes_them_once(
     family: str, make_backbone: Callable[..., Any], picture: Callable[..., Any]
 ) -> None:
     backbone = make_backbone(family)

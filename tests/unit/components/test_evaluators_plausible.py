@@ -1,4 +1,4 @@
-"""The plausible evaluator takes off what its formula says, and nothing from a text that the writer would write."""
+"""Tests that the plausible evaluator subtracts what its formula says, and nothing from a plausible text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.inference.fakes import WORDS, FakeBackbone, FakePooler
 
 
 class Fixed(Evaluator):
-    """Every text is worth 5 nats, none 3; ``told`` is what it was told."""
+    """Scores every text with 5 nats and no text with 3; ``told`` lists the calls that it got."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -72,7 +72,7 @@ def test_likelihoods_are_those_of_a_plain_forward_pass() -> None:
     assert log_likelihoods(backbone, items[:1], [[think]], batch_size=4) == [0.0]
 
 
-def test_what_other_orders_and_other_queries_have_over_a_text_is_taken_off() -> None:
+def test_the_advantage_of_other_orders_and_other_queries_is_subtracted() -> None:
     pairs = make_pairs(4)
     evaluator, backbone = bound(pairs)
     pair, words = pairs[0], "chile peso lima"
@@ -80,21 +80,21 @@ def test_what_other_orders_and_other_queries_have_over_a_text_is_taken_off() -> 
         orders = [" ".join(order) for order in itertools.permutations(words.split())]
         by_order = max(nats(backbone, pair.query, order) for order in orders) - nats(backbone, pair.query, text)
         by_query = max(nats(backbone, other.query, text) for other in pairs) - nats(backbone, pair.query, text)
-        expected = 5.0 - by_order - by_query  # the text and the query themselves among them: never below 0
+        expected = 5.0 - by_order - by_query  # the maximum includes the text itself, so never below 0
         assert evaluator.score([pair], [text]) == pytest.approx([expected], abs=1e-4)
     assert evaluator.score([pair], [None]) == [3.0]
 
 
-def test_queries_of_the_same_target_or_content_are_no_alternatives() -> None:
+def test_queries_with_the_same_target_or_content_are_not_alternatives() -> None:
     pairs = make_pairs(6, targets=1)
     pairs += [Pair("again", "t", pairs[0].query, Item("", (Text("blue"),)), "elsewhere")]
     evaluator, _ = bound(pairs)
     assert evaluator._other_queries(pairs[0]) == []
-    assert evaluator.score(pairs[:1], ["red"]) == [5.0]  # one word, no other query: nothing to compare with
+    assert evaluator.score(pairs[:1], ["red"]) == [5.0]  # one word and no other query, so nothing to compare
 
 
-@pytest.mark.parametrize("name", ["again", "zzz"])  # before and behind the others in the order of ids
-def test_a_query_of_several_targets_is_no_alternative_to_any_of_them(name: str) -> None:
+@pytest.mark.parametrize("name", ["again", "zzz"])  # before and after the others in the order of ids
+def test_a_query_with_several_targets_is_not_an_alternative_for_any_of_them(name: str) -> None:
     pairs = make_pairs(2)
     also = Pair(name, "t", pairs[0].query, Item("", (Text("blue"),)), pairs[1].positive_id)
     evaluator, _ = bound([*pairs, also])
@@ -110,16 +110,16 @@ def test_pictures_whose_paths_end_alike_are_different_queries() -> None:
     assert evaluator._other_queries(pairs[0]) == [pair.query for pair in pairs[1:]]
 
 
-def test_the_wrapped_evaluator_hears_all_that_it_needs() -> None:
+def test_the_wrapped_evaluator_gets_every_call() -> None:
     evaluator, _ = bound(make_pairs(3))
     evaluator.release()
     assert evaluator.evaluator.told == ["setup with a model", "setup with 3 pairs", "release"]  # type: ignore[attr-defined]
 
 
-def test_a_likelihood_that_is_no_number_is_an_error() -> None:
+def test_a_likelihood_that_is_not_finite_is_an_error() -> None:
     evaluator, backbone = bound(make_pairs(3))
     torch.nn.init.constant_(backbone.head.bias, torch.nan)
-    with pytest.raises(ValueError, match="fake gives a likelihood that is no finite number"):
+    with pytest.raises(ValueError, match="fake gives a likelihood that is not finite"):
         evaluator.score(make_pairs(3), ["red"] * 3)
 
 
@@ -130,7 +130,7 @@ def test_two_words_pass_as_often_as_they_have_orders() -> None:
     assert sum(score == 5.0 for score in evaluator.score(pairs[:1] * len(texts), texts)) == len(texts) / 2
 
 
-def test_random_order_passes_with_the_probability_said() -> None:
+def test_random_order_passes_with_the_documented_probability() -> None:
     pairs = make_pairs(2, targets=1)
     evaluator, _ = bound(pairs, alternatives=3)
     draw = random.Random(0)
@@ -139,7 +139,7 @@ def test_random_order_passes_with_the_probability_said() -> None:
     assert passed == pytest.approx(1 / 4, abs=0.07)
 
 
-def test_a_text_of_another_query_passes_with_the_probability_said() -> None:
+def test_a_text_of_another_query_passes_with_the_documented_probability() -> None:
     pairs = make_pairs(50)
     evaluator, _ = bound(pairs, alternatives=4)
     draw = random.Random(0)
@@ -148,7 +148,7 @@ def test_a_text_of_another_query_passes_with_the_probability_said() -> None:
     assert 0.06 <= passed <= 0.32  # 1/5 of 50, give or take two standard deviations
 
 
-def test_alternatives_do_not_depend_on_the_order_of_the_data_but_on_the_seed() -> None:
+def test_alternatives_depend_on_the_seed_and_not_on_the_order_of_the_data() -> None:
     pairs = make_pairs(40)
     one, _ = bound(pairs, alternatives=2)
     reordered, _ = bound(pairs[::-1], alternatives=2)
@@ -159,7 +159,7 @@ def test_alternatives_do_not_depend_on_the_order_of_the_data_but_on_the_seed() -
     assert one.settings != other.settings
 
 
-def test_a_rationale_longer_than_the_model_takes_is_compared_as_it_is_cut() -> None:
+def test_a_rationale_above_the_limit_is_cut_before_it_is_compared() -> None:
     pairs = make_pairs(3)
     evaluator = PlausibleEvaluator(Fixed())
     evaluator.setup(SetupContext(model=Model(FakeBackbone(seed=1, max_rationale_tokens=3), FakePooler())))
@@ -167,7 +167,7 @@ def test_a_rationale_longer_than_the_model_takes_is_compared_as_it_is_cut() -> N
     assert evaluator.score(pairs, ["chile peso lima red red"] * 3) == evaluator.score(pairs, ["chile peso lima"] * 3)
 
 
-def test_one_text_is_asked_about_once_a_call() -> None:
+def test_a_text_is_scored_once_per_call() -> None:
     pairs = make_pairs(3)
     evaluator, backbone = bound(pairs)
     counts = []
@@ -178,7 +178,7 @@ def test_one_text_is_asked_about_once_a_call() -> None:
     assert counts[0] == counts[1]
 
 
-def test_mistakes_are_named() -> None:
+def test_error_messages_name_the_mistake() -> None:
     with pytest.raises(ValueError, match=r"evaluators\.plausible\.alternatives is 0; give 1 or more"):
         PlausibleEvaluator(Fixed(), alternatives=0)
     with pytest.raises(ValueError, match=r"no writer; pass writer=, or call setup with the model"):
@@ -188,7 +188,7 @@ def test_mistakes_are_named() -> None:
         evaluator.score(make_pairs(1, task="u"), ["red"])
 
 
-def test_a_writer_of_its_own_is_loaded_when_needed_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separate_writer_is_loaded_when_needed_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
     class Loaded:
         backbone = FakeBackbone(seed=7)
 
@@ -211,7 +211,7 @@ def test_a_writer_of_its_own_is_loaded_when_needed_and_given_back(monkeypatch: p
 
 
 def test_it_works_with_the_bundled_model() -> None:
-    """Mixed lengths, pictures, a real cache: what a batch gives, a row alone gives too."""
+    """With mixed lengths, pictures and a real cache, a row has the same score alone and in a batch."""
     pairs = load_pairs("train", tasks=["flagattr", "left1"])
     some = pairs[:2] + pairs[-2:]
     evaluator = PlausibleEvaluator(Fixed(), alternatives=3)

@@ -1,4 +1,4 @@
-"""Every registered pooler keeps the contract; each pools what its name says."""
+"""Tests that every registered pooler keeps the contract and pools what its name says."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_embeddings_are_unit_float32_of_the_announced_width(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_does_not_leak_into_an_embedding(name: str, states: tuple) -> None:
+def test_padding_does_not_change_an_embedding(name: str, states: tuple) -> None:
     pooler = built(name)
     hidden, mask, position = states
     noisy = torch.where(mask[..., None] == 1, hidden, 100.0)
@@ -58,7 +58,7 @@ def test_padding_does_not_leak_into_an_embedding(name: str, states: tuple) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_matryoshka_embedding_is_the_renormalised_head_of_the_full_one(name: str, states: tuple) -> None:
+def test_a_matryoshka_embedding_is_the_renormalised_start_of_the_full_one(name: str, states: tuple) -> None:
     full, short = built(name, projection=8)(*states), built(name, projection=8, dim=3)(*states)
     torch.testing.assert_close(short, torch.nn.functional.normalize(full[:, :3], dim=1))
 
@@ -95,7 +95,7 @@ def test_last_token_of_a_right_padded_row_is_its_last_real_one(states: tuple) ->
     torch.testing.assert_close(built("last_token")(hidden, mask, position), expected)
 
 
-def test_attention_heads_look_at_their_own_slice(states: tuple) -> None:
+def test_each_attention_head_uses_its_own_slice(states: tuple) -> None:
     pooler = built("attention", heads=2)
     hidden, mask, position = states
     with torch.no_grad():
@@ -116,6 +116,6 @@ def test_attention_heads_look_at_their_own_slice(states: tuple) -> None:
         ("attention", {"heads": 0}, "pooler.heads is 0; give 1 or more"),
     ],
 )
-def test_impossible_widths_are_refused(name: str, arguments: dict, message: str) -> None:
+def test_impossible_widths_are_errors(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         built(name, **arguments)

@@ -1,4 +1,4 @@
-"""Selectors draw as their formulas say, and never beyond the candidates."""
+"""Tests that selectors draw as their formulas say, and only among the candidates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def selector(request: pytest.FixtureRequest) -> Selector:
     return made
 
 
-def test_every_selector_is_pure_and_stays_within_the_candidates(selector: Selector) -> None:
+def test_every_selector_is_deterministic_and_stays_within_the_candidates(selector: Selector) -> None:
     for given in (candidates(-0.2, -3.0, -0.9), candidates(-5.0), candidates(-1.0, -1.0)):
         for seed in range(50):
             chosen = selector.select(given, seed=seed)
@@ -51,7 +51,7 @@ def test_every_selector_takes_the_direct_path_without_candidates(selector: Selec
     assert selector.select(candidates(), seed=3).index is None
 
 
-def test_every_selector_takes_huge_scores(selector: Selector) -> None:
+def test_every_selector_works_with_huge_scores(selector: Selector) -> None:
     for given in (candidates(1e30, -1e30, 0.0), candidates(-1e308, -1e308, none=1e308), candidates(5e3, 4e3)):
         chosen = selector.select(given, seed=1)
         assert chosen.index is None or math.isfinite(chosen.weight)
@@ -67,7 +67,7 @@ def test_counterfactual_draws_in_proportion_to_the_exponential_of_the_gain() -> 
     assert 3 not in found
 
 
-def test_counterfactual_keeps_only_what_exceeds_the_margin() -> None:
+def test_counterfactual_keeps_only_candidates_above_the_margin() -> None:
     given = candidates(-0.5, -0.4)
     assert shares(Counterfactual(margin=0.5, temperature=100.0), given) == {1: 1.0}
     assert shares(Counterfactual(margin=0.6), given) == {None: 1.0}
@@ -83,14 +83,14 @@ def test_counterfactual_prefers_an_infinite_gain_to_nan() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_counterfactual_wants_a_positive_temperature(temperature: float) -> None:
+def test_counterfactual_needs_a_positive_temperature(temperature: float) -> None:
     with pytest.raises(
         ValueError, match=rf"selectors\.counterfactual\.temperature is {temperature}; give a number above 0"
     ):
         Counterfactual(temperature=temperature)
 
 
-def test_every_selector_trains_what_it_selects(selector: Selector) -> None:
+def test_every_selector_trains_on_what_it_selects(selector: Selector) -> None:
     for given in (candidates(-0.2, -3.0, -0.9), candidates(-5.0), candidates()):
         many = selector.select_many(given, seed=5)
         if isinstance(selector, All):
@@ -114,8 +114,9 @@ def test_best_of_takes_the_largest_gain_that_exceeds_the_margin() -> None:
 
 
 @pytest.mark.parametrize("selector", [Counterfactual(net_of_placebo=True), BestOf(net_of_placebo=True)])
-def test_net_of_placebo_drops_what_the_format_alone_gains(selector: Selector) -> None:
-    # The first gains 0.5, its placebo 0.6: format. The second gains 0.2, its placebo harms: content.
+def test_net_of_placebo_drops_the_gain_of_the_format(selector: Selector) -> None:
+    # The first gains 0.5 and its placebo 0.6, so the format helps. The second gains 0.2 and its placebo harms, so the
+    # content helps.
     given = candidates(-0.5, -0.8, none=-1.0, placebos=(-0.4, -2.0))
     assert shares(selector, given) == {1: 1.0}
     assert shares(type(selector)(), given).keys() >= {0}  # raw gains prefer the first
@@ -124,13 +125,13 @@ def test_net_of_placebo_drops_what_the_format_alone_gains(selector: Selector) ->
         selector.select(candidates(-0.5), seed=0)
 
 
-def test_a_placebo_that_harms_gives_nothing_to_its_candidate() -> None:
+def test_a_placebo_that_harms_adds_nothing_to_its_candidate() -> None:
     given = candidates(-1.2, -0.9, none=-1.0, placebos=(-5.0, -0.95))
     assert gains(given, net_of_placebo=True) == pytest.approx([-0.2, 0.05])
 
 
 @pytest.mark.parametrize("selector", [Counterfactual(), BestOf(), Oracle()])
-def test_scores_that_are_missing_are_an_error_that_says_what_to_run(selector: Selector) -> None:
+def test_the_error_for_missing_scores_names_the_command_to_run(selector: Selector) -> None:
     with pytest.raises(ValueError, match="have not been scored; run `mmemb rationales score`"):
         selector.select(candidates(-0.5, math.nan), seed=0)
 
@@ -141,7 +142,7 @@ def test_random_is_uniform_and_needs_no_scores() -> None:
     assert all(share == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / DRAWS)) for share in found.values())
 
 
-def test_random_draws_otherwise_by_another_seed_of_its_own() -> None:
+def test_random_draws_differently_with_another_seed() -> None:
     given = candidates(*[0.0] * 8)
     one, other = Random(seed=0), Random(seed=1)
     assert [one.select(given, seed=s) for s in range(20)] != [other.select(given, seed=s) for s in range(20)]

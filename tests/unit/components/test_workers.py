@@ -1,4 +1,4 @@
-"""Workers see the item alone, obey k and the seed, and say which field is missing."""
+"""Tests that workers read only the item, keep to k and the seed, and name a missing field."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ITEMS = [
 
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
-    """What a worker cannot be built without."""
+    """The arguments without which a worker cannot be built."""
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     with chat_server() as server:
         yield {
@@ -48,7 +48,7 @@ def worker(request: pytest.FixtureRequest, arguments: dict[str, dict[str, Any]])
     return made
 
 
-def test_every_worker_gives_at_most_k_distinct_rationales_an_item(worker: Worker) -> None:
+def test_every_worker_gives_at_most_k_distinct_rationales_per_item(worker: Worker) -> None:
     for k in (1, 4):
         proposals = worker.propose(ITEMS, k, seed=0)
         assert len(proposals) == len(ITEMS)
@@ -64,7 +64,7 @@ def test_every_worker_gives_at_most_k_distinct_rationales_an_item(worker: Worker
             assert all(token not in text for text in texts for token in (THINK, END_THINK, EMB))
 
 
-def test_every_worker_says_the_same_for_the_same_seed_whatever_the_batch(worker: Worker) -> None:
+def test_the_rationales_of_every_worker_depend_on_the_seed_and_not_on_the_batch(worker: Worker) -> None:
     whole = worker.propose(ITEMS, 4, seed=5)
     assert worker.propose(ITEMS, 4, seed=5) == whole
     assert [worker.propose([item], 4, seed=5)[0] for item in ITEMS] == whole
@@ -77,11 +77,11 @@ def test_every_worker_has_settings_for_the_hash(worker: Worker) -> None:
     assert settings["worker"] == worker.name
 
 
-def test_every_worker_takes_no_items(worker: Worker) -> None:
+def test_every_worker_accepts_an_empty_list_of_items(worker: Worker) -> None:
     assert worker.propose([], 4, seed=0) == []
 
 
-def test_metadata_takes_the_rationale_field_as_it_stands() -> None:
+def test_metadata_takes_the_unchanged_rationale_field() -> None:
     texts = [rationales[0].text for rationales in MetadataWorker().propose(ITEMS, 2, seed=0)]
     assert texts == ["chile peso", "peru lima", "red apple"]
 
@@ -92,13 +92,13 @@ def test_metadata_fills_its_templates_in_order_and_merges_equal_ones() -> None:
     )
     first, _, last = worker.propose(ITEMS, 9, seed=0)
     assert [each.text for each in first] == ["flag of chile", "chile", "{chile}"]
-    assert [each.text for each in last] == ["flag of", "{}"]  # the empty text is no candidate
+    assert [each.text for each in last] == ["flag of", "{}"]  # the empty text is not a candidate
     assert len(worker.propose(ITEMS, 2, seed=0)[0]) == 2
     assert first[0].seed == -1
     assert first[0].finish_reason == "template"
 
 
-def test_metadata_names_field_and_item_where_one_is_missing() -> None:
+def test_the_error_for_a_missing_field_names_field_and_item() -> None:
     worker = MetadataWorker({"hop": "{country} -> {currency}"})
     with pytest.raises(ValueError, match="'what is the currency of chile' has no field 'currency'") as caught:
         worker.propose(ITEMS, 1, seed=0)
@@ -107,12 +107,12 @@ def test_metadata_names_field_and_item_where_one_is_missing() -> None:
 
 
 @pytest.mark.parametrize(("template", "message"), [("{a", "not well formed"), ("{a.b}", "has {a.b}"), ("{}", "has {}")])
-def test_metadata_refuses_a_template_that_names_no_fields(template: str, message: str) -> None:
+def test_a_template_without_valid_field_names_is_an_error(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"the template 'x' (is )?{message}"):
         MetadataWorker({"x": template})
 
 
-def test_model_asks_of_pictures_with_its_own_instruction_and_texts_as_they_stand() -> None:
+def test_model_uses_its_own_instruction_for_pictures_and_does_not_change_texts() -> None:
     asked: list[Item] = []
 
     class Listening(FakeBackbone):
@@ -129,7 +129,7 @@ def test_model_asks_of_pictures_with_its_own_instruction_and_texts_as_they_stand
     assert all(not item.fields for item in asked)
 
 
-def test_model_samples_carry_model_seed_and_length() -> None:
+def test_samples_of_model_record_model_seed_and_length() -> None:
     backbone = FakeBackbone(seed=3)
     rationales = ModelWorker(backbone, max_new_tokens=5).propose(ITEMS[:1], 6, seed=0)[0]
     assert len(rationales) > 1
@@ -151,7 +151,7 @@ def test_model_samples_once_for_queries_that_share_a_picture() -> None:
     assert backbone.cells == alone.cells
 
 
-def test_model_samples_apart_for_pictures_whose_paths_end_alike(tmp_path: Path) -> None:
+def test_model_samples_separately_for_pictures_whose_paths_end_alike(tmp_path: Path) -> None:
     asked: list[Item] = []
 
     class Listening(FakeBackbone):
@@ -165,13 +165,13 @@ def test_model_samples_apart_for_pictures_whose_paths_end_alike(tmp_path: Path) 
         path.parent.mkdir(parents=True)
         PILImage.new("RGB", (8, 8), colour).save(path)
         items.append(Item("", (Image(str(path)),)))
-    assert item_digest(items[0]) == item_digest(items[1])  # on purpose: either may be the other on another disk
+    assert item_digest(items[0]) == item_digest(items[1])  # on purpose: the paths may be swapped on another disk
     found = ModelWorker(Listening()).propose(items, 1, seed=0)
     assert len(found) == 2
     assert {item.parts[0] for item in asked} == {item.parts[0] for item in items}
 
 
-def test_model_leaves_the_training_mode_and_gradients_as_they_were() -> None:
+def test_model_does_not_change_the_training_mode_and_the_gradients() -> None:
     backbone = FakeBackbone()
     backbone.train()
     backbone.head.eval()
@@ -181,21 +181,21 @@ def test_model_leaves_the_training_mode_and_gradients_as_they_were() -> None:
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_model_keeps_its_own_model_when_bound() -> None:
+def test_model_keeps_the_model_that_it_was_built_with() -> None:
     own = FakeBackbone(seed=1)
     worker = ModelWorker(own)
     worker.setup(SetupContext(model=Model(FakeBackbone(seed=2), FakePooler())))
     assert worker.backbone is own
 
 
-def test_model_without_a_model_says_so() -> None:
+def test_model_without_a_model_raises_an_error() -> None:
     with pytest.raises(ValueError, match="no model yet; pass backbone=, or call setup"):
         ModelWorker().propose(ITEMS, 1, seed=0)
     with pytest.raises(ValueError, match=r"workers\.\w+\.temperature is 0; give a number above 0"):
         ModelWorker(temperature=0)
 
 
-def test_model_settings_know_trained_weights_from_fresh_ones() -> None:
+def test_settings_of_model_differ_for_trained_and_fresh_weights() -> None:
     backbone = FakeBackbone()
     before = ModelWorker(backbone).settings
     with torch.no_grad():
@@ -203,14 +203,14 @@ def test_model_settings_know_trained_weights_from_fresh_ones() -> None:
     assert ModelWorker(backbone).settings != before
 
 
-def test_model_settings_know_how_much_the_model_sees() -> None:
+def test_settings_of_model_depend_on_the_limits_of_the_model() -> None:
     class Seeing(FakeBackbone):
         prompt_settings = {"picture_size": {"longest_edge": 4096}}
 
     assert ModelWorker(Seeing()).settings == {**ModelWorker(FakeBackbone()).settings, **Seeing.prompt_settings}
 
 
-def test_weights_count_the_same_at_another_precision_and_with_a_fresh_adapter() -> None:
+def test_the_probe_of_weights_is_the_same_at_another_precision_and_with_a_fresh_adapter() -> None:
     def with_adapter(seed: int) -> torch.nn.Module:
         backbone = FakeBackbone().bfloat16().float()
         backbone.lora_A = torch.nn.Linear(2, 2, bias=False)
@@ -220,8 +220,8 @@ def test_weights_count_the_same_at_another_precision_and_with_a_fresh_adapter() 
     assert module_digest(with_adapter(0)) == module_digest(with_adapter(1)) == module_digest(with_adapter(0).bfloat16())
 
 
-def test_an_address_of_the_environment_without_a_scheme_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_address_without_a_scheme_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "host:8000/v1")
-    with pytest.raises(ValueError, match=r"OPENAI_BASE_URL is 'host:8000/v1', expected .* as in http://host:8000/v1"):
+    with pytest.raises(ValueError, match=r"OPENAI_BASE_URL is 'host:8000/v1'; .* as in http://host:8000/v1"):
         create("worker", "openai", model="m")
     create("worker", "openai", model="m", base_url="http://host:8000/v1")

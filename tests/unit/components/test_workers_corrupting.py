@@ -1,4 +1,4 @@
-"""The corrupting worker damages a known share, in known ways, and marks every damage."""
+"""Tests that the corrupting worker damages a known share in known ways and records every damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def corrupted(
     return worker.propose(ITEMS, 2, seed=seed)
 
 
-def test_the_share_is_damaged_and_marked_and_the_rest_is_as_it_was() -> None:
+def test_the_share_is_damaged_and_marked_and_the_rest_is_unchanged() -> None:
     clean = MetadataWorker({"a": "{rationale}", "b": "see {rationale}"}).propose(ITEMS, 2, seed=0)
     found = corrupted(0.3)
     marks = Counter(each.corruption for rationales in found for each in rationales)
@@ -43,18 +43,18 @@ def test_the_share_is_damaged_and_marked_and_the_rest_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("share", "marked"), [(0.0, 0), (1.0, 800)])
-def test_none_and_all(share: float, marked: int) -> None:
+def test_a_share_of_0_damages_nothing_and_a_share_of_1_everything(share: float, marked: int) -> None:
     assert sum(bool(each.corruption) for rationales in corrupted(share) for each in rationales) == marked
 
 
-def test_each_damage_is_what_it_says() -> None:
+def test_each_kind_of_damage_does_what_its_name_says() -> None:
     texts = {item.fields["rationale"] for item in ITEMS} | {f"see {item.fields['rationale']}" for item in ITEMS}
     for item, rationales in zip(ITEMS, corrupted(1.0), strict=True):
         for each in rationales:
             if each.corruption == "wrong_entity":
                 assert each.text in texts
                 assert item.fields["rationale"] not in each.text
-                assert item.instruction in each.text  # of an item with the same instruction
+                assert item.instruction in each.text  # from an item with the same instruction
             elif each.corruption == "shuffled":
                 assert sorted(each.text.replace("see ", "").replace(" see", "").split()) == sorted(
                     item.fields["rationale"].split()
@@ -63,12 +63,12 @@ def test_each_damage_is_what_it_says() -> None:
                 assert each.text in EMPTY_TALK
 
 
-def test_what_cannot_be_shuffled_is_damaged_otherwise() -> None:
+def test_a_text_that_cannot_be_shuffled_gets_another_kind_of_damage() -> None:
     worker = CorruptingWorker(MetadataWorker({"a": "{short}"}), share=1.0, kinds=["shuffled", "empty_talk"])
     assert {each.corruption for rationales in worker.propose(ITEMS, 1, seed=0) for each in rationales} == {"empty_talk"}
 
 
-def test_the_seed_moves_what_is_damaged() -> None:
+def test_the_seed_changes_which_candidates_are_damaged() -> None:
     assert corrupted(seed=0) == corrupted(seed=0)
     assert corrupted(seed=0) != corrupted(seed=1)
 
@@ -91,14 +91,14 @@ def test_another_picture_whose_path_ends_alike_is_another_entity() -> None:
     assert [each.corruption for found in worker.propose(items, 1, seed=0) for each in found] == ["wrong_entity"] * 2
 
 
-def test_it_hands_the_model_on_and_names_the_other_worker_in_its_settings() -> None:
+def test_the_other_worker_gets_the_model_and_is_in_the_settings() -> None:
     worker = CorruptingWorker(ModelWorker())
     worker.setup(SetupContext(model=Model(FakeBackbone(seed=3), FakePooler())))
     assert worker.settings["of"]["worker"] == "model"
     assert worker.settings["of"]["model"] == "fake"
 
 
-def test_it_hands_on_what_the_other_worker_cost_and_holds() -> None:
+def test_report_and_release_are_those_of_the_other_worker() -> None:
     released = []
 
     class Costly(MetadataWorker):
@@ -113,10 +113,10 @@ def test_it_hands_on_what_the_other_worker_cost_and_holds() -> None:
     assert released == [worker.worker]
 
 
-def test_mistakes() -> None:
+def test_settings_outside_their_range_are_errors() -> None:
     with pytest.raises(ValueError, match=r"workers\.corrupting\.share is 1\.5; give a number from 0 to 1"):
         CorruptingWorker(MetadataWorker(), share=1.5)
-    with pytest.raises(ValueError, match=r"unknown kinds \['wrong'\]; there are wrong_entity"):
+    with pytest.raises(ValueError, match=r"unknown kinds \['wrong'\]; .*wrong_entity"):
         CorruptingWorker(MetadataWorker(), kinds=["wrong"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="kinds is empty"):
         CorruptingWorker(MetadataWorker(), kinds=[])

@@ -1,7 +1,7 @@
-"""The endpoint worker against a real serving program: `transformers serve` with the bundled model.
+"""Tests the endpoint worker with a real serving program: `transformers serve` with the bundled model.
 
-Opt-in (``MMEMB_TEST_SERVE=1``): the program needs fastapi, uvicorn and a torchvision that was built for this torch, and
-takes a minute to start on two cores.
+The test runs only with ``MMEMB_TEST_SERVE=1``. The program needs fastapi, uvicorn and a torchvision that was built for
+this torch. It takes a minute to start on two cores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_a_pool_is_made_by_a_real_server(url: str, tmp_path: Path) -> None:
         token_budget=100_000,
     )
     generate(pairs, [worker], 2, pool=tmp_path / "pool", seed=0, progress=False)
-    # The model may say nothing at all, which is not kept.
+    # The model may write an empty text, which is not kept.
     pool = RationalePool.open(tmp_path / "pool", keep_leaks=True)
     assert len(pool) == len(pairs)
     written = [rationale for pair in pairs for rationale in pool.candidates(pair.id).rationales]

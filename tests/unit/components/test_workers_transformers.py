@@ -1,4 +1,4 @@
-"""The transformers worker loads a model of its own, asks it for a thought, and shares the `model` worker's sampling."""
+"""Tests that the transformers worker loads its own model, asks it to reason, and samples as the `model` worker does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def worker(model: str | Path = FOLDER, **options: object) -> TransformersWorker:
     return TransformersWorker(str(model), **settings)  # type: ignore[arg-type]
 
 
-def test_it_writes_what_the_model_worker_writes_when_asked_the_same() -> None:
+def test_it_writes_the_same_as_the_model_worker_for_the_same_prompt() -> None:
     prompts = [Item(item.instruction, (*item.parts, Text("say it"))) for item in ITEMS]
     mine = worker(style="thinking", temperature=0.7).propose(ITEMS, 3, seed=4)
     theirs = ModelWorker(TinyBackbone().eval(), instruction=None, temperature=0.7, max_new_tokens=8).propose(
@@ -37,7 +37,7 @@ def test_it_writes_what_the_model_worker_writes_when_asked_the_same() -> None:
     assert any(mine)
 
 
-def test_it_gives_its_model_back_and_writes_the_same_with_another() -> None:
+def test_it_releases_its_model_and_writes_the_same_after_loading_it_again() -> None:
     made = worker(style="thinking")
     before = made.propose(ITEMS, 2, seed=0)
     assert all(before)
@@ -46,7 +46,7 @@ def test_it_gives_its_model_back_and_writes_the_same_with_another() -> None:
     assert made.propose(ITEMS, 2, seed=0) == before
 
 
-def test_settings_know_how_much_is_seen_but_not_what_would_be_an_error() -> None:
+def test_settings_include_the_picture_limit_and_not_the_prompt_limit() -> None:
     assert worker(max_pixels=4096).settings != worker().settings
     assert worker(max_prompt_tokens=64).settings == worker().settings
 
@@ -55,10 +55,10 @@ def test_an_instruct_model_writes_without_the_opening_bracket() -> None:
     thinking = worker(style="thinking").propose(ITEMS, 4, seed=0)
     plain = worker(style="instruct").propose(ITEMS, 4, seed=0)
     assert [[each.text for each in found] for found in plain] != [[each.text for each in found] for found in thinking]
-    assert any(plain)  # the small model, which knows rationales in brackets only, has not always something to say
+    assert any(plain)  # the small model knows only rationales in brackets, so some texts may be empty
 
 
-def test_settings_know_the_model_without_loading_it(tmp_path: Path) -> None:
+def test_settings_identify_the_model_without_loading_it(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "tiny")
     one = worker(tmp_path / "tiny", style="thinking")
     before = one.settings
@@ -70,7 +70,7 @@ def test_settings_know_the_model_without_loading_it(tmp_path: Path) -> None:
     assert worker(tmp_path / "tiny").settings["model"] == before["model"]
 
 
-def test_settings_know_what_prompts_are_made_of(tmp_path: Path) -> None:
+def test_settings_depend_on_the_files_that_shape_prompts(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(FOLDER, folder)
     before, shown = worker(folder).settings, TransformersBackbone(str(folder)).prompt_settings
@@ -82,10 +82,10 @@ def test_settings_know_what_prompts_are_made_of(tmp_path: Path) -> None:
     assert {name for name in after if after[name] != before[name]} == {"processing"}
 
 
-def test_a_missing_model_is_named() -> None:
+def test_error_messages_name_the_mistake() -> None:
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         worker("/no/such/model").propose(ITEMS, 1, seed=0)
-    with pytest.raises(ValueError, match="style is 'loud', expected instruct or thinking"):
+    with pytest.raises(ValueError, match="style is 'loud'; give instruct"):
         worker(style="loud")
     with pytest.raises(ValueError, match=r"workers\.transformers\.batch_size is 0; give 1 or more"):
         worker(batch_size=0)
@@ -101,5 +101,5 @@ def test_a_missing_model_is_named() -> None:
         ("a <emb> red apple", "a   red apple"),
     ],
 )
-def test_brackets_are_taken_off_an_answer(answer: str, expected: str) -> None:
+def test_brackets_are_removed_from_an_answer(answer: str, expected: str) -> None:
     assert thought(answer) == expected

@@ -1,4 +1,4 @@
-"""A new tokenizer is not put beside weights that were trained with another."""
+"""Tests that a new tokenizer is not written to a folder whose weights were trained with another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from tools.build_tiny import skeleton
 
 
-def test_the_skeleton_is_not_made_beside_weights(tmp_path: Path) -> None:
+def test_the_skeleton_is_not_made_in_a_folder_with_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"model\.safetensors: weights of the present tokenizer are there; delete"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*delete"):
         skeleton(tmp_path, ["a red apple"])
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     (tmp_path / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Tables of results are made from the kept files, and pages that are out of date are named."""
+"""Tests that tables of results are made from the kept files, and that pages that are out of date are named."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ def test_a_row_that_only_some_runs_have_is_an_error() -> None:
         r1_tables.table([summary(1, 0.5), summary(2, 0.5, modes=("never",))])
 
 
-def test_without_results_the_page_says_so(project: Path) -> None:
+def test_without_results_the_page_says_that_there_are_none(project: Path) -> None:
     (project / "r1_seeds.json").unlink()
     update(project)
     assert "No results are kept yet" in (project / "README.md").read_text()
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
-    """A file of results with these rows, oldest first."""
+    """Writes a file of results with these rows, oldest first."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
