@@ -25,7 +25,7 @@ def corrupted(
 ) -> list[list[Rationale]]:
     inner = MetadataWorker({"a": template, "b": f"see {template}"})
     worker = CorruptingWorker(inner, share=share, **options)  # type: ignore[arg-type]
-    worker.prepare(ITEMS)
+    worker.setup(SetupContext(items=ITEMS))
     return worker.propose(ITEMS, 2, seed=seed)
 
 
@@ -75,7 +75,7 @@ def test_the_seed_changes_which_candidates_are_damaged() -> None:
 
 def test_a_single_item_has_no_other_entity() -> None:
     worker = CorruptingWorker(MetadataWorker(), share=1.0, kinds=["wrong_entity"])
-    worker.prepare(ITEMS[:1])
+    worker.setup(SetupContext(items=ITEMS[:1]))
     assert [each.corruption for each in worker.propose(ITEMS[:1], 1, seed=0)[0]] == [""]
 
 
@@ -120,5 +120,5 @@ def test_settings_outside_their_range_are_errors() -> None:
         CorruptingWorker(MetadataWorker(), kinds=["wrong"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="kinds is empty"):
         CorruptingWorker(MetadataWorker(), kinds=[])
-    with pytest.raises(ValueError, match="call prepare"):
+    with pytest.raises(ValueError, match="call setup"):
         CorruptingWorker(MetadataWorker()).propose(ITEMS, 1, seed=0)
