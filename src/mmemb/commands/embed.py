@@ -11,7 +11,9 @@ from mmemb.commands.parsing.errors import UsageError
 from mmemb.commands.parsing.parser import CommandParser
 
 if TYPE_CHECKING:
-    from mmemb.inference.corpus import Ranks
+    from jsonargparse import Namespace
+
+    from mmemb.inference.corpus import Ranks, Share
 
 _EPILOG = """Each row of the file is an item, with an optional "id": {"text": "..."}, {"image": "a.png"} or
 {"instruction": "...", "parts": [...]}. A folder gives one item per picture, including those in its sub-folders.
@@ -27,8 +29,8 @@ examples:
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Reads the items, embeds them and writes the embeddings."""
+def _parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="mmemb embed", description="Embeds a file of items or a folder of pictures.", epilog=_EPILOG
     )
@@ -67,15 +69,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="number of items per forward pass")
     parser.add_argument("--part_rows", type=int, default=1024, help="items saved at a time; a stop loses at most these")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one")
-    options = parser.parse_args(list(argv[1:]))
-    target = Path(options.output)
-    if target.suffix != ".parquet":
-        raise UsageError(f"--output {target}: embeddings are written as Parquet; give a name that ends in .parquet")
-    if target.is_dir():
-        raise UsageError(f"--output {target}: is a folder; give the name of a .parquet file")
-    for name in ("budget", "batch_size", "part_rows", "limit"):
-        if options[name] is not None and options[name] < 1:
-            raise UsageError(f"--{name} {options[name]}: give 1 or more")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads the items, embeds them and writes the embeddings."""
+    options = _parser().parse_args(list(argv[1:]))
+    target = _target(options)
     from dataclasses import replace
 
     from mmemb.data.items import read_items
@@ -101,17 +101,39 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     share = embed_to_parquet(embedder, items, target, ranks=ranks, part_rows=options.part_rows, options=settings)
     seconds = time.monotonic() - started
+    _report(share, target, len(items), ranks, dim=options.dim or embedder.pooler.size, seconds=seconds)
+    return 0
+
+
+def _target(options: Namespace) -> Path:
+    """The file to write.
+
+    Raises:
+        UsageError: it cannot be written, or an option counts from 1 and is less.
+    """
+    target = Path(options.output)
+    if target.suffix != ".parquet":
+        raise UsageError(f"--output {target}: embeddings are written as Parquet; give a name that ends in .parquet")
+    if target.is_dir():
+        raise UsageError(f"--output {target}: is a folder; give the name of a .parquet file")
+    for name in ("budget", "batch_size", "part_rows", "limit"):
+        if options[name] is not None and options[name] < 1:
+            raise UsageError(f"--{name} {options[name]}: give 1 or more")
+    return target
+
+
+def _report(share: Share, target: Path, total: int, ranks: Ranks, *, dim: int, seconds: float) -> None:
+    """Prints what this process did, and how fast."""
     details = [f"{share.embedded / max(seconds, 1e-9):.0f} per second"]
     if share.found:
         details.append(f"{share.found} from an earlier run")
     if share.thought:
         details.append(f"{share.thought / share.embedded:.0%} with reasoning")
-    what = f"{options.dim or embedder.pooler.size} dimensions in {seconds:.1f} s ({', '.join(details)})"
+    what = f"{dim} dimensions in {seconds:.1f} s ({', '.join(details)})"
     if share.joined:
-        print(f"{target}: {len(items)} embeddings of {what}")
+        print(f"{target}: {total} embeddings of {what}")
     else:
         print(f"process {ranks.rank + 1} of {ranks.world_size}: {share.embedded} embeddings of {what}")
-    return 0
 
 
 def _own_device(ranks: Ranks) -> str | None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from mmemb.common.checks import check_numbers
 from mmemb.common.digests import seed_of
 from mmemb.inference.prompts import embed_items, embed_states, encode_prompts, length_order, prefill
-from mmemb.inference.token_loop import Sampler, Writing
+from mmemb.inference.token_loop import Sampler, Writing, Written
 from mmemb.interfaces import Backbone, Controller, Model
 from mmemb.types import Decision, Encoded, Item, PrefillState
 
@@ -239,21 +239,33 @@ def adaptive_paths(
     writing.run()
     paths = _without_rationales(states, decisions)
     if thinking:
-        written = writing.written()
-        for row, ids in zip(thinking, written.token_ids, strict=True):
-            paths.rationale[row], paths.token_ids[row], paths.tokens[row] = backbone.decode(ids), ids, len(ids) + 2
-        paths.truncated[thinking] = written.truncated
-        if written.hidden is not None:
-            paths.embedding[thinking] = embed_states(pooler, written.hidden).to(paths.embedding)
-        else:
-            for first in range(0, len(thinking), size):
-                rows = thinking[first : first + size]
-                thoughts = [paths.rationale[row] for row in rows]
-                again = embed_items(model, [items[row] for row in rows], thoughts)
-                paths.embedding[rows] = again.to(paths.embedding)
+        _add_rationales(paths, model, items, thinking, writing.written(), batch_size=size)
     paths.direct_seconds = direct_seconds
     paths.think_seconds = think_seconds + time.perf_counter() - started
     return paths
+
+
+def _add_rationales(
+    paths: AdaptivePaths,
+    model: Model,
+    items: Sequence[Item],
+    rows: Sequence[int],
+    written: Written,
+    *,
+    batch_size: int,
+) -> None:
+    """Puts the rationales of some rows, and the embeddings after them, in place."""
+    for row, ids in zip(rows, written.token_ids, strict=True):
+        paths.rationale[row], paths.token_ids[row] = model.backbone.decode(ids), ids
+        paths.tokens[row] = len(ids) + 2
+    paths.truncated[rows] = written.truncated
+    if written.hidden is not None:
+        paths.embedding[rows] = embed_states(model.pooler, written.hidden).to(paths.embedding)
+        return
+    for first in range(0, len(rows), batch_size):
+        some = rows[first : first + batch_size]
+        again = embed_items(model, [items[row] for row in some], [paths.rationale[row] for row in some])
+        paths.embedding[some] = again.to(paths.embedding)
 
 
 def _stragglers(backbone: Backbone, batch_size: int) -> int:

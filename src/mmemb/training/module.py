@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -34,11 +32,11 @@ from mmemb.evaluation.runner import calibrate, evaluate, merge_results
 from mmemb.inference.encoder import Encoder
 from mmemb.interfaces import Backbone, Choose, Controller, Model, Pooler, Selector, SetupContext, Worker
 from mmemb.rationales.settings import PoolSettings
-from mmemb.training.objective import StepContext
 from mmemb.training.optimization import clip_gradient_norm, parameter_groups, vector_names
 from mmemb.training.phases import Phase, PhaseSpan, phase_spans, scheduler, span_at
 from mmemb.training.preflight import check_calibrated, check_choice, check_strategy
 from mmemb.training.random_state import random_state, restore_random_state
+from mmemb.training.step_context import step_context
 from mmemb.types import EvaluationResults, EvaluationTask, Item, Pair
 
 BOTH_PATHS = ("never", "always_reason")
@@ -266,37 +264,13 @@ class EmbeddingModule(L.LightningModule):
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         optimizer.zero_grad()
         span = self.phase_at(self.global_step)
-        logs = span.phase.objective.step(self.model, batch, self._step_context(optimizer, span))
+        logs = span.phase.objective.step(self.model, batch, step_context(self, optimizer, span))
         optimizer.step()
         schedule = self.lr_schedulers()
         schedule.step()  # type: ignore[union-attr]
         logs["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
         self.log_dict({f"{span.name}/{key}": value for key, value in logs.items()})
         self.log("loss", logs["loss"], prog_bar=True, logger=False)
-
-    def _step_context(self, optimizer: torch.optim.Optimizer, span: PhaseSpan) -> StepContext:
-        """What the objective of this step needs from the trainer."""
-
-        def update() -> None:
-            # Without Lightning's wrapper, which would count this update as a step of the run.
-            raw = getattr(optimizer, "optimizer", optimizer)
-            self.trainer.strategy.optimizer_step(raw, lambda: None, model=self)
-            optimizer.zero_grad()
-
-        writer: Any = getattr(self.logger, "experiment", None) if self.trainer.is_global_zero else None
-
-        def show(name: str, picture: Any) -> None:
-            writer.add_image(f"{span.name}/{name}", np.asarray(picture), self.global_step, dataformats="HWC")
-
-        return StepContext(
-            backward=self.manual_backward,
-            # Only strategies that reduce gradients have this context. The others have nothing to delay.
-            no_sync=getattr(self.trainer.strategy, "block_backward_sync", nullcontext),
-            step=self.global_step - span.first_step,
-            steps=span.steps or 0,
-            update=update,
-            show=show if hasattr(writer, "add_image") else None,
-        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Not earlier: only here has a gradient scaler (precision 16-mixed) removed its factor.

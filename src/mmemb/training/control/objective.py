@@ -227,7 +227,7 @@ class Control(Objective, name="control"):
                 context.update()
             logs |= self._update(model, batch, plan, context, anchored=iteration == 0)
         if context.show is not None and self.show_every and context.step % self.show_every == 0:
-            context.show("control/rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
+            context.show("rollouts", draw_rollouts(shown(outcome, rollouts, policy, total)))
         return over_ranks(logs | measures(outcome, rollouts, policy, values, total), device=model.backbone.device)
 
     def _outcome(self, bank: CandidateBank, batch: ControlBatch, rollouts: Rollouts, positive: Tensor) -> Outcome:
