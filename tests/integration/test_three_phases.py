@@ -1,4 +1,4 @@
-"""One recipe that pretrains, trains jointly and learns when to reason. Resumed in any phase, it ends bit for bit alike."""
+"""One recipe that pretrains, trains jointly and learns when to reason; a resumed run ends bit for bit alike."""
 
 from __future__ import annotations
 
