@@ -168,3 +168,33 @@ def test_every_component_and_parameter_is_documented(listing: registry.Listing) 
 def test_readme_has_exactly_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^make (.+)$", readme) == ["run", "test"]
+
+
+ONE_MEANING = ("pool", "path", "engine", "reference", "shard", "continuation")
+"""Words that once had several meanings: a name made of one of them alone may be defined once in the package."""
+
+
+def defined_names(root: Path) -> list[str]:
+    """Names of classes, functions and type aliases at the top of every module, in lower case, without a plural s.
+
+    Constants are left out.
+    """
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.append(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.append(node.target.id)
+    return [name.lower().strip("_").removesuffix("s") for name in found if not name.isupper()]
+
+
+def test_a_word_of_the_reviews_list_names_one_thing() -> None:
+    names = defined_names(ROOT / "src" / "mmemb") + defined_names(ROOT / "components")
+    assert "engine" in names
+    assert {word: names.count(word) for word in ONE_MEANING if names.count(word) > 1} == {}
+
+
+def test_source_files_are_short() -> None:
+    lengths = [text.count("\n") for path, text in texts(".py") if path.startswith(("src/", "components/"))]
+    assert sorted(lengths)[len(lengths) // 2] <= 200

@@ -32,7 +32,7 @@ class Identities(Protocol):
 
 
 @dataclass(frozen=True)
-class Path:
+class PathLoss:
     """One way to embed queries.
 
     Attributes:
@@ -51,7 +51,7 @@ class Path:
 
 
 def contrast(
-    infonce: InfoNCE, embeddings: dict[str, Tensor], identities: Identities, paths: Sequence[Path]
+    infonce: InfoNCE, embeddings: dict[str, Tensor], identities: Identities, paths: Sequence[PathLoss]
 ) -> CachedLoss:
     """Computes the weighted sum of the paths' losses against ``embeddings["target"]``, over all ranks.
 

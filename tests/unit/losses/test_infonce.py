@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from mmemb.kernels import InfoNCEBatch, LossOptions
 from mmemb.losses import InfoNCE
-from mmemb.training.contrast import Path, contrast
+from mmemb.training.contrast import PathLoss, contrast
 from tests.distributed.ranks import OPTIONS
 
 
@@ -124,7 +124,8 @@ def test_every_option_is_one_of_the_module_and_every_tensor_one_of_a_call() -> N
 def test_a_symmetric_loss_with_several_rows_of_one_query_says_what_to_change() -> None:
     rows = torch.eye(3)
     identities = SimpleNamespace(query_id=torch.arange(3), candidate_id=torch.arange(3), positive=torch.arange(3))
-    paths = [Path("direct", "direct", 1.0, torch.arange(3)), Path("reasoned", "reasoned", 1.0, torch.tensor([0, 2, 2]))]
+    repeated = torch.tensor([0, 2, 2])
+    paths = [PathLoss("direct", "direct", 1.0, torch.arange(3)), PathLoss("reasoned", "reasoned", 1.0, repeated)]
     embeddings = {"direct": rows, "reasoned": rows, "target": rows}
     assert contrast(InfoNCE(), embeddings, identities, paths).loss.isfinite()
     assert contrast(InfoNCE(symmetric=True), embeddings, identities, paths[:1]).loss.isfinite()

@@ -38,7 +38,7 @@ from mmemb.interfaces import Model, SetupContext
 from mmemb.losses.collectives import all_sum, world_size
 from mmemb.losses.grpo import GRPO, PolicyLoss, Size
 from mmemb.losses.infonce import InfoNCE
-from mmemb.training.contrast import Path, contrast
+from mmemb.training.contrast import PathLoss, contrast
 from mmemb.training.control.batch import ControlBatch, control_batch
 from mmemb.training.control.candidate_bank import CandidateBank
 from mmemb.training.control.decision import Policy, sample, standardised
@@ -270,9 +270,9 @@ class Control(Objective, name="control"):
         thought = torch.zeros(len(batch.pairs)).index_add(0, query[thinking], torch.ones(len(thinking)))
         rollouts = rollouts.to(device)
         paths = [
-            Path("direct", "direct", self.direct_weight, torch.arange(len(batch.pairs), device=device)),
+            PathLoss("direct", "direct", self.direct_weight, torch.arange(len(batch.pairs), device=device)),
             # Each query counts once, however many of its rollouts reason.
-            Path(
+            PathLoss(
                 "reasoned",
                 "reasoned",
                 self.reasoned_weight,

@@ -24,7 +24,7 @@ from mmemb.interfaces import Choose, Model, SetupContext
 from mmemb.losses.collectives import all_sum, world_size
 from mmemb.losses.gradcache import CachedLoss, ChunkOutput, cached_step
 from mmemb.losses.infonce import InfoNCE
-from mmemb.training.contrast import Path, contrast
+from mmemb.training.contrast import PathLoss, contrast
 from mmemb.training.joint.batch import TrainBatch, TrainChunk, joint_batch
 from mmemb.training.objective import Objective, StepContext
 from mmemb.types import Pair
@@ -125,7 +125,7 @@ class Joint(Objective, name="joint"):
         rows = torch.cat([chunk.query.rows + int(start) for chunk, start in zip(batch.chunks, offsets, strict=False)])
         weight = torch.cat([chunk.reasoned_weight for chunk in batch.chunks])
         paths = [
-            Path("direct", "query", self.direct_weight, torch.arange(len(embeddings["query"]), device=device)),
-            Path("reasoned", "reasoned", self.reasoned_weight, rows.to(device), weight.to(device)),
+            PathLoss("direct", "query", self.direct_weight, torch.arange(len(embeddings["query"]), device=device)),
+            PathLoss("reasoned", "reasoned", self.reasoned_weight, rows.to(device), weight.to(device)),
         ]
         return contrast(self.infonce, embeddings, batch, paths)
