@@ -11,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mmemb.data.datamodule import PairDataModule, Source
+from mmemb.data.datamodule import PairDataModule, PhaseBatches
+from mmemb.data.sources import Source
 from mmemb.types import EvaluationTask, Item, Pair
 from tests.unit.data.small import make, two_tasks, write_rows
 
@@ -35,7 +36,7 @@ class Module(L.LightningModule):
         self.seen: list[list[str]] = []
 
     def setup(self, stage: str) -> None:
-        self.trainer.datamodule.use_collate(number_pairs)
+        self.trainer.datamodule.use_phases([PhaseBatches(0, "train", number_pairs)])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer = self.optimizers()
@@ -130,7 +131,7 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone(source: Sou
     batches = []
     for num_workers in (0, 2):
         data = make(source, num_workers=num_workers)
-        data.use_collate(number_pairs)
+        data.use_phases([PhaseBatches(0, "train", number_pairs)])
         data.setup("fit")
         torch.manual_seed(5)
         batches.append(list(data.train_dataloader()))
@@ -143,7 +144,7 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone(source: Sou
 
 def test_the_data_of_workers_can_be_sent_to_a_new_process(source: Source) -> None:
     data = make(source)
-    data.use_collate(number_pairs)
+    data.use_phases([PhaseBatches(0, "train", number_pairs)])
     data.setup("fit")
     loader = data.train_dataloader()
     first = next(iter(loader))
@@ -158,7 +159,7 @@ def broken(pairs: list[Pair], seed: int) -> Any:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_found_by_a_worker_has_one_line(source: Source, num_workers: int) -> None:
     data = make(source, num_workers=num_workers)
-    data.use_collate(broken)
+    data.use_phases([PhaseBatches(0, "train", broken)])
     data.setup("fit")
     with pytest.raises(FileNotFoundError) as caught:
         next(iter(data.train_dataloader()))
@@ -190,7 +191,7 @@ def with_seeds(pairs: list[Pair], seed: int) -> list[tuple[str, int]]:
 def test_two_ranks_see_the_rows_and_seeds_of_one(source: Source) -> None:
     def batches(batch_size: int, rank: int, world_size: int) -> list[list[tuple[str, int]]]:
         data = as_rank(PairDataModule([source], batch_size=batch_size, sub_batch_size=2), rank, world_size)
-        data.use_collate(with_seeds)
+        data.use_phases([PhaseBatches(0, "train", with_seeds)])
         return list(data.train_dataloader())
 
     alone, first, second = batches(8, 0, 1), batches(4, 0, 2), batches(4, 1, 2)
