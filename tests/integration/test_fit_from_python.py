@@ -19,7 +19,7 @@ from tests.integration.small import ROOT, SETTINGS, write_rows
 RECIPE = ROOT / "recipes" / "r1.yaml"
 SHORT = {
     "backbone": {"tiny": {"weights": "random"}},
-    "objective": {"joint": {"chunk_size": 4, "infonce": {"temperature": 0.07}}},
+    "phases": [{"objective": {"joint": {"chunk_size": 4, "infonce": {"temperature": 0.07}}}}],
     "selector": {"random": {"seed": 4}},
     "controllers": ["never", {"threshold": {"token_share": 0.5}}],
     "optimizer": {"SGD": {"lr": 0.01}},
@@ -53,7 +53,10 @@ def test_it_trains_and_returns_what_the_run_left(folder: Path) -> None:
         "class_path": "mmemb.components.selectors.random.Random",
         "init_args": {"seed": 4},
     }
-    assert saved["model"]["objective"]["init_args"]["infonce"]["init_args"]["temperature"] == 0.07
+    assert (
+        saved["model"]["phases"][0]["init_args"]["objective"]["init_args"]["infonce"]["init_args"]["temperature"]
+        == 0.07
+    )
     embedder = mmemb.Embedder.from_checkpoint(run.checkpoint, device="cpu")
     assert len(embedder.encode(["a"], reason="never")) == 1
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if model.pool is None:
         raise UsageError("the config has no model.pool: say there where the candidates are kept and who writes them")
     datamodule.setup("fit")
-    pairs = list(datamodule.train_pairs)
+    pairs = list(model.rationale_pairs(datamodule))
     tasks = sorted({pair.task for pair in pairs})
     if options.task is not None and options.task not in tasks:
         raise UsageError(f"--task {options.task}: the data has the tasks {', '.join(tasks)}")
