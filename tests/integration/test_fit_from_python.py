@@ -53,10 +53,8 @@ def test_it_trains_and_returns_what_the_run_left(folder: Path) -> None:
         "class_path": "mmemb.components.selectors.random.Random",
         "init_args": {"seed": 4},
     }
-    assert (
-        saved["model"]["phases"][0]["init_args"]["objective"]["init_args"]["infonce"]["init_args"]["temperature"]
-        == 0.07
-    )
+    objective = saved["model"]["phases"][0]["init_args"]["objective"]
+    assert objective["init_args"]["infonce"]["init_args"]["temperature"] == 0.07
     embedder = mmemb.Embedder.from_checkpoint(run.checkpoint, device="cpu")
     assert len(embedder.encode(["a"], reason="never")) == 1
 
