@@ -132,6 +132,8 @@ def draw_curves(results: EvaluationResults) -> Figure | None:
 
 def _handles(placed: Collection[str]) -> dict[str, Line2D]:
     """Row -> its entry of the legend, for every curve and every row that has a marker."""
+    from matplotlib.lines import Line2D
+
     markers = cycle(_MARKERS)
     handles = {}
     for row in ordered({**dict.fromkeys(_LINES), **dict.fromkeys(placed)}):
