@@ -17,8 +17,9 @@ help: ## list the commands
 run: $(VENV)/.installed ## set up .venv, then train and evaluate the main job on the bundled data
 	$(BIN)/mmemb fit --config recipes/r1.yaml
 
-# From Python 3.12 on, coverage may ask the interpreter (sys.monitoring) instead of tracing every line, which costs less.
-test: $(VENV)/.installed-dev ## set up .venv, then run every test, a file a core, with coverage of all but the longest files
+# From Python 3.12 on, coverage asks the interpreter (sys.monitoring) and includes every file. Before, it traces every line, which may
+# double a test's time, and leaves out the longest files. `pytest --store-durations` with the options below measures the files again.
+test: $(VENV)/.installed-dev ## set up .venv, then run every test, the longest files first, with coverage
 	$$($(BIN)/python -c 'import sys; print("env COVERAGE_CORE=sysmon" if sys.version_info >= (3, 12) else "")') \
 	  $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 

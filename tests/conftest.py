@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import socket
 import sys
 from collections.abc import Callable, Generator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +25,11 @@ if _AT_ONCE > 1:  # tests side by side share the cores, or their threads wait fo
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _AT_ONCE)))
 
 _HERE = Path(__file__).resolve().parent
-_LONG = (
-    "integration/test_bad_input.py",
-    "docs/test_docs.py",
-    "unit/kernels/test_infonce_triton.py",
-    "integration/test_resume.py",
-    "unit/training/test_refresh.py",
-    "integration/test_commands.py",
-    "commands/test_rationales.py",
-    "unit/training/test_control.py",
-)
-"""Files that take a minute and more, the longest first. They begin first, so that no process is left with one of them
-at the end, and coverage is not taken of them: tracing doubles their time, and others reach most of their lines.
-"""
+_DURATIONS = _HERE / "durations.json"
+"""Seconds by test file, relative to this folder; ``pytest --store-durations`` measures them again."""
+
+_UNTRACED_FROM = 45.0
+"""Files of so many seconds are left out of coverage where it traces every line, which may double their time."""
 
 _LOOPBACK = {"localhost", "::1", "0.0.0.0", "::"}
 
@@ -47,10 +42,49 @@ class Ran(NamedTuple):
     err: str
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option that measures the files again."""
+    parser.addoption("--store-durations", action="store_true", help=f"write each file's seconds to {_DURATIONS.name}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measures in the main process, which hears of every test; the workers of xdist would each write their own part."""
+    if config.getoption("--store-durations") and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Stopwatch())
+
+
+@cache
+def durations() -> dict[Path, float]:
+    """Seconds by test file, as they were measured last."""
+    known = json.loads(_DURATIONS.read_text(encoding="utf-8"))
+    return {_HERE / name: seconds for name, seconds in known.items()}
+
+
+class Stopwatch:
+    """Adds up the seconds of each file's tests and writes them down; files that did not run keep what they had."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Path, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts set-up, call and tear-down."""
+        path = _HERE.parent / report.nodeid.split("::")[0]
+        self.seconds[path] = self.seconds.get(path, 0.0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the file, the longest first, without files that are gone."""
+        known = {path: seconds for path, seconds in {**durations(), **self.seconds}.items() if path.exists()}
+        ordered = sorted(known, key=lambda path: (-known[path], path))
+        kept = {path.relative_to(_HERE).as_posix(): round(known[path], 1) for path in ordered}
+        _DURATIONS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the long files first; skips tests marked ``gpu`` where there is no CUDA device."""
-    place = {_HERE / name: number for number, name in enumerate(_LONG)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))  # stable: the order within a file stays
+    """Puts the longest files first; skips tests marked ``gpu`` where there is no CUDA device.
+
+    No process is then left with a long file at the end. A file that was never measured may be long: it comes first.
+    """
+    items.sort(key=lambda item: -durations().get(item.path, math.inf))  # stable: the order within a file stays
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -63,8 +97,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Takes no coverage of the long files. (The marker ``no_cover`` of pytest-cov does nothing under xdist.)"""
-    if "coverage" not in sys.modules or item.path not in {_HERE / name for name in _LONG}:
+    """Takes no coverage of long files where it would trace every line; sys.monitoring is cheap enough for all of them.
+
+    The marker ``no_cover`` of pytest-cov does nothing under xdist.
+    """
+    traced = "coverage" in sys.modules and os.environ.get("COVERAGE_CORE") != "sysmon"
+    if not traced or durations().get(item.path, 0.0) < _UNTRACED_FROM:
         return (yield)
     coverage, stopped = sys.modules["coverage"].Coverage, []
     while (tracer := coverage.current()) is not None:  # a process of xdist has two, one within the other

@@ -129,7 +129,7 @@ def test_an_index_of_another_checkpoint_is_refused(cli: Cli, model: Path, pictur
 def test_two_processes_one_of_them_killed(
     cli: Cli, model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = [json.dumps({"id": f"n{row}", "text": f"apple {row}"}) for row in range(300)]
+    texts = [json.dumps({"id": f"n{row}", "text": f"apple {row}"}) for row in range(120)]
     Path("items.jsonl").write_text("\n".join(texts), encoding="utf-8")
     words = ["--input", "items.jsonl", "--part_rows", "1", "--batch_size", "1"]
     command = [sys.executable, "-m", "mmemb", "embed", "--checkpoint", str(model), "--output", "all.parquet"]
@@ -146,70 +146,17 @@ def test_two_processes_one_of_them_killed(
     assert both[1].wait(120) != 0
     assert not Path("all.parquet").exists()
     left = len(list(parts.glob("0*.parquet")))
-    assert 150 < left < 300
+    assert 60 < left < 120
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     code, out, _ = embed(cli, model, *words)
     assert code == 0
-    assert f"{left - 150} from an earlier run" in out
+    assert f"{left - 60} from an earlier run" in out
     assert not parts.exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert embed(cli, model, *words, "--output", "whole.parquet").code == 0
     found, whole = read_embeddings("all.parquet"), read_embeddings("whole.parquet")
-    assert found.ids == whole.ids == [f"n{row}" for row in range(300)]
+    assert found.ids == whole.ids == [f"n{row}" for row in range(120)]
     # Another number of threads adds in another order.
     torch.testing.assert_close(found.embeddings, whole.embeddings, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (["--input", "pictures", "--dim", "7000"], "dim is 7000"),
-        (["--input", "pictures", "--budget", "0"], "--budget 0"),
-        (["--input", "pictures", "--limit", "-1"], "--limit -1: give 1 or more"),
-        (["--input", "pictures", "--output", "a.txt"], "a name that ends in .parquet"),
-        (["--input", "none"], "none"),
-        (["--input", "pictures", "--checkpoint", "none"], "none"),
-        (["--input", "pictures", "--reason", "sometimes"], "reason: expected one of 'auto', 'always', 'never'"),
-        (["--input", "pictures", "--inputs", "x"], "there is no option '--inputs'; did you mean '--input'?"),
-        (["--input", "pictures", "--device", "gpu"], "device 'gpu' cannot be used on this machine"),
-        (["--input", "pictures", "--output", "deep.parquet"], "--output deep.parquet: is a folder"),
-        (["--input", "empty"], "has nothing to embed"),
-        (["--input", "broken"], "broken.png"),
-        (["--input", "rows.jsonl"], "rows.jsonl, line 1"),
-        (["--input", "out.jsonl"], "outside"),
-    ],
-)
-def test_mistakes_of_embed(cli: Cli, model: Path, pictures: Path, words: list[str], part: str) -> None:
-    Path("empty").mkdir()
-    Path("broken").mkdir()
-    Path("broken/broken.png").write_bytes(b"no picture")
-    Path("rows.jsonl").write_text('{"txt": "apple"}\n', encoding="utf-8")
-    Path("deep.parquet").mkdir()
-    Path("out.jsonl").write_text('{"image": "../outside.png"}\n', encoding="utf-8")
-    code, _, err = embed(cli, model, *words)
-    assert code == 2, err
-    told = err.strip().split("\n")[-1]  # a bar of the model's loading may come before
-    assert told.startswith("mmemb: error: ")
-    assert part in told
-    assert not Path("all.parquet").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        ([], "nothing to search for"),
-        (["--query", "a", "--top", "0"], "--top 0"),
-        (["--query", "a"], "all.parquet: the index does not exist; make one with `mmemb embed`"),
-        (["--query", "a", "--index", "bad.parquet"], "bad.parquet: not a readable Parquet file"),
-        (["--image", "none.png", "--index", "bad.parquet"], "there is no picture none.png"),
-    ],
-)
-def test_mistakes_of_search(cli: Cli, model: Path, pictures: Path, words: list[str], part: str) -> None:
-    Path("bad.parquet").write_bytes(b"no parquet")
-    code, _, err = search(cli, model, *words)
-    assert code == 2, err
-    told = err.strip().split("\n")[-1]  # a bar of the model's loading may come before
-    assert told.startswith("mmemb: error: ")
-    assert part in told

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "model": {
         "backbone": {"class_path": "tiny", "init_args": {"weights": "random"}},
         "pooler": "embed_token",
-        "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 2}},
+        "phases": [{"objective": {"joint": {"chunk_size": 2}}}],
         "selector": "counterfactual",
         "pool": {"path": "pool", "workers": ["metadata"], "evaluator": "retrieval", "candidates": 2},
     },
@@ -171,35 +171,7 @@ def test_stats_and_show_refuse_what_is_not_asked_for(cli: Cli) -> None:
         assert "made from other data" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (["score"], "mmemb rationales generate"),
-        (["show", "--limit", "few"], "--limit"),
-        (["generate", "--model.pool.workers=[]"], "model.pool.workers is empty"),
-        (["score", "--model.pool.evaluator=null"], "model.pool.evaluator is missing"),
-        (["generate", "--model.pool=null"], "no model.pool"),
-        (["generate", "--model.pool.workers=[metdata]"], "did you mean 'metadata'?"),
-        (["generate", "--data.train=[{path: none.jsonl}]"], "none.jsonl"),
-        (["make"], "invalid choice: 'make'"),
-    ],
-)
-def test_mistakes(cli: Cli, words: list[str], part: str) -> None:
-    code, _, err = rationales(cli, *words)
-    assert code == 2, err
-    told = err.strip().split("\n")[-1]
-    assert told.startswith("mmemb: error: ")
-    assert part in told
-    assert not Path("pool").exists()
-
-
 def test_mistakes_in_what_to_show(cli: Cli) -> None:
     assert rationales(cli, "generate").code == 0
     assert "the data has the tasks capital, colour" in rationales(cli, "show", "--task", "nope").err
     assert "none of the 6 pairs has this id" in rationales(cli, "show", "--pair", "nope").err
-
-
-def test_settings_are_asked_for(cli: Cli) -> None:
-    code, _, err = cli("rationales", "generate")
-    assert code == 2
-    assert "by --config, e.g. recipes/r1.yaml" in err

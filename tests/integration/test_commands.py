@@ -16,6 +16,7 @@ from mmemb.search.exact import read_embeddings
 from tests.integration.small import CAPITALS, COLOURS, ROOT, write_rows, write_settings
 
 Cli = Callable[..., Any]
+CONSTANT = {"objective": {"joint": {"chunk_size": 4}}, "schedule": "constant", "warmup_steps": 2}
 LAST = "runs/r1+small/version_0/checkpoints/last.ckpt"
 
 
@@ -133,7 +134,7 @@ def test_a_prediction_that_fails_leaves_no_file(on_checkpoint: Cli, trained: Pat
 def test_a_finished_run_goes_on_as_if_it_had_been_longer(cli: Cli, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path)
-    words = ["fit", *write_settings(tmp_path, {"model": {"schedule": "constant"}, "evaluate": False})]
+    words = ["fit", *write_settings(tmp_path, {"model": {"phases": [CONSTANT]}, "evaluate": False})]
     last = [f"runs/r1+small/version_{number}/checkpoints/last.ckpt" for number in range(3)]
     assert cli(*words, "--trainer.max_steps=5").code == 0  # in the middle of the second epoch
     assert cli(*words, "--trainer.max_steps=8", "--ckpt_path", last[0]).code == 0

@@ -27,7 +27,7 @@ def sources(split: str, limit: int) -> list[dict[str, Any]]:
 CHANGES: dict[str, Any] = {
     "trainer": {"max_steps": STEPS, "val_check_interval": 20, "limit_val_batches": 1},
     "model": {
-        "objective": {**SETTINGS["model"]["objective"], "init_args": {"chunk_size": 8}},
+        "phases": [{"objective": {"joint": {"chunk_size": 8}}, "warmup_steps": 2}],
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-3}},
         "budget": 12,
         "validation_queries": 4,

@@ -25,10 +25,17 @@ def test_a_log_file_has_steady_lines_of_every_part_of_the_run(tmp_path: Path) ->
     write_rows(tmp_path)
     changes = {
         "trainer": {"enable_progress_bar": True, "max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1},
-        "model": {"control": {"start": 3}, "validation_queries": 2},
+        "model": {
+            "phases": [
+                {"objective": {"joint": {"chunk_size": 4}}, "steps": 3},
+                {"objective": "control", "data": "more"},
+            ],
+            "validation_queries": 2,
+        },
+        "data": {"streams": {"more": {"sources": [{"path": "pairs.jsonl"}], "batch_size": 8, "sub_batch_size": 4}}},
     }
     words = write_settings(tmp_path, changes)
-    command = [str(Path(sys.executable).with_name("mmemb")), "fit", *words, "--data.control", "[{path: pairs.jsonl}]"]
+    command = [str(Path(sys.executable).with_name("mmemb")), "fit", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MMEMB_PROGRESS_SECONDS": "0"}
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         done = subprocess.run(

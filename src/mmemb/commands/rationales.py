@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if model.pool is None:
         raise UsageError("the config has no model.pool; set model.pool.path and model.pool.workers")
     datamodule.setup("fit")
-    pairs = list(datamodule.train_pairs)
+    pairs = list(model.rationale_pairs(datamodule))
     tasks = sorted({pair.task for pair in pairs})
     if options.task is not None and options.task not in tasks:
         raise UsageError(f"--task {options.task}: the data has the tasks {', '.join(tasks)}")

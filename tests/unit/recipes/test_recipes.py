@@ -15,10 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from mmemb.registry import KINDS, available
 from tests.unit.components.conftest import model_folder  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHORT = {name for kind in KINDS for name in available(kind)} | {"AdamW", "bitsandbytes.optim.AdamW8bit"}
+"""Keys that name a part: its arguments are below."""
 SCALE = ROOT / "recipes" / "scale" / "qwen3vl_4b.yaml"
 
 
@@ -47,29 +50,30 @@ def test_the_command_in_the_first_line_parses_the_recipe(recipe: Path, monkeypat
     parsed = leaves(check_config(words).as_dict())
     said = leaves(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     numbers = {key: value for key, value in said.items() if isinstance(value, int | float)}
-    assert {key: parsed[key] for key in numbers} == numbers
+    assert numbers == {key: value for key, value in parsed.items() if key in numbers}
 
 
 def test_the_main_job_caches_gradients_over_at_least_four_chunks() -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / "r1.yaml").read_text(encoding="utf-8"))
-    settings, batch = recipe["model"]["objective"]["init_args"], recipe["data"]["batch_size"]
+    settings, batch = recipe["model"]["phases"][0]["objective"]["joint"], recipe["data"]["batch_size"]
     assert batch >= 4 * settings["chunk_size"]
     assert settings["kept_graphs"] * settings["chunk_size"] < batch
 
 
 def test_the_baselines_train_as_long_as_the_joint_phase_of_the_main_job() -> None:
     read = lambda name: yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))  # noqa: E731
-    start = read("r1.yaml")["model"]["control"]["start"]
+    joint = read("r1.yaml")["model"]["phases"][0]["steps"]
     overlays = {name: read(f"baselines/{name}.yaml") for name in ("never", "always_reason", "threshold", "direct_only")}
-    assert {name: made["trainer"]["max_steps"] for name, made in overlays.items()} == dict.fromkeys(overlays, start)
+    assert {name: made["trainer"]["max_steps"] for name, made in overlays.items()} == dict.fromkeys(overlays, joint)
 
 
 def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Flattens settings to dotted keys, without ``init_args``: a part with or without a class path gives the same."""
-    found = {}
+    """Flattens settings to dotted keys. A part gives the same whether it is written by short name or class path."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        place = above if key == "init_args" else f"{above}{key}."
-        found |= leaves(value, place) if isinstance(value, dict) else {place.rstrip("."): value}
+        place = above if key == "init_args" or key in SHORT else f"{above}{key}."
+        entries = {str(number): entry for number, entry in enumerate(value)} if isinstance(value, list | tuple) else value
+        found |= leaves(entries, place) if isinstance(entries, dict) else {place.rstrip("."): value}
     return found
 
 
@@ -124,7 +128,7 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
         },
         "model": {
             "backbone": {"class_path": "transformers", "init_args": backbone},
-            "objective": {"class_path": "mmemb.training.joint.objective.Joint", "init_args": {"chunk_size": 2}},
+            "phases": [{"objective": {"joint": {"chunk_size": 2}}, "steps": 5000}],
             # the shrunken model's vocabulary does not have " Yes" as one token
             "pool": {
                 "workers": [worker],
@@ -159,13 +163,13 @@ def test_the_4b_overlay_trains_two_steps_on_a_shrunken_model(
     assert list(manifest["evaluators"]) == ["judge"]
     candidates = pq.read_table(next(Path("pools/mmeb_train").glob("candidates-*.parquet"))).to_pylist()
     assert {row["worker"] for row in candidates} == {"model"}
-    losses = scalars(run, "train/loss")
+    losses = scalars(run, "joint/loss")
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
 
     done = cli(*words, "--trainer.max_steps=3", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     assert done.code == 0, done.err
-    assert len(scalars(run.with_name("version_1"), "train/loss")) == 1
+    assert len(scalars(run.with_name("version_1"), "joint/loss")) == 1
 
 
 def scalars(run: Path, name: str) -> list[float]:

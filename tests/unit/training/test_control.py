@@ -247,7 +247,7 @@ def test_logits_are_computed_for_rationales_only_and_a_few_tokens_at_a_time(monk
 def test_the_reference_is_the_model_without_its_adapters() -> None:
     torch.manual_seed(0)
     backbone = TinyBackbone(weights="random", lora=LoraSettings(rank=2))
-    reference = policy.Reference(backbone)
+    reference = policy.ReferencePolicy(backbone)
     assert reference.state() == {}
     inputs = backbone.prepare([Item("", (Text("red dog"),))])
     base = backbone(inputs).detach()
