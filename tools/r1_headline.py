@@ -81,7 +81,7 @@ def lines(results: Path) -> str:
         (
             f"- Without reasoning: hit@1 {direct:.3f}, mean over eight tasks and {len(summaries)} seeds.",
             f"- With a rationale for every query: {reasoned:.3f}.",
-            f"- With the learned decision: {learned:.3f}, at {share:.0%} of those tokens. "
+            f"- With the learned decision, limited to about {share:.0%} of those tokens: {learned:.3f}. "
             f"That is {above:.3f} more than random routing at equal cost.",
             f"- Upper bound, a decision made in hindsight: {oracle:.3f}.",
         )

@@ -23,7 +23,7 @@ def test_lines_are_means_over_the_runs(tmp_path: Path) -> None:
     assert r1_headline.lines(results) == "No results are kept yet."
     results.write_text(json.dumps([run(0.6), run(0.7)]))
     assert "hit@1 0.500, mean over eight tasks and 2 seeds" in r1_headline.lines(results)
-    assert "0.650, at 50% of those tokens. That is 0.050 more" in r1_headline.lines(results)
+    assert "limited to about 50% of those tokens: 0.650. That is 0.050 more" in r1_headline.lines(results)
 
 
 def test_picture_names_its_results(tmp_path: Path) -> None:
