@@ -62,7 +62,7 @@ SETTINGS: dict[str, Mistake] = {
         "--model.selector=random --model.selector.seed=abc", "model.selector.seed", "int", "'abc'"
     ),
     "argument of a part misspelled": flag("--model.selector=random --model.selector.sed=4", "'sed'", "'seed'"),
-    "argument of no part": flag("--model.selector.seed=3", "model.selector: ", "which", "mmemb components"),
+    "argument of no part": flag("--model.selector.seed=3", "model.selector: ", "is abstract", "mmemb components"),
     "argument of a part out of range": flag(
         "--model.selector=counterfactual --model.selector.temperature=-1", "temperature", "-1.0", "give a"
     ),
@@ -169,8 +169,8 @@ TRAINING: dict[str, Mistake] = {
     "no such config": flag("--config=none.yaml", "no config file", "none.yaml"),
     "no such pool": flag("--model.pool.path=none --model.pool.workers=[]", "none: ", "pool"),
     "no such model": flag("--model.backbone=transformers --model.backbone.init_args.model=none/at/all", "none/at/all"),
-    "no such checkpoint": flag("--ckpt_path=none.ckpt", "none.ckpt", "--ckpt_path", "no file"),
-    "checkpoint by a word": flag("--ckpt_path=last", "last: ", "--ckpt_path", "no file"),
+    "no such checkpoint": flag("--ckpt_path=none.ckpt", "none.ckpt", "--ckpt_path", "no such file"),
+    "checkpoint by a word": flag("--ckpt_path=last", "last: ", "--ckpt_path", "no such file"),
     "no such strategy": flag("--trainer.strategy=fast", "trainer: ", "strategy", "fast"),
     "selector without a pool": flag("--model.pool=null", "model.selector", "model.pool", "null"),
     "controller that nothing fits": flag(
@@ -208,26 +208,26 @@ TRAINING: dict[str, Mistake] = {
     ),
     "picture outside by an absolute path": data(query(image="/etc/hostname"), "/etc/hostname", "outside its root"),
     "picture outside by a link": data(linked_picture, "pictures/red.png", "outside its root"),
-    "picture that is none": data(pictures(b"no picture"), "picture ", ".png: ", "cannot be read", "leave its row out"),
+    "picture that is none": data(pictures(b"no picture"), "picture ", ".png: ", "cannot be read", "remove its row"),
     "picture that is none in a loader process": data(
         pictures(b"no picture"), "picture ", ".png: ", "cannot be read", words="--data.num_workers=1"
     ),
     "picture cut short in its header": data(
-        pictures(b"\x89PNG\r\n\x1a\n\x00\x00"), "picture ", ".png: ", "cannot be read", "leave its row out"
+        pictures(b"\x89PNG\r\n\x1a\n\x00\x00"), "picture ", ".png: ", "cannot be read", "remove its row"
     ),
     "picture cut short in its content": data(
-        pictures(png(64, 64)[:60]), "picture ", ".png: ", "cannot be read", "leave its row out"
+        pictures(png(64, 64)[:60]), "picture ", ".png: ", "cannot be read", "remove its row"
     ),
-    "picture bomb": data(pictures(bomb(40_000, 2_000)), "picture ", "40000 x 2000 pixels", "shrink or drop it"),
-    "larger picture bomb": data(pictures(bomb(90_000, 90_000)), "picture ", "50,000,000 pixels", "shrink or drop it"),
-    "picture of one line": data(pictures(png(1, 400)), "picture ", "1 x 400 pixels", "200 times", "leave its row out"),
+    "picture bomb": data(pictures(bomb(40_000, 2_000)), "picture ", "40000 x 2000 pixels", "shrink the picture"),
+    "larger picture bomb": data(pictures(bomb(90_000, 90_000)), "picture ", "50,000,000 pixels", "shrink the picture"),
+    "picture of one line": data(pictures(png(1, 400)), "picture ", "1 x 400 pixels", "200 times", "remove its row"),
 }
 
 EMBEDDING: dict[str, Mistake] = {
     # Who embeds.
     "wider than the model": Mistake("embed --input pictures --dim 7000", ("dim", "7000")),
     "no budget": Mistake("embed --input pictures --budget 0", ("--budget", "0")),
-    "limit below nothing": Mistake("embed --input pictures --limit -1", ("--limit", "-1", "from 1")),
+    "limit below nothing": Mistake("embed --input pictures --limit -1", ("--limit", "-1", "1 or more")),
     "index of another ending": Mistake("embed --input pictures --output a.txt", ("a name that ends", ".parquet")),
     "no such input": Mistake("embed --input none", ("none",)),
     "no such model": Mistake("embed --input pictures --checkpoint none", ("none",)),
@@ -244,7 +244,7 @@ EMBEDDING: dict[str, Mistake] = {
     # Who searches.
     "nothing to search for": Mistake("search", ("nothing to search for",)),
     "no results asked for": Mistake("search --query a --top 0", ("--top", "0")),
-    "no such index": Mistake("search --query a", ("all.parquet", "no such index", "mmemb embed")),
+    "index does not exist": Mistake("search --query a", ("all.parquet", "index does not exist", "mmemb embed")),
     "index that is none": Mistake("search --query a --index bad.parquet", ("bad.parquet", "Parquet")),
     "no such picture": Mistake("search --image none.png --index bad.parquet", ("no picture", "none.png")),
 }

@@ -71,6 +71,7 @@ def leaves(content: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Flattens settings to dotted keys. A part gives the same whether it is written by short name or class path."""
     found: dict[str, Any] = {}
     for key, value in content.items():
+        key = key.removesuffix("+")  # adds to a list
         place = above if key == "init_args" or key in SHORT else f"{above}{key}."
         entries = {str(number): entry for number, entry in enumerate(value)} if isinstance(value, list | tuple) else value
         found |= leaves(entries, place) if isinstance(entries, dict) else {place.rstrip("."): value}
