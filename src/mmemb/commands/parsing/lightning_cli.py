@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,11 +110,13 @@ class MmembCLI(LightningCLI):
         for path in config_paths(args):
             check_yaml(path)
         words, flags = take_phase_flags(args)
-        self.config = parser.parse_args(words)
         if flags:
-            settings = self.config.as_dict()
-            apply_phase_flags(settings[self.command]["model"]["phases"], flags)
-            self.config = parser.parse_object(settings)
+            # Parsed once for the phases that the files give, and again with these changed: printing comes last.
+            given = [word for word in words if not word.startswith("--print_config")]
+            phases = parser.parse_args(given).as_dict()[self.command]["model"]["phases"]
+            apply_phase_flags(phases, flags)
+            words = [*words, f"--model.phases={json.dumps(phases)}"]
+        self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the settings as given: Lightning would replace the model section by the checkpoint's without asking.
