@@ -106,7 +106,7 @@ def test_show_chooses_where_the_selector_can(cli: Cli, monkeypatch: pytest.Monke
     assert rationales(cli, "generate", *words).code == 0
     code, out, err = rationales(cli, "show", "--limit", "9")
     assert code == 0
-    assert "no choice shown for 6 of 6 pairs: pair 'pair1': its rationale candidates have not been scored" in err
+    assert "for 6 of 6 pairs: pair 'pair1': its rationale candidates have not been scored" in err
     code, out, err = rationales(cli, "show", "--limit", "9", "--model.selector", "random")  # needs no scores
     assert code == 0
     assert out.count("▶") == 6
