@@ -74,7 +74,7 @@ def test_an_evaluation_without_a_checkpoint_says_so(cli: Cli, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path)
     words = write_settings(tmp_path, {"model": {"controllers": ["never"]}})
-    with pytest.warns(UserWarning, match="--ckpt_path.*`mmemb test` takes the model as the settings build it"):
+    with pytest.warns(UserWarning, match="--ckpt_path.*`mmemb test` uses the untrained model"):
         assert cli("test", *words).code == 0
 
 

@@ -64,7 +64,7 @@ def events(run: Path) -> Any:
 
 def test_the_losses_fall(events: Any) -> None:
     for name in ("loss", "infonce_direct", "infonce_reasoned", "next_token"):
-        values = [event.value for event in events.Scalars(f"train/{name}")]
+        values = [event.value for event in events.Scalars(f"joint/{name}")]
         assert len(values) == STEPS
         assert sum(values[-5:]) < 0.9 * sum(values[:5]), (name, values)
 
@@ -73,7 +73,7 @@ def test_every_step_and_validation_is_logged(events: Any) -> None:
     scalars = events.Tags()["scalars"]
     assert [event.step for event in events.Scalars("validation/never/hit@1")] == [STEPS - 6]
     assert "validation/always_reason/hit@1" in scalars
-    assert "train/learning_rate" in scalars
+    assert "joint/learning_rate" in scalars
 
 
 def test_the_summary_has_the_schema_and_nothing_else(run: Path) -> None:
