@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-dev ## ruff and mypy over the whole tree, and the Engli
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/typecheck.py
 	$(BIN)/python tools/prose.py
+	$(BIN)/python tools/prose.py --code
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mmemb.inference.prompts import thought_tokens
 from mmemb.interfaces import Backbone, Prefix
-from mmemb.types import EMB, END_THINK, THINK
+from mmemb.types import EMB, THINK
 
 COMPACT_SHARE = 0.25
 """Share of finished rows at which the cache is copied without them.
@@ -164,7 +165,7 @@ class Writing:
     ) -> None:
         self.backbone, self.sampler, self.embed, self.log_probs, self.think = backbone, sampler, embed, log_probs, think
         device = backbone.device
-        self.opening, end_think, emb = (backbone.token_id(token) for token in (THINK, END_THINK, EMB))
+        self.opening, end_think, emb = thought_tokens(backbone.token_id, [])  # those of an empty rationale
         # An instruct model may end its turn with its own special token before it has learned ``</think>``.
         self.ends = sorted({end_think, *backbone.special_ids} - {self.opening, emb})
         self._ends_rationale: Tensor | None = None  # [V] bool, made when V is known

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from mmemb.inference.prompts import embed_states, encode_prompts, pad_tokens, rationale_tokens, thought_tokens
 from mmemb.interfaces import Model
 from mmemb.training.objective import next_token_loss
-from mmemb.types import EMB, Item, ModelInputs
+from mmemb.types import Item, ModelInputs
 
 Augment = Callable[[Sequence[int]], Callable[[Any, int], Any] | None]
 """Takes the numbers of some queries and returns the picture hook of `Backbone.prepare` for a batch of these queries."""
@@ -152,7 +152,8 @@ class SharedPrompts(QueryPaths):
         prefix = prompts.prefix
         found = EncodedPaths(prompts.direct(), None, None)
         alone = self.direct_only()
-        emb = self.tokens.new_full((int(alone.sum()),), backbone.token_id(EMB))
+        (direct,) = thought_tokens(backbone.token_id, None)
+        emb = self.tokens.new_full((int(alone.sum()),), direct)
         states, tokens = [prefix.hidden[alone]], [emb]
         if len(self.rows):
             hidden, _ = backbone.extend(backbone.fork(prefix, self.rows), self.tokens, self.mask)
