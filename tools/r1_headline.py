@@ -8,9 +8,7 @@ picture that is out of date.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,6 +17,9 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from mmemb.common.digests import bytes_digest
+from mmemb.common.files import whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "r1_seeds.json"
@@ -43,7 +44,7 @@ def digest(results: Path) -> str:
     """SHA-256 of the numbers that the picture shows."""
     summaries: list[Summary] = json.loads(results.read_text(encoding="utf-8"))
     shown = {mode: [[summary["modes"][mode][key] for key in _AXES] for summary in summaries] for mode in _LABELS}
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+    return bytes_digest(json.dumps(shown).encode())
 
 
 def _mean(summaries: Sequence[Summary], mode: str, key: str) -> float:
@@ -112,10 +113,8 @@ def draw(results: Path = RESULTS, picture: Path = PICTURE) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08, y=0.15)
     axes.legend(frameon=False, loc="lower right")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    part = picture.with_suffix(".png.part")
-    figure.savefig(part, format="png", metadata={SOURCE: digest(results)})
-    os.replace(part, picture)
+    with whole_file(picture) as temporary:
+        figure.savefig(temporary, format="png", metadata={SOURCE: digest(results)})
     return picture
 
 
