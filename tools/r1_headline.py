@@ -28,8 +28,8 @@ SOURCE = "Source"
 """Key of the PNG's metadata that holds the digest."""
 
 _LABELS = {
-    "never": ("direct: no query reasons", (8, -14), "#1c2733"),
-    "always_reason": ("reasoned: every query does", (-4, 10), "#1c2733"),
+    "never": ("never: no query reasons", (8, -14), "#1c2733"),
+    "always_reason": ("always_reason: every query reasons", (-4, 10), "#1c2733"),
     "rl": ("rl: the model decides", (-8, 6), "#b3402f"),
     "threshold": ("threshold: reason where unsure", (-8, -17), "#3f5fb5"),
     "oracle": ("oracle: hindsight decides", (8, 5), "#2e7d5b"),
@@ -80,11 +80,11 @@ def lines(results: Path) -> str:
     above = statistics.mean(map(_above_random_routing, summaries))
     return "\n".join(
         (
-            f"- Without reasoning: hit@1 {direct:.3f}, mean over eight tasks and {len(summaries)} seeds.",
-            f"- With a rationale for every query: {reasoned:.3f}.",
-            f"- With the learned decision, limited to about {share:.0%} of those tokens: {learned:.3f}. "
+            f"- `never` (no query reasons): hit@1 {direct:.3f}, mean over eight tasks and {len(summaries)} seeds.",
+            f"- `always_reason` (every query reasons): {reasoned:.3f}.",
+            f"- `rl` (the model decides), limited to about {share:.0%} of those tokens: {learned:.3f}. "
             f"That is {above:.3f} more than random routing at equal cost.",
-            f"- Upper bound, a decision made in hindsight: {oracle:.3f}.",
+            f"- `oracle` (decided in hindsight, an upper bound): {oracle:.3f}.",
         )
     )
 

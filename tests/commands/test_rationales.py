@@ -117,7 +117,7 @@ def test_show_chooses_where_the_selector_can(cli: Cli, monkeypatch: pytest.Monke
     code, out, err = rationales(cli, "show", "--limit", "9")
     assert code == 0
     assert out.count("╭") == 6
-    assert "no choice shown for 2 of 6 pairs: pair 'pair5'" in err
+    assert "for 2 of 6 pairs: pair 'pair5'" in err
 
 
 def test_stats_counts_by_task_and_worker_and_writes_a_page(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
