@@ -29,7 +29,7 @@ SOURCE = "Source"
 
 _LABELS = {
     "never": ("never: no query reasons", (8, -14), "#1c2733"),
-    "always_reason": ("always_reason: every query reasons", (-4, 10), "#1c2733"),
+    "always_reason": ("always_reason: all do", (-4, 10), "#1c2733"),
     "rl": ("rl: the model decides", (-8, 6), "#b3402f"),
     "threshold": ("threshold: reason where unsure", (-8, -17), "#3f5fb5"),
     "oracle": ("oracle: hindsight decides", (8, 5), "#2e7d5b"),
