@@ -1,4 +1,4 @@
-"""The selector that takes the candidate with the best score: the upper bound."""
+"""The selector that takes the candidate with the best score, even if none helps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from mmemb.types import Candidates, Selection
 
 
 class Oracle(Selector, name="oracle"):
-    """Takes the candidate that best fits the true target, the arg-max of c(q, t | do(r)): the upper bound.
+    """Takes the candidate that best fits the true target, the arg-max of c(q, t | do(r)), even if none helps.
 
-    Summaries of MMEmb-R1 (arXiv 2604.06156) report this bound. Unlike ``counterfactual`` it always takes a candidate if
-    there is one, even if none helps. Of equally good candidates the first is taken.
+    Summaries of MMEmb-R1 (arXiv 2604.06156) report such a selector as the upper bound. ``counterfactual`` reads the
+    same scores and may take none, so here it is a comparison, not a bound. Of equally good candidates the first is
+    taken.
     """
 
     def select(self, candidates: Candidates, *, seed: int) -> Selection:
