@@ -208,7 +208,7 @@ def test_a_data_set_that_is_too_large_is_refused_and_not_written(
     tool: ModuleType, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "LIMIT_BYTES", 100)
-    with pytest.raises(ValueError, match=r"would take \d+ bytes, at most 100 are allowed"):
+    with pytest.raises(ValueError, match=r"would take \d+ bytes, .*100"):
         tool.write(tmp_path / "out", *tool.build(tool.fetch(packages), ENGLISH))
     assert not (tmp_path / "out").exists()
 
@@ -237,7 +237,7 @@ def test_command_names_the_missing_library(
     monkeypatch.setitem(sys.modules, "babel", SimpleNamespace(Locale=lambda name: ENGLISH))
     monkeypatch.setitem(sys.modules, library, None)
     assert tool.main(["--packages", str(packages)]) == 2
-    assert f"{library} is missing: pip install 'mmemb[tools]'" in capsys.readouterr().err
+    assert f"{library} is not installed; run pip install 'mmemb[tools]'" in capsys.readouterr().err
 
 
 def test_missing_archives_are_fetched_by_name_and_version(

@@ -68,11 +68,11 @@ def test_the_weights_were_trained_with_the_tasks_steps_and_seeds_of_the_recipes(
     stages = shipped_stages()  # checks the digest of the weights
     first = yaml.safe_load((RECIPES / "pretrain_tiny.yaml").read_text(encoding="utf-8"))
     second = yaml.safe_load((RECIPES / "pretrain_tiny_find.yaml").read_text(encoding="utf-8"))
-    assert second["model"]["backbone"]["init_args"]["weights"] == "pretrained"
+    assert second["model"]["backbone"]["tiny"]["weights"] == "pretrained"
     assert stages == [
         {
             "tasks": recipe["data"]["train"][0].get("tasks", list(WEIGHTS)),
-            "steps": recipe["trainer"]["max_steps"],
+            "steps": recipe["model"]["phases"][0]["steps"],
             "batch_size": first["data"]["batch_size"],
             "seed": first["seed_everything"],
         }

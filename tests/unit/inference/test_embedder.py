@@ -226,7 +226,7 @@ def test_the_decision_settings_are_loaded_with_the_model(parts: tuple[Backbone, 
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     write_checkpoint({**checkpoint(parts), "global_step": 9}, path)
     assert decision(path) == (0.0, 1.0)
-    write_checkpoint({**checkpoint(parts), "global_step": 9, "control": {"policy": [1.5, 2.0]}}, path)
+    write_checkpoint({**checkpoint(parts), "global_step": 9, "phases": [{}, {"policy": [1.5, 2.0]}]}, path)
     assert decision(path) == (-1.5, 2.0)
     summary = tmp_path / "run" / "summary.json"
     for step, expected in ((9, (-0.25, 2.0)), (8, (-1.5, 2.0))):
