@@ -115,7 +115,6 @@ def test_a_controller_named_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("warmup_steps", -5),
         ("gradient_clip", -1.0),
         ("encode_batch_size", 0),
         ("budget", 0),

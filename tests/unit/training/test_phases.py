@@ -147,10 +147,10 @@ def test_pairs_that_an_earlier_phase_has_trained_on_give_a_warning() -> None:
 def test_a_phase_needs_a_stream_with_a_source() -> None:
     data = small_data()
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"no control source; give data.streams.control.sources a list"):
+    with pytest.raises(ValueError, match=r"no control source; .*data.streams.control.sources"):
         data.use_phases(in_phases((0, "train"), (2, "control")))
 
 
 def test_a_stream_may_not_take_the_name_of_a_split() -> None:
-    with pytest.raises(ValueError, match=r"data.streams.test: that name is taken"):
+    with pytest.raises(ValueError, match=r"data.streams.test: .*another name"):
         small_data(streams={"test": Stream([Source(path="bundled:train")])})

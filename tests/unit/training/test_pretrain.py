@@ -18,7 +18,7 @@ from mmemb.types import ModelInputs, Pair
 
 
 @pytest.fixture(scope="module")
-def parts() -> Model:
+def model() -> Model:
     return Model(TinyBackbone(weights="random"), EmbedToken())
 
 
@@ -82,5 +82,5 @@ def test_a_step_moves_each_chunk_itself(model: Model, pairs: list[Pair], monkeyp
 
 @pytest.mark.parametrize("objective", [NextToken, Joint])
 def test_a_chunk_holds_at_least_one_row(objective: type[NextToken | Joint]) -> None:
-    with pytest.raises(ValueError, match=r"pretrain\.chunk_size is 0; give 1 or more"):
+    with pytest.raises(ValueError, match=r"\.chunk_size is 0; give 1 or more"):
         objective(chunk_size=0)

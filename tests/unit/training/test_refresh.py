@@ -76,7 +76,7 @@ def test_the_pairs_of_the_coming_steps_get_candidates_of_the_model_in_training(t
     pool = RationalePool.open(tmp_path / FOLDER / "step-000000002" / "rank-0")
     data = small_data()
     data.setup("fit")
-    sampler = data._sampler()
+    sampler = data._sampler("train")
     coming = {data.stream_pairs("train")[row].id for index in (2, 3) for row in sampler.batch(index)}
     assert set(pool) == coming
     assert pool.complete
