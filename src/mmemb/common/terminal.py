@@ -202,7 +202,7 @@ class Bar:
 
     Attributes:
         title: what is done.
-        total: how much there is; None where nobody knows.
+        total: how much there is; None where that is unknown.
         done: how much of it is done.
     """
 
@@ -291,7 +291,7 @@ def progress(
 
     Args:
         title: what is done.
-        total: how much there is to do; None where nobody knows.
+        total: how much there is to do; None where that is unknown.
         unit: what is counted, in the plural, such as ``pairs``.
         done: how much an earlier run had done; it does not count in the rate.
         show: False reports nothing.

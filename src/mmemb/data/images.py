@@ -98,7 +98,7 @@ def resolve_image(path: str, root: str | os.PathLike[str]) -> str:
     base = _real_folder(os.path.join(os.getcwd(), root))
     joined = os.path.join(base, path)
     target = os.path.join(_real_folder(os.path.dirname(joined)), os.path.basename(joined))
-    if _inside(target, base):  # outside, nothing is looked up, so that nobody learns whether a file exists
+    if _inside(target, base):  # outside, nothing is looked up, so that an error does not tell whether a file exists
         try:
             mode = os.lstat(target).st_mode
             if stat.S_ISLNK(mode):

@@ -225,8 +225,8 @@ def merge_paths(order: Sequence[int], parts: Sequence[AdaptivePaths], *, width: 
     if not parts:
         no_rows = torch.zeros(0)
         state = PrefillState(torch.zeros(0, 2), torch.zeros(0, width))
-        nobody = Decision(no_rows.bool(), no_rows, no_rows.long())
-        return AdaptivePaths(state, nobody, torch.zeros(0, width), [], [], no_rows.long(), no_rows.bool())
+        undecided = Decision(no_rows.bool(), no_rows, no_rows.long())
+        return AdaptivePaths(state, undecided, torch.zeros(0, width), [], [], no_rows.long(), no_rows.bool())
     back = _inverse(order)
     places = back.tolist()
     confidences = [part.state.confidence for part in parts]

@@ -166,7 +166,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     query_grad, candidate_grad, temperature_grad = found
     temperature = tensors[TEMPERATURE]
     if ctx.needs_input_grad[TEMPERATURE]:
-        # Moved before it is widened, since a float64 temperature may be on the CPU. Not moved if nobody needs it.
+        # Moved before it is widened, since a float64 temperature may be on the CPU. Not moved if it is not needed.
         temperature_grad = temperature_grad.to(temperature.device).to(temperature.dtype).reshape(temperature.shape)
     else:
         temperature_grad = None

@@ -52,7 +52,7 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("sm_100", 2): Tiles(128, 256, 64, 8, 3, 8, descriptors=True),
     # In one part: with more, the gradient or the sums of a plain call spill.
     ("sm_100", 4): Tiles(128, 64, 32, 8, 3, descriptors=True, precision="tf32x3"),
-    # The tests do not compile these lines, and nobody has read a report of their registers.
+    # The tests do not compile these lines, and no report of their registers was read.
     ("amd", 2): Tiles(128, 128, 64, 8, 2, 2),
     ("amd", 4): Tiles(128, 128, 32, 8, 2, 2),
     # The interpreter on a CPU takes a fixed time per step, whatever its size.
